@@ -1,0 +1,103 @@
+"""Load and save AG-VAS checkpoints: a folder with config.json, model.safetensors and tokenizer.json.
+
+No pickle anywhere. Loading is strict: a missing, unexpected or wrong-shaped tensor is named. Weights are stored in the dtype the
+model has; nano's are 16 bit to keep the package small and are computed with in fp32.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+
+from agvas.config import AGVASConfig
+from agvas.model import AGVAS
+
+NANO = Path(__file__).parent / "nano"
+FILES = ("config.json", "model.safetensors", "tokenizer.json")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is missing, incomplete or not an AG-VAS."""
+
+
+def checkpoint_folder(checkpoint: str | Path) -> Path:
+    """The folder of a checkpoint given as "nano" or as a path, once all its files are seen to be there.
+
+    Raises:
+        CheckpointError: names what is missing and where.
+    """
+    folder = NANO if str(checkpoint) == "nano" else Path(checkpoint)
+    if not folder.is_dir():
+        raise CheckpointError(f"checkpoint {checkpoint} is not a folder; give nano or a folder with {', '.join(FILES)}")
+    if missing := [name for name in FILES if not (folder / name).is_file()]:
+        raise CheckpointError(f"checkpoint {folder} lacks {', '.join(missing)}; it needs {', '.join(FILES)}")
+    return folder
+
+
+def load(checkpoint: str | Path = "nano", dtype: torch.dtype = torch.float32) -> AGVAS:
+    """The model, on the CPU, in evaluation mode, in `dtype`.
+
+    Raises:
+        CheckpointError: missing files, a config that is none, tensors missing, unexpected or of another shape.
+    """
+    folder = checkpoint_folder(checkpoint)
+    try:
+        config = AGVASConfig.from_json((folder / "config.json").read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{folder / 'config.json'}: {error}") from error
+    with torch.device("meta"):
+        model = AGVAS(config, Tokenizer.from_file(str(folder / "tokenizer.json")))
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    try:
+        with safe_open(folder / "model.safetensors", framework="pt") as file:
+            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+            _compare(folder, expected, found)
+            state = {name: file.get_tensor(name).to(dtype) for name in file.keys()}
+    except Exception as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{folder / 'model.safetensors'} cannot be read: {error}; copy the file again") from error
+    model.load_state_dict(state, assign=True)
+    _fill_buffers(model)
+    return model.eval()
+
+
+def save(model: AGVAS, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+    """Write config.json, model.safetensors and tokenizer.json, each whole or not at all."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {name: tensor.detach().to(dtype or tensor.dtype).contiguous() for name, tensor in model.state_dict().items()}
+    partial = {name: folder / f"{name}.partial" for name in FILES}
+    partial["config.json"].write_text(model.config.to_json())
+    save_file(state, partial["model.safetensors"], metadata={"format": "pt"})
+    model.tokenizer.save(str(partial["tokenizer.json"]))
+    for name, path in partial.items():
+        os.replace(path, folder / name)
+
+
+def _compare(folder: Path, expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]) -> None:
+    problems = [f"missing {name} {list(expected[name])}" for name in expected.keys() - found.keys()]
+    problems += [f"unexpected {name} {list(found[name])}" for name in found.keys() - expected.keys()]
+    problems += [
+        f"{name} is {list(found[name])}, expected {list(expected[name])}"
+        for name in expected.keys() & found.keys()
+        if expected[name] != found[name]
+    ]
+    if problems:
+        listed = "; ".join(sorted(problems)[:12]) + (f"; and {len(problems) - 12} more" if len(problems) > 12 else "")
+        raise CheckpointError(f"{folder / 'model.safetensors'} does not fit its config.json: {listed}")
+
+
+def _fill_buffers(model: AGVAS) -> None:
+    """Buffers that no checkpoint holds (rotary frequencies, position ids) were made on the meta device: make them again."""
+    rotary = model.language.model.rotary_emb
+    frequencies, rotary.attention_scaling = rotary.compute_default_rope_parameters(rotary.config)
+    rotary.inv_freq = frequencies
+    rotary.original_inv_freq = frequencies.clone()
+    positions = model.semantic_encoder.embeddings
+    positions.position_ids = torch.arange(positions.num_positions).unsqueeze(0)

@@ -1,0 +1,214 @@
+"""What an AG-VAS checkpoint is: the sizes of its parts, its prompts and its preprocessing, kept as config.json.
+
+Frozen dataclasses passed whole. Named sizes stand at the end: `ov_7b` is the paper's model, `nano` the one this package ships,
+`tiny` the one its tests use. No weights here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from runtime.preprocess import Preprocessing
+from runtime.prompts import Prompts
+
+ANCHORS = ("[NOR]", "[ANO]", "[SEG]")
+ANSWER = "Sure, it is [NOR][ANO][SEG]."
+INSTRUCTION = "Please segment the anomalies in this image."
+
+
+@dataclass(frozen=True)
+class PixelEncoderConfig:
+    """SAM's ViT (Kirillov et al. 2023): windowed attention, global attention in `global_layers`, relative positions, neck to `output_width`."""
+
+    image_size: int
+    patch_size: int
+    width: int
+    layers: int
+    heads: int
+    mlp_width: int
+    window: int
+    global_layers: tuple[int, ...]
+    output_width: int = 256
+
+    @property
+    def grid(self) -> int:
+        """Side of the embeddings' grid."""
+        return self.image_size // self.patch_size
+
+
+@dataclass(frozen=True)
+class SemanticEncoderConfig:
+    """SigLIP's ViT without its head: features are the last layer's, before the final norm (LLaVA-OneVision)."""
+
+    image_size: int
+    patch_size: int
+    width: int
+    layers: int
+    heads: int
+    mlp_width: int
+
+    @property
+    def tokens(self) -> int:
+        return (self.image_size // self.patch_size) ** 2
+
+
+@dataclass(frozen=True)
+class LanguageConfig:
+    """Qwen2."""
+
+    vocabulary: int
+    width: int
+    layers: int
+    heads: int
+    key_value_heads: int
+    mlp_width: int
+    rope_theta: float = 1_000_000.0
+    norm_epsilon: float = 1e-6
+    max_positions: int = 32768
+    tied_head: bool = False
+
+
+@dataclass(frozen=True)
+class SPAMConfig:
+    """Semantic-Pixel Alignment Module (eq. 1-2): `width` is the common width both encoders are mapped to."""
+
+    width: int
+    heads: int
+
+
+@dataclass(frozen=True)
+class MaskDecoderConfig:
+    """Token refiner and AGMD (eq. 4-8, B.4); the decoder's width is the pixel encoder's output width."""
+
+    layers: int
+    heads: int
+    mlp_width: int
+    fusion_weight: float = 0.5
+    threshold: float = 0.5
+
+
+@dataclass(frozen=True)
+class AGVASConfig:
+    """One checkpoint, whole."""
+
+    name: str
+    pixel: PixelEncoderConfig
+    semantic: SemanticEncoderConfig
+    language: LanguageConfig
+    spam: SPAMConfig
+    mask_decoder: MaskDecoderConfig
+    preprocessing: Preprocessing
+    prompts: Prompts
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> AGVASConfig:
+        """Raises ValueError naming the field when one is missing, unknown or in the wrong place."""
+        fields = json.loads(text)
+        parts = {
+            "pixel": PixelEncoderConfig,
+            "semantic": SemanticEncoderConfig,
+            "language": LanguageConfig,
+            "spam": SPAMConfig,
+            "mask_decoder": MaskDecoderConfig,
+            "preprocessing": Preprocessing,
+            "prompts": Prompts,
+        }
+        try:
+            return cls(**{key: _build(parts[key], value) if key in parts else value for key, value in fields.items()})
+        except TypeError as error:
+            raise ValueError(f"config.json does not describe an AG-VAS: {error}") from error
+
+
+def _build(kind: type, fields: dict[str, Any]) -> Any:
+    return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()})
+
+
+def _prompts(**changes: Any) -> Prompts:
+    """Qwen2's chat template around the image, direct mode only unless said otherwise."""
+    defaults: dict[str, Any] = {
+        "prefix": "<|im_start|>user\n",
+        "suffix": "\n{instruction}<|im_end|>\n<|im_start|>assistant\n",
+        "instructions": {"direct": INSTRUCTION},
+        "answer": ANSWER,
+        "end": "<|im_end|>",
+        "anchors": ANCHORS,
+        "anchor_position": "own",
+        "max_instruction_tokens": 256,
+        "max_new_tokens": 64,
+    }
+    return Prompts(**(defaults | changes))
+
+
+def _preprocessing(pixel_size: int, semantic_size: int) -> Preprocessing:
+    """SAM's ImageNet statistics and SigLIP's symmetric ones."""
+    return Preprocessing(
+        pixel_size=pixel_size,
+        pixel_mean=(123.675, 116.28, 103.53),
+        pixel_std=(58.395, 57.12, 57.375),
+        semantic_size=semantic_size,
+        semantic_mean=(127.5, 127.5, 127.5),
+        semantic_std=(127.5, 127.5, 127.5),
+    )
+
+
+def ov_7b() -> AGVASConfig:
+    """The paper's model: LLaVA-OneVision-7B (SigLIP so400m, Qwen2-7B) and SAM ViT-H. The vocabulary is Qwen2's 152,064 rows."""
+    return AGVASConfig(
+        name="ov_7b",
+        pixel=PixelEncoderConfig(1024, 16, 1280, 32, 16, 5120, 14, (7, 15, 23, 31)),
+        semantic=SemanticEncoderConfig(384, 14, 1152, 26, 16, 4304),
+        language=LanguageConfig(152064, 3584, 28, 28, 4, 18944),
+        spam=SPAMConfig(width=256, heads=8),
+        mask_decoder=MaskDecoderConfig(layers=2, heads=8, mlp_width=2048),
+        preprocessing=_preprocessing(1024, 384),
+        prompts=_prompts(
+            prefix="<|im_start|>user ",
+            suffix="\n{instruction}<|im_end|><|im_start|>assistant\n",
+            instructions={
+                "direct": INSTRUCTION,
+                "describe-then-segment": "What anomalies are present in this image? "
+                "Please describe the anomalies and then output the segmentation map.",
+                "describe-then-segment-plus": "What anomalies are present in this image? "
+                "Please describe the anomalies and then output the segmentation map.",
+                "segment-then-explain": "Please segment the anomalies in this image and explain the result.",
+            },
+            max_new_tokens=512,
+        ),
+    )
+
+
+def nano() -> AGVASConfig:
+    """The model this package ships, trained on procedural defects (agvas/training), direct mode only."""
+    return AGVASConfig(
+        name="nano",
+        pixel=PixelEncoderConfig(256, 8, 128, 6, 2, 384, 8, (3,), output_width=128),
+        semantic=SemanticEncoderConfig(192, 16, 128, 4, 4, 384),
+        language=LanguageConfig(512, 160, 4, 5, 1, 448, max_positions=2048),
+        spam=SPAMConfig(width=128, heads=4),
+        mask_decoder=MaskDecoderConfig(layers=2, heads=4, mlp_width=256),
+        preprocessing=_preprocessing(256, 192),
+        prompts=_prompts(),
+    )
+
+
+def tiny(**prompt_changes: Any) -> AGVASConfig:
+    """For tests: every axis another prime or otherwise unmistakable, so that a swapped axis cannot go unseen."""
+    return AGVASConfig(
+        name="tiny",
+        pixel=PixelEncoderConfig(56, 8, 12, 2, 2, 23, 3, (1,), output_width=32),
+        semantic=SemanticEncoderConfig(45, 15, 14, 2, 2, 29),
+        language=LanguageConfig(512, 24, 3, 6, 2, 37, max_positions=512),
+        spam=SPAMConfig(width=18, heads=3),
+        mask_decoder=MaskDecoderConfig(layers=2, heads=2, mlp_width=31),
+        preprocessing=_preprocessing(56, 45),
+        prompts=_prompts(**prompt_changes),
+    )
+
+
+NAMED = {"ov_7b": ov_7b, "nano": nano, "tiny": tiny}

@@ -1,0 +1,96 @@
+"""The two encoders and the language model, built from transformers' own modules.
+
+Only translation from our configs to theirs and the one choice that is LLaVA-OneVision's: semantic features are the last
+encoder layer's, before SigLIP's final norm, and the projector is two linear layers with a GELU between.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import Qwen2Config, Qwen2ForCausalLM, SamVisionConfig, SiglipVisionConfig
+from transformers.models.sam.modeling_sam import SamVisionEncoder
+from transformers.models.siglip.modeling_siglip import SiglipEncoder, SiglipVisionEmbeddings
+
+from agvas.config import AGVASConfig, LanguageConfig, PixelEncoderConfig, SemanticEncoderConfig
+
+
+def _with_attention(config: Any) -> Any:
+    """Modules built directly, not through a model's own constructor, find no attention chosen; ours is always SDPA."""
+    config._attn_implementation = "sdpa"
+    return config
+
+
+def pixel_encoder(config: PixelEncoderConfig) -> SamVisionEncoder:
+    """SAM's image encoder: [B, 3, S, S] → `.last_hidden_state` [B, P, G, G]."""
+    return SamVisionEncoder(
+        _with_attention(
+            SamVisionConfig(
+                hidden_size=config.width,
+                output_channels=config.output_width,
+                num_hidden_layers=config.layers,
+                num_attention_heads=config.heads,
+                image_size=config.image_size,
+                patch_size=config.patch_size,
+                window_size=config.window,
+                global_attn_indexes=list(config.global_layers),
+                mlp_dim=config.mlp_width,
+                num_pos_feats=config.output_width // 2,
+            )
+        )
+    )
+
+
+def language_model(config: LanguageConfig) -> Qwen2ForCausalLM:
+    """Qwen2 with its head."""
+    return Qwen2ForCausalLM(
+        _with_attention(
+            Qwen2Config(
+                vocab_size=config.vocabulary,
+                hidden_size=config.width,
+                intermediate_size=config.mlp_width,
+                num_hidden_layers=config.layers,
+                num_attention_heads=config.heads,
+                num_key_value_heads=config.key_value_heads,
+                max_position_embeddings=config.max_positions,
+                rms_norm_eps=config.norm_epsilon,
+                rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+                tie_word_embeddings=config.tied_head,
+                use_sliding_window=False,
+            )
+        )
+    )
+
+
+class SemanticEncoder(nn.Module):
+    """SigLIP tower and LLaVA projector: [B, 3, s, s] → features [B, T, Ds] and image embeddings [B, T, D]."""
+
+    def __init__(self, config: AGVASConfig) -> None:
+        super().__init__()
+        tower = _siglip(config.semantic)
+        self.embeddings = SiglipVisionEmbeddings(tower)
+        self.encoder = SiglipEncoder(tower)
+        self.projector = nn.Sequential(
+            nn.Linear(config.semantic.width, config.language.width),
+            nn.GELU(),
+            nn.Linear(config.language.width, config.language.width),
+        )
+
+    def forward(self, semantic_image: Tensor) -> tuple[Tensor, Tensor]:
+        features = self.encoder(inputs_embeds=self.embeddings(semantic_image)).last_hidden_state  # [B, T, Ds]
+        return features, self.projector(features)  # [B, T, Ds], [B, T, D]
+
+
+def _siglip(config: SemanticEncoderConfig) -> SiglipVisionConfig:
+    return _with_attention(
+        SiglipVisionConfig(
+            hidden_size=config.width,
+            intermediate_size=config.mlp_width,
+            num_hidden_layers=config.layers,
+            num_attention_heads=config.heads,
+            image_size=config.image_size,
+            patch_size=config.patch_size,
+            vision_use_head=False,
+        )
+    )

@@ -1,0 +1,161 @@
+"""AG-VAS in PyTorch: the reference that everything exported is measured against (paper §3.1).
+
+`forward` is the training pass with a given answer; `segment` is inference as the paper does it: greedy generation, then the mask
+from the states of the anchors that were said. It knows nothing of deployment: no row selection, no drafts, no exported shapes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+
+from agvas.config import AGVASConfig
+from agvas.encoders import SemanticEncoder, language_model, pixel_encoder
+from agvas.mask_decoder import Maps, MaskDecoder
+from agvas.spam import SPAM
+from runtime import preprocess
+from runtime.prompts import DIRECT, Prompt, PromptEncoder
+
+
+class Vision(NamedTuple):
+    """What the image contributes: all a language pass and a mask decoder need of it."""
+
+    pixel_embeddings: Tensor  # [B, P, G, G]
+    image_embeddings: Tensor  # [B, T, D]
+    aligned_embeddings: Tensor  # [B, T, D]
+
+
+class ForwardOutput(NamedTuple):
+    """Answer logits and maps of a pass with a given answer of A tokens."""
+
+    logits: Tensor  # [B, A, V]: position i predicts answer token i
+    anchor_states: Tensor  # [B, 3, D]
+    maps: Maps
+
+
+@dataclass(frozen=True)
+class Segmented:
+    """The reference's result on one image.
+
+    Attributes:
+        mask: bool [H, W].
+        anomaly_map: float32 [H, W] in 0..1.
+        score: the map's maximum; the image is anomalous when it exceeds the threshold, that is when the mask is not empty.
+        text: the answer.
+        answer_ids: its tokens, end token included when it was reached.
+        anchor_states: float32 [3, D], None when the answer lacks an anchor (mask and map are then empty).
+    """
+
+    mask: np.ndarray
+    anomaly_map: np.ndarray
+    score: float
+    text: str
+    answer_ids: tuple[int, ...]
+    anchor_states: np.ndarray | None
+
+
+class AGVAS(nn.Module):
+    """Pixel encoder, semantic encoder, SPAM, language model and mask decoder, composed as in the paper's figure 3."""
+
+    def __init__(self, config: AGVASConfig, tokenizer: Tokenizer) -> None:
+        super().__init__()
+        self.config = config
+        self.tokenizer = tokenizer
+        self.prompt_encoder = PromptEncoder(tokenizer, config.prompts)
+        self.pixel_encoder = pixel_encoder(config.pixel)
+        self.semantic_encoder = SemanticEncoder(config)
+        self.spam = SPAM(
+            config.semantic.width, config.pixel.output_width, config.spam.width, config.spam.heads, config.language.width
+        )
+        self.language = language_model(config.language)
+        self.mask_decoder = MaskDecoder(
+            config.mask_decoder, config.language.width, config.pixel.output_width, config.pixel.grid
+        )
+
+    def see(self, pixel_image: Tensor, semantic_image: Tensor) -> Vision:
+        """Both encoders and SPAM: [B, 3, S, S] and [B, 3, s, s] → embeddings (eq. 1-2)."""
+        pixel_embeddings = self.pixel_encoder(pixel_image).last_hidden_state
+        semantic_features, image_embeddings = self.semantic_encoder(semantic_image)
+        return Vision(pixel_embeddings, image_embeddings, self.spam(semantic_features, pixel_embeddings))
+
+    def input_embeddings(self, vision: Vision, prompt: Prompt, answer: tuple[int, ...] = ()) -> Tensor:
+        """Prefix, image tokens, aligned tokens, suffix, answer: [B, N, D] (eq. 3)."""
+        batch = vision.image_embeddings.shape[0]
+
+        def embed(ids: tuple[int, ...]) -> Tensor:
+            tokens = torch.tensor(ids, dtype=torch.long, device=vision.image_embeddings.device)
+            return self.language.get_input_embeddings()(tokens).expand(batch, -1, -1)
+
+        return torch.cat(
+            [
+                embed(prompt.prefix),
+                vision.image_embeddings,
+                vision.aligned_embeddings,
+                embed(prompt.suffix + answer),
+            ],
+            dim=1,
+        )
+
+    def forward(
+        self, pixel_image: Tensor, semantic_image: Tensor, prompt: Prompt, answer: tuple[int, ...]
+    ) -> ForwardOutput:
+        """One pass with a given answer (teacher forcing); `answer` holds all three anchors and ends with the end token."""
+        anchors = self.prompt_encoder.find_anchors(answer)
+        if anchors is None:
+            raise ValueError(f"the answer must hold {', '.join(self.config.prompts.anchors)} before its last token: {answer}")
+        vision = self.see(pixel_image, semantic_image)
+        embeddings = self.input_embeddings(vision, prompt, answer)
+        states = self.language.model(inputs_embeds=embeddings).last_hidden_state  # [B, N, D]
+        first = embeddings.shape[1] - len(answer)  # position of the answer's first token
+        logits = self.language.lm_head(states[:, first - 1 : -1])  # [B, A, V]
+        anchor_states = states[:, [first + i + self.prompt_encoder.state_shift for i in anchors]]  # [B, 3, D]
+        return ForwardOutput(logits, anchor_states, self.mask_decoder(anchor_states, vision.pixel_embeddings))
+
+    @torch.inference_mode()
+    def segment(self, image: np.ndarray, instruction: str | None = None, mode: str = DIRECT) -> Segmented:
+        """Segment one picture as the paper does: generate greedily, decode the mask from the anchors' last-layer states.
+
+        Args:
+            image: uint8 RGB [H, W, 3].
+            instruction: what to ask; None for the mode's default.
+
+        Raises:
+            RequestError: see PromptEncoder.encode.
+        """
+        settings = self.config.preprocessing
+        pixel_image, frame = preprocess.pixel_image(image, settings)
+        vision = self.see(self._batch(pixel_image), self._batch(preprocess.semantic_image(image, settings)))
+        answer, states = self.generate(vision, self.prompt_encoder.encode(instruction, mode))
+        anchors = self.prompt_encoder.find_anchors(answer)
+        text = self.prompt_encoder.decode(answer)
+        if anchors is None:
+            empty = np.zeros(image.shape[:2], np.float32)
+            return Segmented(empty.astype(bool), empty, 0.0, text, answer, None)
+        anchor_states = states[[i + 1 + self.prompt_encoder.state_shift for i in anchors]]  # [3, D]
+        maps = self.mask_decoder(anchor_states.unsqueeze(0), vision.pixel_embeddings)
+        anomaly_map = preprocess.restore(maps.anomaly_map[0].float().cpu().numpy(), frame)
+        mask = anomaly_map > self.config.mask_decoder.threshold
+        return Segmented(mask, anomaly_map, float(anomaly_map.max()), text, answer, anchor_states.float().cpu().numpy())
+
+    def generate(self, vision: Vision, prompt: Prompt) -> tuple[tuple[int, ...], Tensor]:
+        """Greedy answer of one image and the last-layer states behind it: row i predicted answer token i, and stands at token i - 1."""
+        output = self.language.generate(
+            inputs_embeds=self.input_embeddings(vision, prompt),
+            max_new_tokens=self.config.prompts.max_new_tokens,
+            do_sample=False,
+            eos_token_id=self.prompt_encoder.end_id,
+            pad_token_id=self.prompt_encoder.end_id,
+            output_hidden_states=True,
+            return_dict_in_generate=True,
+        )
+        states = torch.cat([step[-1][0, -1:] for step in output.hidden_states])  # [A, D]
+        return tuple(output.sequences[0].tolist()), states
+
+    def _batch(self, image: np.ndarray) -> Tensor:
+        parameter = next(self.parameters())
+        return torch.from_numpy(image).to(parameter.device, parameter.dtype).unsqueeze(0)

@@ -1,0 +1,43 @@
+"""agvas-train: train a small AG-VAS from nothing, or go on where an interrupted run stopped."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="agvas-train", description=__doc__)
+    parser.add_argument("--config", default="nano", choices=("nano", "tiny"), help="named size to train (default nano)")
+    parser.add_argument("--output", type=Path, default=Path("training-run"), help="folder of pool, state and checkpoint")
+    parser.add_argument("--steps", type=int, default=None, help="optimiser steps (default: the recipe's)")
+    parser.add_argument("--batch", type=int, default=None, help="images per step (default: the recipe's)")
+    parser.add_argument("--samples", type=int, default=None, help="procedural samples in the pool (default: the recipe's)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu", help="cpu or cuda:N")
+    parser.add_argument("--workers", type=int, default=2, help="processes that make samples")
+    options = parser.parse_args(arguments)
+
+    from dataclasses import replace
+
+    from agvas.training.trainer import Diverged, TrainSettings, train
+
+    settings = TrainSettings(config=options.config, seed=options.seed)
+    if options.steps is not None:
+        settings = replace(settings, steps=options.steps)
+    if options.batch is not None:
+        settings = replace(settings, batch=options.batch)
+    if options.samples is not None:
+        settings = replace(settings, pool=replace(settings.pool, samples=options.samples))
+    try:
+        train(settings, options.output, options.device, options.workers)
+    except (ValueError, Diverged, OSError) as error:
+        print(f"agvas-train: {error}", file=sys.stderr)
+        return 1
+    print(f"saved {options.output / 'checkpoint'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

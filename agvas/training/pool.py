@@ -1,0 +1,139 @@
+"""A pool of procedural samples on disk, and the augmented batches drawn from it.
+
+Making a sample costs more than a training step spends on one, so samples are made once and each is seen several times, cropped,
+turned, recoloured and rescaled differently. Pool and batches depend on seeds and step numbers alone: a resumed run draws what
+an uninterrupted one would have drawn.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from agvas.training.procedural import make_samples
+from runtime import preprocess
+from runtime.preprocess import Preprocessing
+
+
+@dataclass(frozen=True)
+class PoolSettings:
+    """How many samples, their side in pixels, and the first seed (sample i has seed `seed + i`)."""
+
+    samples: int = 6000
+    side: int = 320
+    seed: int = 1_000_000
+
+
+class SamplePool:
+    """Images uint8 [n, side, side, 3] and masks bool [n, side, side], memory-mapped from `folder`."""
+
+    def __init__(self, folder: Path, settings: PoolSettings) -> None:
+        shape = (settings.samples, settings.side, settings.side)
+        self.images = np.load(folder / "images.npy", mmap_mode="r")
+        self.masks = np.load(folder / "masks.npy", mmap_mode="r")
+        if self.masks.shape != shape:
+            raise ValueError(f"pool in {folder} is {self.masks.shape}, expected {shape}; remove the folder and make it again")
+
+    @classmethod
+    def make(cls, folder: Path, settings: PoolSettings, workers: int) -> SamplePool:
+        """Open the pool, making it or finishing it first; an interrupted making continues where it stopped."""
+        folder.mkdir(parents=True, exist_ok=True)
+        progress_file = folder / "pool.json"
+        state = {"settings": asdict(settings), "made": 0}
+        if progress_file.exists():
+            state = json.loads(progress_file.read_text())
+            if state["settings"] != asdict(settings):
+                raise ValueError(f"{folder} holds another pool ({state['settings']}); choose another folder or remove it")
+        made = int(state["made"])  # type: ignore[call-overload]
+        if made < settings.samples:
+            shape = (settings.samples, settings.side, settings.side)
+            mode = "r+" if made else "w+"
+            images = np.lib.format.open_memmap(folder / "images.npy", mode, np.uint8, (*shape, 3))
+            masks = np.lib.format.open_memmap(folder / "masks.npy", mode, np.bool_, shape)
+            seeds = range(settings.seed + made, settings.seed + settings.samples)
+            bar = tqdm(total=settings.samples, initial=made, desc="procedural samples", unit="image")
+            for sample in make_samples(seeds, settings.side, settings.side, workers):
+                images[made], masks[made] = sample.image, sample.mask
+                made += 1
+                bar.update()
+                if made % 100 == 0 or made == settings.samples:
+                    images.flush()
+                    masks.flush()
+                    progress_file.write_text(json.dumps({"settings": asdict(settings), "made": made}))
+            bar.close()
+        return cls(folder, settings)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one step sees."""
+
+    pixel_image: Tensor  # [B, 3, S, S]
+    semantic_image: Tensor  # [B, 3, s, s]
+    target: Tensor  # [B, M, M] share of each cell that is anomalous
+    valid: Tensor  # [B, M, M] 1 inside the picture
+
+
+def draw_batch(pool: SamplePool, settings: Preprocessing, map_side: int, size: int, rng: np.random.Generator) -> Batch:
+    """`size` augmented samples, preprocessed exactly as the runtime preprocesses a picture."""
+    rows = [_draw(pool, settings, map_side, rng) for _ in range(size)]
+    return Batch(*(torch.from_numpy(np.stack(column)) for column in zip(*rows, strict=True)))
+
+
+def _draw(
+    pool: SamplePool, settings: Preprocessing, map_side: int, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    index = int(rng.integers(len(pool.images)))
+    image, mask = _turn(*_crop(pool.images[index], pool.masks[index], rng), rng)
+    image = _recolour(image, rng)
+    pixel, frame = preprocess.pixel_image(image, settings)
+    target = np.zeros((map_side, map_side), np.float32)
+    valid = np.zeros((map_side, map_side), np.float32)
+    rows = max(1, round(map_side * frame.resized_height / frame.padded_size))
+    columns = max(1, round(map_side * frame.resized_width / frame.padded_size))
+    shares = Image.fromarray(mask.astype(np.float32)).resize((columns, rows), Image.Resampling.BOX)
+    target[:rows, :columns] = np.asarray(shares)
+    valid[:rows, :columns] = 1
+    return pixel, preprocess.semantic_image(image, settings), target, valid
+
+
+def _crop(image: np.ndarray, mask: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """A crop of 45-100 % of the side and, half of the time, of another aspect ratio."""
+    side = image.shape[0]
+    zoom = rng.uniform(0.45, 1.0) if rng.random() < 0.6 else 1.0
+    aspect = np.exp(rng.uniform(-0.8, 0.8)) if rng.random() < 0.5 else 1.0
+    height = int(np.clip(side * zoom * min(1.0, aspect), 24, side))
+    width = int(np.clip(side * zoom * min(1.0, 1 / aspect), 24, side))
+    top, left = rng.integers(side - height + 1), rng.integers(side - width + 1)
+    return image[top : top + height, left : left + width], mask[top : top + height, left : left + width]
+
+
+def _turn(image: np.ndarray, mask: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    quarters = int(rng.integers(4))
+    image, mask = np.rot90(image, quarters), np.rot90(mask, quarters)
+    if rng.random() < 0.5:
+        image, mask = image[:, ::-1], mask[:, ::-1]
+    return np.ascontiguousarray(image), np.ascontiguousarray(mask)
+
+
+def _recolour(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Grey, channel order, contrast, brightness and gamma; one look-up table per channel."""
+    if rng.random() < 0.25:
+        image = np.repeat(image.mean(axis=2, keepdims=True).astype(np.uint8), 3, axis=2)
+    elif rng.random() < 0.3:
+        image = image[..., rng.permutation(3)]
+    levels = np.linspace(0, 1, 256)
+    gamma = np.exp(rng.uniform(-0.5, 0.5))
+    contrast, brightness = rng.uniform(0.6, 1.35), rng.uniform(-0.15, 0.15)
+    tables = []
+    for _ in range(3):
+        tint = rng.uniform(-0.03, 0.03)
+        tables.append(np.clip(((levels**gamma - 0.5) * contrast + 0.5 + brightness + tint) * 255, 0, 255).astype(np.uint8))
+    return np.stack([table[image[..., channel]] for channel, table in enumerate(tables)], axis=2)

@@ -1,0 +1,1 @@
+"""Measurements: accuracy on manifest data sets, metrics, trivial baselines, latency and reports."""

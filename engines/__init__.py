@@ -1,0 +1,89 @@
+"""Execution back-ends: `open_engine` opens one exported graph on one back-end and device, or says why it cannot.
+
+Each back-end is one file and imports its library there. An engine or device that was asked for and cannot be had raises; nothing
+falls back. Choosing among engines is the runtime's business.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from engines.errors import EngineError, EngineFailed, EngineUnavailable, TensorMismatch
+from engines.spec import StageSpec, TensorSpec
+
+ENGINES = ("onnxruntime", "openvino", "tensorrt", "tensorrt-rtx")
+INFERENCE_PRECISIONS = ("graph", "bf16")
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How a back-end runs a graph.
+
+    Attributes:
+        device: "cpu" or "cuda:N".
+        threads: CPU threads of one inference; 0 leaves it to the back-end.
+        inference_precision: "graph" computes in the types the graph states (or wider); "bf16" lets OpenVINO multiply in
+            bfloat16 on CPUs that do so natively, whatever the graph states.
+    """
+
+    device: str = "cpu"
+    threads: int = 0
+    inference_precision: str = "graph"
+
+
+class Engine(Protocol):
+    """One graph, loaded. `run` may be called from several threads at once."""
+
+    spec: StageSpec
+
+    def run(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Outputs by name.
+
+        Raises:
+            TensorMismatch: feeds that do not fit the stage.
+            EngineFailed: the back-end could not compute.
+        """
+        ...
+
+
+def open_engine(graph: Path, spec: StageSpec, engine: str, options: EngineOptions | None = None) -> Engine:
+    """Load `graph` (an .onnx file) on a back-end.
+
+    Raises:
+        EngineUnavailable: unknown, not installed, or without this device; says what to install or choose.
+        EngineFailed: the back-end refuses the graph.
+    """
+    options = options or EngineOptions()
+    if engine == "onnxruntime":
+        from engines.onnxruntime import OnnxRuntimeEngine
+
+        return OnnxRuntimeEngine(graph, spec, options)
+    if engine == "openvino":
+        from engines.openvino import OpenVinoEngine
+
+        return OpenVinoEngine(graph, spec, options)
+    if engine in ("tensorrt", "tensorrt-rtx"):
+        raise EngineUnavailable(
+            f"engine {engine} is planned but not part of this version; the bundle's graphs are plain ONNX and can be built "
+            "with the vendor's tools. Use engine onnxruntime (device cuda:N for a GPU) or openvino."
+        )
+    raise EngineUnavailable(f"engine {engine!r} is unknown; valid: {', '.join(ENGINES)}")
+
+
+__all__ = [
+    "ENGINES",
+    "INFERENCE_PRECISIONS",
+    "Engine",
+    "EngineError",
+    "EngineFailed",
+    "EngineOptions",
+    "EngineUnavailable",
+    "StageSpec",
+    "TensorMismatch",
+    "TensorSpec",
+    "open_engine",
+]

@@ -1,0 +1,22 @@
+"""What can go wrong with an engine, by name, so that a caller can tell a missing package from a wrong array.
+
+The tree stands here and not in runtime/ because engines depend on nothing of ours.
+"""
+
+from __future__ import annotations
+
+
+class EngineError(Exception):
+    """Base of everything an execution back-end raises."""
+
+
+class EngineUnavailable(EngineError):
+    """The engine or device asked for cannot be had on this machine; the message says what to install or choose."""
+
+
+class EngineFailed(EngineError):
+    """The engine was opened but could not load or run this graph."""
+
+
+class TensorMismatch(EngineError, ValueError):
+    """An array does not fit the stage's input: expected, got and remedy are in the message."""

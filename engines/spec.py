@@ -1,0 +1,62 @@
+"""What a graph's inputs and outputs look like: names, dtypes and symbolic shapes, and the check of real arrays against them.
+
+Kept apart from the back-ends so that every one of them refuses the same wrong array with the same words. It knows nothing
+of AG-VAS: which stages exist is written in runtime/contract.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from engines.errors import TensorMismatch
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One named tensor: `shape` holds an int for a fixed axis and a letter for a symbolic one (equal letters, equal sizes)."""
+
+    name: str
+    dtype: str
+    shape: tuple[str | int, ...]
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.dtype} [{', '.join(map(str, self.shape))}]"
+
+
+@dataclass(frozen=True)
+class StageSpec:
+    """One graph: its name and its tensors in order."""
+
+    name: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+    def check_inputs(self, feeds: Mapping[str, np.ndarray]) -> None:
+        """Refuse feeds that are missing, unknown, of another dtype, rank or axis size.
+
+        Raises:
+            TensorMismatch: names the tensor, what was expected, what was given, and what to do.
+        """
+        expected = {spec.name for spec in self.inputs}
+        if missing := expected - feeds.keys():
+            raise TensorMismatch(f"stage {self.name}: input {', '.join(sorted(missing))} is missing; feed {sorted(expected)}")
+        if unknown := feeds.keys() - expected:
+            raise TensorMismatch(f"stage {self.name}: unknown input {', '.join(sorted(unknown))}; it takes {sorted(expected)}")
+        sizes: dict[str, tuple[int, str]] = {}
+        for spec in self.inputs:
+            array = feeds[spec.name]
+            given = f"{array.dtype} {list(array.shape)}"
+            if str(array.dtype) != spec.dtype or array.ndim != len(spec.shape):
+                raise TensorMismatch(f"stage {self.name}: expected {spec}, got {given}; convert it before the call")
+            for axis, size in zip(spec.shape, array.shape):
+                if isinstance(axis, int):
+                    if axis != size:
+                        raise TensorMismatch(f"stage {self.name}: expected {spec}, got {given}: an axis must be {axis}")
+                    continue
+                known, where = sizes.setdefault(axis, (size, spec.name))
+                if known != size:
+                    raise TensorMismatch(
+                        f"stage {self.name}: expected {spec}, got {given}: axis {axis} is {size} here but {known} in {where}"
+                    )

@@ -1,0 +1,149 @@
+"""One adapter per stage: the reference's modules behind the contract's names, shaped for a graph.
+
+The model knows nothing of deployment; what export needs stands here. Only the language stage differs from the reference in how it
+computes: one graph for every mode, whose last layer, norm and head work on the rows that are asked for. A module's inputs
+and outputs stand in the contract's order.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb, repeat_kv
+
+from agvas.config import AGVASConfig
+from agvas.model import AGVAS
+from runtime.contract import STAGES
+
+
+class PixelEncoderStage(nn.Module):
+    def __init__(self, model: AGVAS) -> None:
+        super().__init__()
+        self.encoder = model.pixel_encoder
+
+    def forward(self, pixel_image: Tensor) -> tuple[Tensor]:
+        return (self.encoder(pixel_image).last_hidden_state,)
+
+
+class SemanticEncoderStage(nn.Module):
+    def __init__(self, model: AGVAS) -> None:
+        super().__init__()
+        self.encoder = model.semantic_encoder
+
+    def forward(self, semantic_image: Tensor) -> tuple[Tensor, Tensor]:
+        return self.encoder(semantic_image)
+
+
+class SpamStage(nn.Module):
+    def __init__(self, model: AGVAS) -> None:
+        super().__init__()
+        self.spam = model.spam
+
+    def forward(self, semantic_features: Tensor, pixel_embeddings: Tensor) -> tuple[Tensor]:
+        return (self.spam(semantic_features, pixel_embeddings),)
+
+
+class LanguageStage(nn.Module):
+    """Qwen2 with an explicit past and row selection.
+
+    Every layer's keys and values cover all tokens; queries of the last layer, its MLP, the final norm and the head cover `rows`
+    alone, since nothing else of them is ever read. A row sees keys up to its own position in past plus this call.
+    """
+
+    def __init__(self, model: AGVAS) -> None:
+        super().__init__()
+        self.layers = model.language.model.layers
+        self.norm = model.language.model.norm
+        self.head = model.language.lm_head
+        self.rotary = model.language.model.rotary_emb
+
+    def forward(
+        self, input_embeddings: Tensor, positions: Tensor, past_keys: Tensor, past_values: Tensor, rows: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        hidden = input_embeddings  # [B, N, D]
+        cos, sin = self.rotary(hidden, positions)  # [B, N, C]
+        tokens, past = hidden.shape[1], past_keys.shape[3]
+        every = torch.arange(tokens, device=hidden.device)
+        keys_seen = torch.arange(past + tokens, device=hidden.device)
+        keys, values = [], []
+        for index, layer in enumerate(self.layers):
+            last = index == len(self.layers) - 1
+            asking = rows if last else every  # [Q]
+            attention = layer.self_attn
+            normed = layer.input_layernorm(hidden)
+            key = self._heads(attention.k_proj(normed), attention.head_dim)  # [B, H, N, C]
+            value = self._heads(attention.v_proj(normed), attention.head_dim)
+            if last:
+                normed, hidden = normed.index_select(1, rows), hidden.index_select(1, rows)
+            query = self._heads(attention.q_proj(normed), attention.head_dim)  # [B, heads, Q, C]
+            query, _ = apply_rotary_pos_emb(query, query, cos.index_select(1, asking), sin.index_select(1, asking))
+            key, _ = apply_rotary_pos_emb(key, key, cos, sin)
+            key = torch.cat([past_keys[index], key], dim=2)  # [B, H, K + N, C]
+            value = torch.cat([past_values[index], value], dim=2)
+            hidden_from_row = keys_seen[None, :] > asking[:, None] + past  # [Q, K + N]
+            scores = query @ repeat_kv(key, attention.num_key_value_groups).transpose(2, 3) * attention.scaling
+            scores = scores.masked_fill(hidden_from_row, torch.finfo(torch.float16).min)
+            mixed = scores.softmax(dim=-1) @ repeat_kv(value, attention.num_key_value_groups)  # [B, heads, Q, C]
+            hidden = hidden + attention.o_proj(mixed.transpose(1, 2).flatten(2))
+            hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+            keys.append(key)
+            values.append(value)
+        states = self.norm(hidden)  # [B, R, D]
+        return states, self.head(states), torch.stack(keys), torch.stack(values)
+
+    @staticmethod
+    def _heads(tokens: Tensor, width: int) -> Tensor:
+        return tokens.unflatten(-1, (-1, width)).transpose(1, 2)
+
+
+class MaskDecoderStage(nn.Module):
+    def __init__(self, model: AGVAS) -> None:
+        super().__init__()
+        self.decoder = model.mask_decoder
+
+    def forward(self, anchor_states: Tensor, pixel_embeddings: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        maps = self.decoder(anchor_states, pixel_embeddings)
+        return maps.probability_absolute, maps.probability_relative, maps.anomaly_map
+
+
+ADAPTERS: dict[str, type[nn.Module]] = {
+    "pixel_encoder": PixelEncoderStage,
+    "semantic_encoder": SemanticEncoderStage,
+    "spam": SpamStage,
+    "language": LanguageStage,
+    "mask_decoder": MaskDecoderStage,
+}
+
+
+def axis_sizes(config: AGVASConfig) -> dict[str, int]:
+    """Size of every axis of the contract that the checkpoint fixes."""
+    return {
+        "S": config.pixel.image_size,
+        "s": config.semantic.image_size,
+        "P": config.pixel.output_width,
+        "G": config.pixel.grid,
+        "T": config.semantic.tokens,
+        "Ds": config.semantic.width,
+        "D": config.language.width,
+        "L": config.language.layers,
+        "H": config.language.key_value_heads,
+        "C": config.language.width // config.language.heads,
+        "V": config.language.vocabulary,
+        "M": 4 * config.pixel.grid,
+    }
+
+
+def example_inputs(stage: str, sizes: dict[str, int], free: dict[str, int], seed: int = 0) -> tuple[Tensor, ...]:
+    """Random inputs of a stage; `free` gives the axes that a checkpoint leaves open (B, N, K, R). Positions and rows count up."""
+    generator = torch.Generator().manual_seed(seed)
+    axes: dict[str | int, int] = {**sizes, **free}
+    tensors = []
+    for spec in STAGES[stage].inputs:
+        shape = [axis if isinstance(axis, int) else axes[axis] for axis in spec.shape]
+        if spec.name == "positions":
+            tensors.append((torch.arange(shape[1]) + free["K"]).repeat(shape[0], 1))
+        elif spec.name == "rows":
+            tensors.append(torch.arange(free["N"] - free["R"], free["N"]))
+        else:
+            tensors.append(torch.randn(shape, generator=generator))
+    return tuple(tensors)

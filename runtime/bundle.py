@@ -1,0 +1,175 @@
+"""A bundle on disk, read: manifest, files checked against it, stage graphs, tokenizer and memory-mapped embeddings.
+
+Every number a deployment needs stands in manifest.json; every file has its size and sha256 there. A folder without a readable
+manifest is not a bundle (the manifest is written last). Paths in a manifest may not leave the folder. Writing is export's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from runtime.contract import CONTRACT_VERSION, STAGES
+from runtime.errors import BundleCorrupt, BundleMissing, BundleVersionError
+from runtime.preprocess import Preprocessing
+from runtime.prompts import Prompts
+
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+TOKENIZER = "tokenizer.json"
+EMBEDDINGS = "embeddings.npy"
+GOLDEN = "golden.npz"
+PARITY = "parity.json"
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """One file of a bundle: size in bytes and sha256 in hexadecimal."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """manifest.json.
+
+    Attributes:
+        model: name of the checkpoint's configuration.
+        precision: numeric type of the graphs' arithmetic by stage: fp32, fp16 or bf16.
+        lmm: how the language model's weights are stored: float.
+        threshold: a pixel is anomalous where the map exceeds it; the default of a Segmenter, adjustable there.
+        fusion_weight: share of the absolute map in the anomaly map (eq. 8), built into the graph and told here.
+        sizes: size of each axis of the contract that this checkpoint fixes.
+        parity: summary of parity.json, written by export.
+        files: every file of the bundle but the manifest, by POSIX path.
+        tools: versions of what made the bundle.
+    """
+
+    schema_version: int
+    contract_version: int
+    model: str
+    precision: dict[str, str]
+    lmm: str
+    preprocessing: Preprocessing
+    prompts: Prompts
+    threshold: float
+    fusion_weight: float
+    sizes: dict[str, int]
+    parity: dict[str, Any]
+    files: dict[str, FileRecord]
+    tools: dict[str, str]
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, where: str = MANIFEST) -> Manifest:
+        """Raises BundleCorrupt when it is no manifest, BundleVersionError when it is one of another version."""
+        try:
+            fields = json.loads(text)
+            versions = int(fields["schema_version"]), int(fields["contract_version"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise BundleCorrupt(f"{where} is not a bundle manifest ({error}); export the bundle again") from error
+        _check_version("schema", versions[0], SCHEMA_VERSION, where)
+        _check_version("contract", versions[1], CONTRACT_VERSION, where)
+        try:
+            fields["preprocessing"] = Preprocessing(**_tuples(fields["preprocessing"]))
+            fields["prompts"] = Prompts(**_tuples(fields["prompts"]))
+            fields["files"] = {path: FileRecord(**record) for path, record in fields["files"].items()}
+            return cls(**fields)
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise BundleCorrupt(f"{where} does not describe a bundle: {error}; export the bundle again") from error
+
+
+class Bundle:
+    """An opened bundle. Construction checks the manifest and every file's size and sha256.
+
+    Raises:
+        BundleMissing: no such folder, no manifest in it, or a file of it is gone.
+        BundleCorrupt: a file has another size or content than the manifest says, or a path leaves the folder.
+        BundleVersionError: written for another schema or contract.
+    """
+
+    def __init__(self, folder: str | Path, *, check_hashes: bool = True) -> None:
+        self.folder = Path(folder)
+        manifest = self.folder / MANIFEST
+        if not self.folder.is_dir():
+            raise BundleMissing(f"{self.folder} is not a folder; give the folder that agvas-export wrote")
+        if not manifest.is_file():
+            raise BundleMissing(
+                f"{self.folder} has no {MANIFEST}: it is not a bundle, or its export was interrupted; run agvas-export"
+            )
+        text = manifest.read_text()
+        self.manifest = Manifest.from_json(text, str(manifest))
+        self.id = hashlib.sha256(text.encode()).hexdigest()
+        for name, record in self.manifest.files.items():
+            self._check(name, record, check_hashes)
+        for name in (TOKENIZER, EMBEDDINGS, GOLDEN, *(f"{stage}/{stage}.onnx" for stage in STAGES)):
+            if name not in self.manifest.files:
+                raise BundleCorrupt(f"{manifest} does not list {name}, which every bundle has; export the bundle again")
+
+    def graph(self, stage: str) -> Path:
+        """The stage's .onnx file; its external data lies beside it."""
+        return self.folder / stage / f"{stage}.onnx"
+
+    def tokenizer(self) -> Tokenizer:
+        return Tokenizer.from_file(str(self.folder / TOKENIZER))
+
+    def embeddings(self) -> np.ndarray:
+        """The token embedding table [V, D], float32 or float16, memory-mapped: a request touches a few dozen rows of it."""
+        return np.load(self.folder / EMBEDDINGS, mmap_mode="r", allow_pickle=False)
+
+    def golden(self) -> dict[str, np.ndarray]:
+        """The reference's traces, see runtime.verify."""
+        with np.load(self.folder / GOLDEN, allow_pickle=False) as file:
+            return dict(file)
+
+    @property
+    def bytes(self) -> int:
+        """Size on disk of all files but the manifest."""
+        return sum(record.bytes for record in self.manifest.files.values())
+
+    def _check(self, name: str, record: FileRecord, check_hash: bool) -> None:
+        parts = PurePosixPath(name)
+        if parts.is_absolute() or ".." in parts.parts or "\\" in name or ":" in name:
+            raise BundleCorrupt(f"{MANIFEST} names {name!r}, a path outside the bundle; do not use this bundle")
+        path = self.folder / name
+        if not path.is_file():
+            raise BundleMissing(f"{path} is missing; copy the bundle again, whole, or run agvas-export")
+        size = path.stat().st_size
+        if size != record.bytes:
+            raise BundleCorrupt(f"{path} has {size} bytes, the manifest says {record.bytes}; copy or export the bundle again")
+        if check_hash and sha256_of(path) != record.sha256:
+            raise BundleCorrupt(f"{path} was altered: its sha256 is not the manifest's; copy or export the bundle again")
+
+
+def sha256_of(path: Path) -> str:
+    """Hexadecimal sha256 of a file, read in blocks."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _check_version(kind: str, found: int, expected: int, where: str) -> None:
+    if found > expected:
+        raise BundleVersionError(
+            f"{where} has {kind} version {found}, this runtime reads {expected}; install a newer agvas, or export with this one"
+        )
+    if found < expected:
+        raise BundleVersionError(
+            f"{where} has {kind} version {found}, this runtime reads {expected}; export the bundle again with this agvas"
+        )
+
+
+def _tuples(fields: dict[str, Any]) -> dict[str, Any]:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}

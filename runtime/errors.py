@@ -1,0 +1,66 @@
+"""What can go wrong around the engines, by name: pictures, bundles, requests, outputs.
+
+One short tree, so that a command line can print any `AgvasError` as one line and a service can tell the caller's
+mistakes (also ValueError) from the disk's (also OSError). What a back-end raises stands in engines/errors.py.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class AgvasError(Exception):
+    """Base of everything the runtime raises on purpose; messages say what was expected, what was found, what to do."""
+
+
+class ImageError(AgvasError, ValueError):
+    """A picture or array that cannot be read, or is of a kind whose grey levels would have to be guessed."""
+
+
+class BundleError(AgvasError):
+    """A bundle that cannot be opened or written."""
+
+
+class BundleMissing(BundleError):
+    """No bundle at this path, or a file that its manifest names is not there."""
+
+
+class BundleCorrupt(BundleError):
+    """A file of the bundle is not what its manifest says: size, sha256 or content."""
+
+
+class BundleVersionError(BundleError):
+    """The bundle was written for another schema or contract version than this runtime reads."""
+
+
+class RequestError(AgvasError, ValueError):
+    """A bad argument of a call: instruction, mode, threshold, engine name."""
+
+
+class OutputError(AgvasError, OSError):
+    """A result that cannot be written: unwritable folder, full disk."""
+
+
+def choose(name: str, value: str, allowed: Iterable[str], remedy: str = "") -> str:
+    """Return `value` if it is one of `allowed`.
+
+    Args:
+        name: what is being chosen, as the caller wrote it (`engine`, `--mode`).
+        remedy: what else to do, added to the message.
+
+    Raises:
+        RequestError: names every valid value and the one nearest to what was given.
+    """
+    options = list(allowed)
+    if value in options:
+        return value
+    # Compared in lower case: "FP16" for "fp16" is the commonest slip, and by case alone it would be far away.
+    by_lower = {option.lower(): option for option in options}
+    nearest = difflib.get_close_matches(str(value).lower(), by_lower, n=1)
+    parts = [f"{name}: expected one of {', '.join(options)}; got {value!r}"]
+    if nearest:
+        parts.append(f"did you mean {by_lower[nearest[0]]!r}?")
+    if remedy:
+        parts.append(remedy)
+    raise RequestError("; ".join(parts))

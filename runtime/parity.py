@@ -1,0 +1,127 @@
+"""How close two runs of the same pictures are, judged on masks first, and the gates that a bundle must pass.
+
+Used by export against the PyTorch reference and by agvas-verify against the bundle's golden traces, so that both speak of the same
+numbers. Relative tolerances on single tensors are reported, not gated: what an inspection line loses is masks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What is compared of one picture: mask bool [H, W], map float32 [H, W], anchor states float32 [3, D] or None, answer ids."""
+
+    mask: np.ndarray
+    anomaly_map: np.ndarray
+    anchor_states: np.ndarray | None
+    answer: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Parity:
+    """Agreement over a set of pictures.
+
+    Attributes:
+        images: how many.
+        mask_iou_mean, mask_iou_min: intersection over union of the two masks; 1 where both are empty.
+        flips: pictures whose mask is empty in one of the two and not in the other (OK against NG).
+        answers_changed: pictures whose answer tokens differ.
+        map_max_abs, map_mean_abs: difference of the anomaly maps.
+        anchor_cosine_min: least cosine between anchor states; 1 where neither has any, -1 where only one has.
+        not_finite: maps with NaN or infinity.
+    """
+
+    images: int
+    mask_iou_mean: float
+    mask_iou_min: float
+    flips: int
+    answers_changed: int
+    map_max_abs: float
+    map_mean_abs: float
+    anchor_cosine_min: float
+    not_finite: int
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Gates:
+    """Limits of a Parity. None leaves a number ungated."""
+
+    mask_iou_mean: float
+    mask_iou_min: float
+    flips: int
+    map_max_abs: float | None
+    answers_changed: int | None
+
+    def failures(self, parity: Parity) -> list[str]:
+        """Each broken gate in words; empty when all hold."""
+        failed = []
+        if parity.not_finite:
+            failed.append(f"{parity.not_finite} maps hold NaN or infinity")
+        if not parity.mask_iou_mean >= self.mask_iou_mean:
+            failed.append(f"mean mask IoU {parity.mask_iou_mean:.4f} is below {self.mask_iou_mean}")
+        if not parity.mask_iou_min >= self.mask_iou_min:
+            failed.append(f"least mask IoU {parity.mask_iou_min:.4f} is below {self.mask_iou_min}")
+        if parity.flips > self.flips:
+            failed.append(f"{parity.flips} masks flipped between empty and not empty, {self.flips} allowed")
+        if self.answers_changed is not None and parity.answers_changed > self.answers_changed:
+            failed.append(f"{parity.answers_changed} answers changed, {self.answers_changed} allowed")
+        if self.map_max_abs is not None and not parity.map_max_abs <= self.map_max_abs:
+            failed.append(f"maps differ by up to {parity.map_max_abs:.2e}, {self.map_max_abs:.0e} allowed")
+        return failed
+
+
+# fp32 graphs reorder sums and nothing else: 1e-4 on a probability is a hundred times what was measured. A mask may still lose a
+# pixel whose probability lies within 1e-4 of the threshold, hence 0.999 and not 1. In 16 bit the map moves by up to a few hundredths
+# at edges, so masks alone are gated.
+GATES = {
+    "fp32": Gates(mask_iou_mean=0.999, mask_iou_min=0.99, flips=0, map_max_abs=1e-4, answers_changed=0),
+    "fp16": Gates(mask_iou_mean=0.99, mask_iou_min=0.95, flips=0, map_max_abs=None, answers_changed=None),
+    "bf16": Gates(mask_iou_mean=0.99, mask_iou_min=0.95, flips=0, map_max_abs=None, answers_changed=None),
+}
+
+
+def compare(ours: list[Outcome], reference: list[Outcome]) -> Parity:
+    """Agreement of two equally long lists of outcomes of the same pictures."""
+    if len(ours) != len(reference) or not ours:
+        raise ValueError(f"expected two equally long, non-empty lists of outcomes, got {len(ours)} and {len(reference)}")
+    pairs = list(zip(ours, reference))
+    ious = [_iou(a.mask, b.mask) for a, b in pairs]
+    differences = [np.abs(a.anomaly_map - b.anomaly_map) for a, b in pairs]
+    return Parity(
+        images=len(pairs),
+        mask_iou_mean=float(np.mean(ious)),
+        mask_iou_min=float(np.min(ious)),
+        flips=sum(bool(a.mask.any()) != bool(b.mask.any()) for a, b in pairs),
+        answers_changed=sum(a.answer != b.answer for a, b in pairs),
+        map_max_abs=float(max(d.max() for d in differences)),
+        map_mean_abs=float(np.mean([d.mean() for d in differences])),
+        anchor_cosine_min=min(_cosine(a.anchor_states, b.anchor_states) for a, b in pairs),
+        not_finite=sum(not np.isfinite(a.anomaly_map).all() for a, _ in pairs),
+    )
+
+
+def relative_error(ours: np.ndarray, reference: np.ndarray) -> float:
+    """Norm of the difference over the norm of the reference."""
+    scale = float(np.linalg.norm(reference.astype(np.float64)))
+    return float(np.linalg.norm(ours.astype(np.float64) - reference.astype(np.float64)) / max(scale, 1e-30))
+
+
+def _iou(a: np.ndarray, b: np.ndarray) -> float:
+    union = np.count_nonzero(a | b)
+    return np.count_nonzero(a & b) / union if union else 1.0
+
+
+def _cosine(a: np.ndarray | None, b: np.ndarray | None) -> float:
+    """The least cosine of the three anchors."""
+    if a is None or b is None:
+        return 1.0 if a is b else -1.0
+    a, b = a.reshape(3, -1).astype(np.float64), b.reshape(3, -1).astype(np.float64)
+    return float(((a * b).sum(axis=1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))).min())

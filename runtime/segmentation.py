@@ -1,0 +1,288 @@
+"""What the model found in one picture: mask, map, verdict, and the forms a line needs them in (JSON, polygons, files).
+
+The outline is traced here along pixel edges, so that the runtime needs neither OpenCV nor SciPy and the polygons give
+back the mask exactly. How a map is made from the decoder's output stands in postprocess.py; nothing here runs a model.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import uuid
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from numbers import Real
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from runtime.errors import OutputError, RequestError
+
+# How far outside [0, 1] a map may lie: resampling a float32 map adds a few units in its last place.
+_MAP_SLACK = 1e-4
+
+
+# Compared by identity: arrays have no truth value to compare fields by.
+@dataclass(frozen=True, eq=False)
+class Segmentation:
+    """One picture's result; H and W are the picture's own size.
+
+    Attributes:
+        mask: bool [H, W], True where anomalous.
+        anomaly_map: float32 [H, W], probability of an anomaly in [0, 1].
+        score: of the whole picture, in [0, 1].
+        is_anomalous: the verdict, OK (False) or NG (True).
+        text: what the model said.
+        answer_verified: True where the single pass confirmed the fixed answer; False where the model wrote its own.
+        anchors_found: False where the answer lacks [NOR], [ANO] or [SEG]: there is no map then, it is all zeros.
+        threshold: the mask is `anomaly_map > threshold`.
+        timings: milliseconds by stage, and "total".
+        image: uint8 RGB [H, W, 3] for `overlay`, by reference; None where it was not kept.
+
+    Raises:
+        ValueError: an array of another dtype or shape, or a map with NaN or values outside [0, 1]; a NaN would pass
+            every threshold as normal.
+    """
+
+    mask: np.ndarray = field(repr=False)
+    anomaly_map: np.ndarray = field(repr=False)
+    score: float
+    is_anomalous: bool
+    text: str
+    answer_verified: bool
+    anchors_found: bool
+    threshold: float
+    timings: dict[str, float]
+    image: np.ndarray | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        _check_array("mask", self.mask, "bool", "[H, W]", self.mask.ndim == 2 and self.mask.size > 0)
+        size = list(self.mask.shape)
+        _check_array("anomaly_map", self.anomaly_map, "float32", size, self.anomaly_map.shape == self.mask.shape)
+        lowest, highest = self.anomaly_map.min(), self.anomaly_map.max()
+        if not (lowest >= -_MAP_SLACK and highest <= 1 + _MAP_SLACK):
+            raise ValueError(
+                f"anomaly_map: expected probabilities in [0, 1], got {lowest}..{highest}; compare the stages' outputs "
+                "with agvas-verify (an fp16 encoder that overflows shows up like this)"
+            )
+        if self.image is not None:
+            _check_array("image", self.image, "uint8", [*size, 3], self.image.shape == (*self.mask.shape, 3))
+
+    @property
+    def area(self) -> int:
+        """Number of anomalous pixels."""
+        return int(np.count_nonzero(self.mask))
+
+    def polygons(self) -> list[list[list[tuple[int, int]]]]:
+        """Outline of the mask along pixel edges.
+
+        Returns:
+            One entry for each 4-connected component, from the top; each holds its outer ring, then its holes. A ring is
+            a list of corners (x, y) in pixels from the picture's top left corner: pixel (x, y) covers x..x+1, y..y+1.
+            The last corner joins the first, and no three corners in a row lie on one line. On screen, outer rings run
+            clockwise and holes against the clock. Filling the rings by the even-odd rule gives the mask exactly; a ring
+            may touch itself at a corner, where two pixels meet diagonally.
+        """
+        return _trace(self.mask)
+
+    def overlay(
+        self, alpha: float = 0.45, color: tuple[int, int, int] = (255, 0, 64), outline: bool = True
+    ) -> Image.Image:
+        """The picture with the mask tinted.
+
+        Args:
+            alpha: share of `color` in the tint, 0 (the picture alone) to 1.
+            color: RGB, 0..255.
+            outline: draw the mask's outermost pixels in full `color`.
+
+        Raises:
+            RequestError: alpha or color out of range, or the picture was not kept.
+        """
+        if self.image is None:
+            raise RequestError("overlay: expected image uint8 [H, W, 3], got None; keep the image in the Segmentation")
+        if not 0 <= alpha <= 1:
+            raise RequestError(f"overlay: expected alpha in 0..1, got {alpha!r}; 0.45 is the default")
+        if len(color) != 3 or not all(isinstance(level, int) and 0 <= level <= 255 for level in color):
+            raise RequestError(f"overlay: expected color as three integers 0..255 (RGB), got {color!r}")
+        painted = self.image.copy()
+        tint = np.asarray(color, np.float32) * alpha
+        painted[self.mask] = np.rint(self.image[self.mask] * np.float32(1 - alpha) + tint).astype(np.uint8)
+        if outline:
+            around = np.pad(self.mask, 1)
+            inner = around[:-2, 1:-1] & around[2:, 1:-1] & around[1:-1, :-2] & around[1:-1, 2:]
+            painted[self.mask & ~inner] = color
+        return Image.fromarray(painted)
+
+    def with_threshold(self, threshold: float) -> Segmentation:
+        """The same map judged by another threshold; score, text and timings stay.
+
+        Without anchors the map is all zeros, so the mask stays empty at any threshold.
+
+        Args:
+            threshold: 0..1; compared in float32, the map's precision.
+
+        Raises:
+            RequestError: not a number in 0..1.
+        """
+        if not (isinstance(threshold, Real) and 0 <= threshold <= 1):  # NaN is refused too
+            raise RequestError(f"threshold: expected a number in 0..1, got {threshold!r}; 0.5 is the usual start")
+        mask = self.anomaly_map > np.float32(threshold)
+        return replace(self, mask=mask, is_anomalous=bool(mask.any()), threshold=float(threshold))
+
+    def to_json(self, *, polygons: bool = False) -> dict[str, Any]:
+        """What JSON can hold of this result, in the words of agvas-segment's line.
+
+        "mask" is None: the caller puts the path there, and the picture's name beside it. With `polygons`, the outline
+        too.
+        """
+        record: dict[str, Any] = {
+            "score": float(self.score),
+            "is_anomalous": bool(self.is_anomalous),
+            "mask": None,
+            "area": self.area,
+            "text": self.text,
+            "answer_verified": bool(self.answer_verified),
+            "anchors_found": bool(self.anchors_found),
+            "threshold": float(self.threshold),
+            "timings_ms": {stage: float(spent) for stage, spent in self.timings.items()},
+        }
+        if polygons:
+            record["polygons"] = self.polygons()
+        return record
+
+    def save(self, folder: str | os.PathLike[str], stem: str, *, overlay: bool = False) -> dict[str, Path]:
+        """Write `<stem>_mask.png` (one channel, 0 and 255) and, if asked, `<stem>_overlay.png` into `folder`.
+
+        The folder is made if need be. Each file appears whole or not at all: a reader that polls the folder never sees
+        half a mask, and a failure leaves an older file as it was.
+
+        Returns:
+            Paths by "mask" and "overlay".
+
+        Raises:
+            RequestError: `stem` is not a plain file name, or the overlay is asked for and the picture was not kept.
+            OutputError: the folder or a file cannot be written, or the disk is full.
+        """
+        if not stem or stem != os.path.basename(stem) or stem in (".", "..") or "\0" in stem:
+            raise RequestError(f"stem: expected a file name without folders, got {stem!r}; give the folder as `folder`")
+        pictures = {"mask": Image.fromarray(self.mask.astype(np.uint8) * 255)}
+        if overlay:
+            pictures["overlay"] = self.overlay()
+        try:
+            os.makedirs(folder, exist_ok=True)
+        except OSError as error:
+            raise OutputError(
+                f"{os.fspath(folder)}: expected a folder to write to, got {error}; choose another one or change its "
+                "permissions"
+            ) from error
+        paths = {}
+        for name, picture in pictures.items():
+            paths[name] = Path(folder) / f"{stem}_{name}.png"
+            encoded = io.BytesIO()
+            # Level 1: on a 12-megapixel overlay several times faster than Pillow's 6, for a slightly larger file.
+            picture.save(encoded, "PNG", compress_level=1)
+            _write_whole(paths[name], encoded.getbuffer())
+        return paths
+
+
+def _check_array(name: str, array: np.ndarray, dtype: str, shape: object, fits: bool) -> None:
+    if array.dtype != dtype or not fits:
+        raise ValueError(f"{name}: expected {dtype} {shape}, got {array.dtype} {list(array.shape)}; convert it before")
+
+
+def _write_whole(path: Path, data: memoryview) -> None:
+    """Write under a temporary name in the same folder, then rename: within one file system that is atomic."""
+    # Not tempfile: its files are private to the user (0600), and masks are read by others on the line.
+    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            file.write(data)
+        os.replace(temporary, path)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink()
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise OutputError(
+                f"{path}: expected room for {len(data)} bytes, got a full disk or quota ({error.strerror}); "
+                "free some space or choose another folder"
+            ) from error
+        raise OutputError(
+            f"{path}: expected a writable file, got {error}; choose another folder or change its permissions"
+        ) from error
+
+
+def _trace(mask: np.ndarray) -> list[list[list[tuple[int, int]]]]:
+    """Rings along the pixel edges of a bool mask [H, W]; see `Segmentation.polygons`.
+
+    Only corners are visited. Along a row of grid points, corners come in pairs that are the ends of one horizontal
+    edge, and along a column in pairs that end a vertical one, so a ring is a walk that takes the two kinds of edge in
+    turn. A grid point where two pixels meet diagonally is two corners, each joining the two edges of one of the pixels:
+    that keeps the pixels apart, which makes components 4-connected.
+    """
+    height, width = mask.shape
+    padded = np.pad(mask, 1)
+    # The four pixels around each grid point, [H+1, W+1]: above and below, left and right.
+    above_left, above_right = padded[:-1, :-1], padded[:-1, 1:]
+    below_left, below_right = padded[1:, :-1], padded[1:, 1:]
+    diagonal = (above_left == below_right) & (above_right == below_left) & (above_left != above_right)
+    corners = (above_left ^ above_right ^ below_left ^ below_right).astype(np.uint8) + 2 * diagonal.astype(np.uint8)
+
+    # By rows: corner 2k and 2k + 1 end one horizontal edge. Of a diagonal's two, the first ends the edge to its left.
+    points = np.flatnonzero(corners)
+    points = np.repeat(points, corners.ravel()[points])  # each = y · (W+1) + x
+    y, x = np.divmod(points, width + 1)
+    second = np.zeros(len(points), bool)
+    second[1:] = points[1:] == points[:-1]
+
+    # By columns, the same. A diagonal's upward edge borders its upper pixel: where that is the left one, the corner
+    # that ends the left edge comes first; where it is the right one (rising), the other corner does.
+    rising = diagonal[y, x] & ~above_left[y, x]
+    by_column = np.lexsort((second ^ rising, y, x))
+    across = np.empty(len(points), np.int64)
+    across[by_column[0::2]] = by_column[1::2]
+    across[by_column[1::2]] = by_column[0::2]
+
+    vertical = across.tolist()
+    coordinates = list(zip(x.tolist(), y.tolist(), strict=True))
+    ring_of = [-1] * len(points)
+    rings: list[list[tuple[int, int]]] = []
+    starts = []
+    for start in range(0, len(points), 2):
+        if ring_of[start] >= 0:
+            continue
+        ring: list[tuple[int, int]] = []
+        corner = start
+        while ring_of[corner] < 0:
+            end = corner ^ 1
+            ring_of[corner] = ring_of[end] = len(rings)
+            ring.append(coordinates[corner])
+            ring.append(coordinates[end])
+            corner = vertical[end]
+        rings.append(ring)
+        starts.append(start)
+
+    # Each walk began at its ring's uppermost edge, to the right: below it lies the component, or a hole.
+    start_x, start_y = x[starts], y[starts]
+    is_hole = ~padded[start_y + 1, start_x + 1]
+    # Just above a hole's uppermost edge lies a run of pixels of its component. The run's left edge is part of another
+    # ring of that component, and of one that begins higher, so that ring has been placed before.
+    run_starts = np.flatnonzero(mask & ~padded[1:-1, :-2])
+    above = (start_y[is_hole] - 1) * width + start_x[is_hole]
+    run_x = run_starts[np.searchsorted(run_starts, above, "right") - 1] % width
+    tops = by_column[0::2]
+    edges = np.searchsorted(x[tops] * (height + 1) + y[tops], run_x * (height + 1) + start_y[is_hole] - 1, "right") - 1
+    neighbours = iter(tops[edges].tolist())
+
+    polygons: list[list[list[tuple[int, int]]]] = []
+    polygon_of: list[int] = []
+    for ring, hole in zip(rings, is_hole.tolist(), strict=True):
+        if hole:
+            polygon_of.append(polygon_of[ring_of[next(neighbours)]])
+            polygons[polygon_of[-1]].append(ring[::-1])
+        else:
+            polygon_of.append(len(polygons))
+            polygons.append([ring])
+    return polygons

@@ -1,0 +1,140 @@
+"""Chooses the engine for `auto`: the fastest of those installed that reproduces the bundle's golden masks on this machine.
+
+Measured, not assumed, and remembered: the choice is kept in the user's cache under the bundle's hash, the engines' versions and the
+processor, so that a new version or another machine measures again. Only the device that was asked for is considered.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import statistics
+import time
+import uuid
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version as package_version
+from pathlib import Path
+
+from engines import EngineError, EngineOptions, EngineUnavailable
+from runtime.bundle import Bundle
+from runtime.pipeline import Pipeline
+from runtime.verify import open_pipeline, verify
+
+# (engine, inference precision), on the CPU and on CUDA.
+CPU_CANDIDATES = (("openvino", "bf16"), ("openvino", "graph"), ("onnxruntime", "graph"))
+CUDA_CANDIDATES = (("onnxruntime", "graph"),)
+PACKAGES = ("onnxruntime", "onnxruntime-gpu", "openvino")
+TIMED_RUNS = 5
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The engine chosen and why the others were not.
+
+    Attributes:
+        milliseconds: median time of the first golden picture when it was measured.
+        rejected: reason by candidate.
+    """
+
+    engine: str
+    inference_precision: str
+    milliseconds: float
+    rejected: dict[str, str]
+
+
+def choose_engine(bundle: Bundle, options: EngineOptions) -> tuple[Pipeline, Choice]:
+    """Open the fastest engine that passes the bundle's gates on `options.device`.
+
+    Raises:
+        EngineUnavailable: none does; the message has every candidate's reason.
+    """
+    cache = cache_folder() / "engine-choice" / f"{_key(bundle, options)}.json"
+    if (known := _read(cache)) is not None:
+        try:
+            pipeline = open_pipeline(
+                bundle, known.engine, replace(options, inference_precision=known.inference_precision)
+            )
+        except EngineError:
+            cache.unlink(missing_ok=True)  # what was chosen then cannot be opened now: measure again
+        else:
+            return pipeline, known
+    candidates = CPU_CANDIDATES if options.device == "cpu" else CUDA_CANDIDATES
+    passed: list[tuple[float, Pipeline, str, str]] = []
+    rejected: dict[str, str] = {}
+    for engine, precision in candidates:
+        name = f"{engine}/{precision}"
+        tried = replace(options, inference_precision=precision)
+        try:
+            pipeline = open_pipeline(bundle, engine, tried)
+            verification = verify(bundle, pipeline, tried)
+        except EngineError as error:
+            rejected[name] = str(error)
+            continue
+        if verification.passed:
+            passed.append((_median_milliseconds(bundle, pipeline), pipeline, engine, precision))
+        else:
+            rejected[name] = "; ".join(verification.failures)
+    if not passed:
+        reasons = " | ".join(f"{name}: {reason}" for name, reason in rejected.items())
+        raise EngineUnavailable(f"no engine on device {options.device} can run this bundle: {reasons}")
+    passed.sort(key=lambda entry: entry[0])
+    for milliseconds, _, engine, precision in passed[1:]:
+        rejected[f"{engine}/{precision}"] = f"slower: {milliseconds:.1f} ms"
+    milliseconds, pipeline, engine, precision = passed[0]
+    choice = Choice(engine, precision, milliseconds, rejected)
+    _write(cache, choice)
+    return pipeline, choice
+
+
+def cache_folder() -> Path:
+    """$AGVAS_CACHE, or agvas in the user's cache folder."""
+    if folder := os.environ.get("AGVAS_CACHE"):
+        return Path(folder)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "agvas"
+
+
+def _median_milliseconds(bundle: Bundle, pipeline: Pipeline) -> float:
+    image, prompt = bundle.golden()["0.image"], pipeline.prompts.encode()
+    return statistics.median(pipeline.run(image, prompt).timings["total"] for _ in range(TIMED_RUNS))
+
+
+def _key(bundle: Bundle, options: EngineOptions) -> str:
+    facts = [bundle.id, options.device, str(options.threads), platform.machine(), platform.processor(), str(os.cpu_count())]
+    facts += [_cpu_model(), *(f"{name} {_installed(name)}" for name in PACKAGES)]
+    return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:32]
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line for line in lines if line.startswith(("model name", "Hardware", "CPU part"))), "")
+
+
+def _installed(package: str) -> str:
+    try:
+        return package_version(package)
+    except PackageNotFoundError:
+        return "absent"
+
+
+def _read(path: Path) -> Choice | None:
+    try:
+        return Choice(**json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError):
+        return None  # absent or not ours: measuring again is always right
+
+
+def _write(path: Path, choice: Choice) -> None:
+    """A cache that cannot be written costs a measurement next time, nothing else."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
+        partial.write_text(json.dumps(asdict(choice), indent=2))
+        os.replace(partial, path)
+    except OSError:
+        return

@@ -1,0 +1,164 @@
+"""Replays a bundle's golden traces on this machine's engine: does it still give the reference's masks? No torch.
+
+The traces are the PyTorch reference's own, written by export: a few pictures, every stage's outputs, the answer and the map. The
+verdict is on masks (runtime.parity); the stages' relative errors stand beside it to tell where a difference begins.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from engines import EngineOptions, open_engine
+from runtime.bundle import Bundle
+from runtime.contract import STAGES
+from runtime.errors import BundleCorrupt
+from runtime.images import read_image
+from runtime.parity import GATES, Outcome, Parity, compare, relative_error
+from runtime.pipeline import Pipeline, Trace
+from runtime.prompts import PromptEncoder
+
+
+# Keys and values repeat the states' error and would triple the file.
+NOT_TRACED = ("present_keys", "present_values")
+
+
+@dataclass(frozen=True)
+class Verification:
+    """Outcome of a verification.
+
+    Attributes:
+        passed: every gate held.
+        failures: broken gates in words.
+        parity: agreement with the reference.
+        stage_errors: largest relative error by tensor, over the traces; each stage is fed by this engine's own predecessors.
+        seconds: what it took.
+    """
+
+    passed: bool
+    failures: list[str]
+    parity: Parity
+    stage_errors: dict[str, float]
+    seconds: float
+
+
+def open_pipeline(bundle: Bundle, engine: str, options: EngineOptions) -> Pipeline:
+    """All five stages of a bundle on one engine.
+
+    Raises:
+        EngineUnavailable, EngineFailed: see engines.open_engine.
+    """
+    manifest = bundle.manifest
+    stages = {name: open_engine(bundle.graph(name), spec, engine, options) for name, spec in STAGES.items()}
+    return Pipeline(
+        stages,
+        manifest.preprocessing,
+        PromptEncoder(bundle.tokenizer(), manifest.prompts),
+        bundle.embeddings(),
+        manifest.sizes,
+    )
+
+
+def outcome_of(trace: Trace, threshold: float) -> Outcome:
+    """What parity compares of a pipeline's trace."""
+    states = None if trace.anchor_states is None else trace.anchor_states[0]
+    return Outcome(trace.anomaly_map > threshold, trace.anomaly_map, states, trace.answer)
+
+
+def gates_for(bundle: Bundle, options: EngineOptions) -> str:
+    """Name of the gates that hold: the coarsest precision in the graphs or asked of the engine."""
+    precisions = {*bundle.manifest.precision.values(), options.inference_precision}
+    return next((name for name in ("bf16", "fp16") if name in precisions), "fp32")
+
+
+def verify(
+    bundle: Bundle, pipeline: Pipeline, options: EngineOptions, progress: Callable[[int, int], None] | None = None
+) -> Verification:
+    """Replay the golden traces and judge them by the bundle's gates.
+
+    Args:
+        progress: called with (traces done, traces in all).
+
+    Raises:
+        EngineFailed: a stage could not be computed.
+    """
+    started = time.monotonic()
+    golden = bundle.golden()
+    threshold = bundle.manifest.threshold
+    count = trace_count(golden)
+    ours, reference, errors = [], [], dict[str, float]()
+    for i in range(count):
+        trace = pipeline.run(golden[f"{i}.image"], pipeline.prompts.encode())
+        ours.append(outcome_of(trace, threshold))
+        reference.append(golden_outcome(golden, i, threshold))
+        for name, tensor in trace.tensors.items():
+            wanted = golden.get(f"{i}.tensor.{name}")
+            if wanted is not None and wanted.shape == tensor.shape:
+                errors[name] = max(errors.get(name, 0.0), relative_error(tensor, wanted))
+        if progress:
+            progress(i + 1, count)
+    parity = compare(ours, reference)
+    failures = GATES[gates_for(bundle, options)].failures(parity)
+    return Verification(not failures, failures, parity, errors, time.monotonic() - started)
+
+
+def trace_count(golden: dict[str, np.ndarray]) -> int:
+    """How many pictures golden.npz holds."""
+    count = sum(key.endswith(".image") for key in golden)
+    if not count:
+        raise BundleCorrupt("golden.npz holds no trace; export the bundle again")
+    return count
+
+
+def golden_outcome(golden: dict[str, np.ndarray], index: int, threshold: float) -> Outcome:
+    """The reference's outcome of one trace."""
+    anomaly_map = golden[f"{index}.map"]
+    return Outcome(
+        anomaly_map > threshold,
+        anomaly_map,
+        golden.get(f"{index}.anchor_states"),
+        tuple(golden[f"{index}.answer"].tolist()),
+    )
+
+
+def compare_on_images(
+    pipeline: Pipeline, other: Pipeline, images: Sequence[Path], threshold: float, progress: Callable[[int, int], None] | None
+) -> Parity:
+    """Agreement of two pipelines on a user's own pictures."""
+    ours, reference = [], []
+    for i, path in enumerate(images):
+        image = read_image(path)
+        prompt = pipeline.prompts.encode()
+        ours.append(outcome_of(pipeline.run(image, prompt), threshold))
+        reference.append(outcome_of(other.run(image, prompt), threshold))
+        if progress:
+            progress(i + 1, len(images))
+    return compare(ours, reference)
+
+
+def peak_rss_bytes() -> int:
+    """Largest resident memory of this process so far."""
+    import resource  # POSIX only, and only a report needs it
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def summary(bundle: Bundle, verification: Verification) -> dict[str, Any]:
+    """The JSON line of agvas-verify."""
+    return {
+        "bundle": str(bundle.folder),
+        "passed": verification.passed,
+        "failures": verification.failures,
+        "parity": verification.parity.to_json(),
+        "stage_relative_errors": verification.stage_errors,
+        "bytes": bundle.bytes,
+        "peak_rss_bytes": peak_rss_bytes(),
+        "seconds": round(verification.seconds, 3),
+    }

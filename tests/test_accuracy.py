@@ -1,0 +1,405 @@
+"""agvas-eval on generated data: hand-counted metrics through `evaluate`, the baselines, and the command."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from benchmarks import accuracy, baselines
+from benchmarks.accuracy import evaluate, evaluate_datasets, main, open_predictor
+from benchmarks.datasets import Item, read_manifest
+
+HEIGHT, WIDTH = 11, 17
+HEADER = "image,mask,label,class,split"
+
+
+def truth() -> np.ndarray:
+    mask = np.zeros((HEIGHT, WIDTH), bool)
+    mask[2:6, 3:13] = True  # 40 of 187 pixels
+    return mask
+
+
+def write_dataset(root: Path, *rows: tuple[str, int, str, str]) -> Path:
+    """Rows of (name, label, class, split); anomalous images are white where anomalous, and grey elsewhere."""
+    for folder in ("images", "masks"):
+        (root / folder).mkdir(parents=True)
+    lines = [HEADER]
+    for name, label, category, split in rows:
+        pixels = np.full((HEIGHT, WIDTH, 3), 90, np.uint8)
+        if label:
+            pixels[truth()] = 255
+            Image.fromarray(truth().astype(np.uint8) * 255).save(root / f"masks/{name}.png")
+        Image.fromarray(pixels).save(root / f"images/{name}.png")
+        lines.append(f"images/{name}.png,{f'masks/{name}.png' if label else ''},{label},{category},{split}")
+    (root / "manifest.csv").write_text("\n".join(lines) + "\n")
+    return root
+
+
+@pytest.fixture
+def parts(tmp_path: Path) -> Path:
+    """Two categories, interleaved; the second has no normal image."""
+    return write_dataset(
+        tmp_path / "parts",
+        ("a", 1, "bolt", "test"),
+        ("b", 1, "nut", "test"),
+        ("c", 0, "bolt", "train"),
+        ("d", 1, "bolt", "test"),
+        ("e", 0, "bolt", "test"),
+    )
+
+
+def perfect(path: Path) -> accuracy.Prediction:
+    with Image.open(path) as opened:
+        mask = np.asarray(opened)[..., 0] == 255
+    return mask.astype(np.float32), mask, float(mask.any())
+
+
+def says(anomaly_map: Any, mask: Any, score: Any = 0.5) -> Callable[[Path], accuracy.Prediction]:
+    return lambda path: (anomaly_map, mask, score)
+
+
+def test_a_perfect_prediction_scores_one_in_everything(parts: Path) -> None:
+    result = evaluate(read_manifest(parts), perfect)
+    bolt = result["categories"]["bolt"]
+    for name in accuracy.METRICS:
+        assert bolt[name] == 1.0
+    assert (bolt["images"], bolt["normal_images"], bolt["ap_error"]) == (4, 2, 0.0)
+
+
+def test_predicting_nothing_scores_the_share_of_pixels_and_empties_every_normal(parts: Path) -> None:
+    nothing = says(np.zeros((HEIGHT, WIDTH), np.float32), np.zeros((HEIGHT, WIDTH), bool))
+    bolt = evaluate(read_manifest(parts), nothing)["categories"]["bolt"]
+    share = 80 / (4 * 187)  # pooled over the category, normal images included
+    assert bolt["ap"] == pytest.approx(share)
+    assert bolt["f1_max"] == pytest.approx(2 * share / (1 + share))
+    assert (bolt["iou_anomalous"], bolt["empty_normal"], bolt["image_auroc"]) == (0.0, 1.0, 0.5)
+
+
+def test_pixels_are_pooled_over_images_before_they_are_ranked(tmp_path: Path) -> None:
+    items = read_manifest(write_dataset(tmp_path / "set", ("a", 1, "", ""), ("b", 1, "", "")))
+
+    def faint_then_strong(path: Path) -> accuracy.Prediction:
+        """Each image ranks its own pixels perfectly, but a's anomaly is fainter than b's background."""
+        faint = path.name == "a.png"
+        values = np.where(truth(), 0.2 if faint else 0.9, 0.1 if faint else 0.5).astype(np.float32)
+        return values, truth(), 1.0
+
+    metrics = evaluate(items, faint_then_strong)["categories"]["set"]
+    assert metrics["ap"] == pytest.approx(0.5 * 1.0 + 0.5 * 80 / (80 + 147))
+    assert metrics["iou_anomalous"] == 1.0
+
+
+def test_iou_is_a_mean_over_anomalous_images_and_not_over_pixels(tmp_path: Path) -> None:
+    items = read_manifest(write_dataset(tmp_path / "set", ("a", 1, "", ""), ("b", 1, "", ""), ("c", 0, "", "")))
+
+    def predict(path: Path) -> accuracy.Prediction:
+        mask = np.ones((HEIGHT, WIDTH), bool) if path.name in ("b.png", "c.png") else truth()
+        return truth().astype(np.float32), mask, 0.0
+
+    metrics = evaluate(items, predict)["categories"]["set"]
+    assert metrics["iou_anomalous"] == pytest.approx((1 + 40 / 187) / 2)
+    assert metrics["empty_normal"] == 0.0
+
+
+def test_undefined_metrics_are_none_and_left_out_of_the_mean(parts: Path) -> None:
+    result = evaluate(read_manifest(parts), perfect)
+    nut = result["categories"]["nut"]
+    assert nut["empty_normal"] is nut["image_auroc"] is None and nut["ap"] == 1.0
+    assert result["mean"]["empty_normal"] == 1.0
+    assert result["mean"]["images"] == 5
+    normals = [item for item in read_manifest(parts) if not item.is_anomalous]
+    bolt = evaluate(normals, perfect)["categories"]["bolt"]
+    assert bolt["ap"] is bolt["f1_max"] is bolt["iou_anomalous"] is bolt["ap_error"] is None
+    assert bolt["empty_normal"] == 1.0
+
+
+def test_the_mean_weighs_categories_alike_whatever_their_number_of_images(parts: Path) -> None:
+    def only_bolts(path: Path) -> accuracy.Prediction:
+        anomaly_map, mask, score = perfect(path)
+        return (anomaly_map, mask & (path.name != "b.png"), score)
+
+    mean = evaluate(read_manifest(parts), only_bolts)["mean"]
+    assert mean["iou_anomalous"] == 0.5  # bolt 1 (two images), nut 0 (one image)
+
+
+def test_progress_sees_every_item_once_and_category_by_category(parts: Path) -> None:
+    seen: list[str] = []
+
+    def watch(items: Sequence[Item]) -> Iterable[Item]:
+        assert len(items) == 5
+        for item in items:
+            seen.append(item.category)
+            yield item
+
+    evaluate(read_manifest(parts), perfect, progress=watch)
+    assert seen == ["bolt"] * 4 + ["nut"]
+
+
+@pytest.mark.parametrize(
+    ("prediction", "message"),
+    [
+        (says(np.zeros((7, 5), np.float32), np.zeros((7, 5), bool)), r"expected \[11, 17\] as the image, got \[7, 5\]"),
+        (says(np.zeros((1, 11, 17), np.float32), np.zeros((11, 17), bool)), r"expected \[H, W\]"),
+        (says(np.zeros((11, 17), np.float32), np.zeros((17, 11), bool)), r"mask: expected bool \[11, 17\]"),
+        (says(np.zeros((11, 17), np.float32), np.zeros((11, 17), np.uint8)), "got uint8"),
+        (says(np.full((11, 17), 7, np.float32), np.zeros((11, 17), bool)), "values from 7 to 7"),
+        (says(np.full((11, 17), np.nan, np.float32), np.zeros((11, 17), bool)), "187 NaN of 187"),
+        (says(np.zeros((11, 17), np.float32), np.zeros((11, 17), bool), math.nan), "score: expected a finite"),
+    ],
+)
+def test_a_bad_prediction_is_refused_naming_its_image(parts: Path, prediction: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as raised:
+        evaluate(read_manifest(parts), prediction)
+    assert str(parts / "images/a.png") in str(raised.value)
+
+
+def test_no_items_at_all_are_refused() -> None:
+    with pytest.raises(ValueError, match="at least one"):
+        evaluate([], perfect)
+
+
+def test_a_limit_takes_images_evenly_spaced_and_a_split_only_its_own(parts: Path) -> None:
+    def count(**settings: Any) -> list[str]:
+        seen: list[str] = []
+
+        def predict(path: Path) -> accuracy.Prediction:
+            seen.append(path.stem)
+            return perfect(path)
+
+        evaluate_datasets([parts], lambda: predict, **settings)
+        return sorted(seen)
+
+    assert count() == list("abcde")
+    assert count(limit=9) == list("abcde")
+    assert count(limit=2) == ["a", "c"]
+    assert count(split="train") == ["c"]
+    with pytest.raises(ValueError, match="split val, found test, train"):
+        count(split="val")
+
+
+def test_every_manifest_is_read_before_a_model_is_opened(parts: Path, tmp_path: Path) -> None:
+    def too_early() -> accuracy.Predict:
+        raise AssertionError("the model was opened although a data set is missing")
+
+    with pytest.raises(ValueError, match="manifest"):
+        evaluate_datasets([parts, tmp_path / "nowhere"], too_early)
+
+
+# The command, with a fake model in the place of the real ones.
+
+
+@pytest.fixture
+def fake_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(accuracy, "open_predictor", lambda *_: perfect)
+
+
+@pytest.mark.usefixtures("fake_model")
+def test_the_last_line_for_one_data_set_is_its_json(parts: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(parts), "--bundle", "any", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["dataset"] == "parts"
+    assert set(result["categories"]) == {"bolt", "nut"}
+    keys = {"ap", "f1_max", "iou_anomalous", "empty_normal", "images", "image_auroc"}
+    assert keys <= set(result["categories"]["nut"]) and keys <= set(result["mean"])
+    assert result["categories"]["nut"]["empty_normal"] is None
+
+
+@pytest.mark.usefixtures("fake_model")
+def test_several_data_sets_print_one_table_a_line_each_and_the_mean_last(
+    parts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = write_dataset(tmp_path / "other", ("a", 1, "", ""))
+    output = tmp_path / "result.json"
+    assert main([str(parts), str(other), "--bundle", "any", "--json", "--output", str(output)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [json.loads(line)["dataset"] for line in lines[-3:-1]] == ["parts", "other"]
+    summary = json.loads(lines[-1])
+    assert [part["dataset"] for part in summary["datasets"]] == ["parts", "other"]
+    assert summary["mean"]["ap"] == 1.0 and summary["mean"]["images"] == 6
+    assert json.loads(output.read_text()) == summary
+    assert sum(line.startswith("|--") for line in lines) == 1
+
+
+@pytest.mark.usefixtures("fake_model")
+def test_without_json_only_the_table_is_printed(parts: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(parts), "--bundle", "any"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert all(line.startswith("|") and line.endswith("|") for line in lines)
+    assert len({len(line) for line in lines}) == 1
+
+
+def test_a_baseline_runs_from_the_files_to_the_json(parts: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("runtime.images")
+    assert main([str(parts), "--baseline", "median", "--json"]) == 0
+    bolt = json.loads(capsys.readouterr().out.splitlines()[-1])["categories"]["bolt"]
+    assert (bolt["empty_normal"], bolt["image_auroc"]) == (1.0, 1.0)  # normal images are plain grey
+
+
+def test_bad_data_ends_with_2_and_one_line_on_stderr(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(tmp_path), "--baseline", "constant", "--json"]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and len(printed.err.splitlines()) == 1
+    assert printed.err.startswith("agvas-eval: ") and "manifest.csv" in printed.err
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        ["--baseline", "constant", "--engine", "onnxruntime"],
+        ["--checkpoint", "nano", "--engine", "onnxruntime"],
+        ["--baseline", "constant", "--device", "cuda:0"],
+        ["--baseline", "constant", "--output", "/no/such/folder/result.json"],
+    ],
+)
+def test_settings_that_cannot_be_followed_are_refused_and_not_ignored(
+    parts: Path, extra: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(parts), *extra]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [[], ["--baseline", "mean"], ["--baseline", "constant", "--bundle", "b"], ["--bundle", "b", "--limit", "0"]],
+)
+def test_bad_arguments_end_with_2(parts: Path, extra: list[str]) -> None:
+    with pytest.raises(SystemExit) as raised:
+        main([str(parts), *extra])
+    assert raised.value.code == 2
+
+
+def test_exactly_one_source_of_predictions_is_asked_for() -> None:
+    with pytest.raises(ValueError, match="exactly one"):
+        open_predictor()
+    with pytest.raises(ValueError, match="exactly one"):
+        open_predictor(bundle=Path("b"), baseline="constant")
+
+
+class FakeModel:
+    """Stands for runtime.Segmenter and for agvas's model: one object, asked in two ways."""
+
+    def __init__(self, *asked: Any, **settings: Any) -> None:
+        self.asked, self.settings, self.overshoot = asked, settings, np.float32(5e-5)
+
+    def to(self, device: str) -> FakeModel:
+        self.settings["device"] = device
+        return self
+
+    def segment(self, image: np.ndarray) -> SimpleNamespace:
+        mask = image[..., 0] == 255
+        return SimpleNamespace(anomaly_map=mask.astype(np.float32) + self.overshoot, mask=mask, score=np.float32(0.25))
+
+    def __call__(self, path: Path) -> SimpleNamespace:
+        with Image.open(path) as opened:
+            return self.segment(np.asarray(opened))
+
+
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> list[FakeModel]:
+    """The models opened so far, by modules that stand in the place of runtime and agvas."""
+    models: list[FakeModel] = []
+
+    def make(*asked: Any, **settings: Any) -> FakeModel:
+        models.append(FakeModel(*asked, **settings))
+        return models[-1]
+
+    images = SimpleNamespace(read_image=lambda path: np.asarray(Image.open(path)))
+    monkeypatch.setitem(sys.modules, "runtime", SimpleNamespace(Segmenter=make))  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "runtime.images", images)  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "agvas", SimpleNamespace(load=make))  # type: ignore[arg-type]
+    return models
+
+
+def test_a_bundle_gets_the_engine_and_device_that_were_asked_for(parts: Path, opened: list[FakeModel]) -> None:
+    open_predictor(bundle=Path("b"))
+    open_predictor(bundle=Path("b"), engine="openvino", device="cuda:1")
+    assert [model.asked for model in opened] == [(Path("b"),)] * 2
+    assert [model.settings for model in opened] == [
+        {"engine": "auto", "device": "cpu"},
+        {"engine": "openvino", "device": "cuda:1"},
+    ]
+
+
+@pytest.mark.parametrize("source", [{"bundle": Path("b"), "device": "cpu"}, {"checkpoint": "nano", "device": "cuda:0"}])
+def test_a_models_map_that_leaves_0_to_1_by_rounding_is_judged_and_one_that_leaves_it_by_more_refused(
+    parts: Path, opened: list[FakeModel], source: dict[str, Any]
+) -> None:
+    predict = open_predictor(**source)
+    (model,) = opened
+    assert model.settings.get("device") == source.get("device")
+    assert evaluate(read_manifest(parts), predict)["mean"]["ap"] == 1.0
+    model.overshoot = np.float32(0.01)
+    with pytest.raises(ValueError, match="to 1.01"):
+        evaluate(read_manifest(parts), predict)
+
+
+def test_help_loads_neither_torch_nor_opencv() -> None:
+    code = (
+        "import sys\n"
+        "from benchmarks.accuracy import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "print([name for name in ('torch', 'cv2', 'onnx', 'transformers') if name in sys.modules], file=sys.stderr)"
+    )
+    root = Path(accuracy.__file__).parents[1]
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
+    assert run.stderr.strip() == "[]" and "--baseline" in run.stdout
+
+
+# The baselines.
+
+
+def test_the_command_offers_every_baseline() -> None:
+    assert accuracy.BASELINES == baselines.BASELINES
+
+
+@pytest.mark.parametrize("name", baselines.BASELINES)
+@pytest.mark.parametrize("shape", [(53, 71), (401, 307), (3, 5), (1, 1), (7, 900)])
+def test_every_baseline_gives_a_float32_map_of_the_images_size_within_0_and_1(
+    name: baselines.Baseline, shape: tuple[int, int]
+) -> None:
+    image = np.random.default_rng(19).integers(0, 256, (*shape, 3), dtype=np.uint8)
+    anomaly_map = baselines.anomaly_map(name, image)
+    assert anomaly_map.dtype == np.float32 and anomaly_map.shape == shape
+    assert anomaly_map.min() >= 0.0 and anomaly_map.max() <= 1.0
+
+
+@pytest.mark.parametrize("name", baselines.BASELINES)
+@pytest.mark.parametrize("grey", [0, 90, 255])
+def test_a_uniform_image_is_normal_for_every_baseline(name: baselines.Baseline, grey: int) -> None:
+    rounding = 1e-6  # the Gaussian's weights add up to 1 in float32 only nearly
+    assert baselines.anomaly_map(name, np.full((53, 71, 3), grey, np.uint8)).max() < rounding
+
+
+@pytest.mark.parametrize("side", [101, 503])  # below and above the size that is reduced
+def test_the_median_map_is_the_distance_in_grey_levels_over_128(side: int) -> None:
+    image = np.full((side, side, 3), 90, np.uint8)
+    image[40:46, 20:60] = 90 + 64
+    image[70, 10:90] = 90 - 32  # a scratch one pixel thin
+    anomaly_map = baselines.median_map(image)
+    assert anomaly_map[43, 40] == 0.5 and anomaly_map[70, 50] == 0.25 and anomaly_map[5, 5] == 0.0
+
+
+def test_the_gradient_map_of_a_ramp_is_its_slope_over_64() -> None:
+    image = np.repeat((np.arange(60, dtype=np.uint8) * 4)[None, :, None], 40, axis=0).repeat(3, axis=2)
+    for ramp in (image, image.transpose(1, 0, 2).copy()):
+        assert baselines.gradient_map(ramp)[20, 20] == pytest.approx(4 / 64, rel=1e-3)
+
+
+def test_a_baseline_refuses_what_is_not_uint8_rgb() -> None:
+    with pytest.raises(ValueError, match=r"got float64 \[5, 7, 3\]"):
+        baselines.median_map(np.zeros((5, 7, 3)))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"got uint8 \[5, 7\]"):
+        baselines.gradient_map(np.zeros((5, 7), np.uint8))
+    with pytest.raises(ValueError, match="expected one of constant"):
+        baselines.anomaly_map("mean", np.zeros((5, 7, 3), np.uint8))  # type: ignore[arg-type]

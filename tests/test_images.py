@@ -1,0 +1,434 @@
+"""Every picture a line may meet is read by one fixed rule; every bad one is refused with the reason and the remedy."""
+
+from __future__ import annotations
+
+import io
+import os
+import struct
+import warnings
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageOps
+
+from runtime.errors import AgvasError, ImageError
+from runtime.images import PIXEL_LIMIT, as_rgb, find_images, read_image
+
+HEIGHT, WIDTH = 5, 7
+
+
+@pytest.fixture(autouse=True)
+def _warnings_are_errors():
+    # A production log must not fill with Pillow's warnings, and none may stand for an error.
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+
+
+@pytest.fixture
+def colours() -> np.ndarray:
+    """uint8 [5, 7, 3] without two equal rows, columns or channels."""
+    return np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), np.uint8)
+
+
+def refusal(source, **limits) -> str:
+    with pytest.raises(ImageError) as caught:
+        as_rgb(source, **limits)
+    assert isinstance(caught.value, ValueError) and isinstance(caught.value, AgvasError)
+    message = str(caught.value)
+    assert "expected" in message and "got" in message and ";" in message, message
+    return message
+
+
+def same(read: np.ndarray, expected: np.ndarray) -> None:
+    assert read.dtype == np.uint8 and read.flags.c_contiguous
+    np.testing.assert_array_equal(read, expected)
+
+
+def mode_of(path: Path) -> str:
+    with Image.open(path) as image:
+        return image.mode
+
+
+def grey_of(levels: np.ndarray) -> np.ndarray:
+    return np.stack([levels] * 3, axis=-1).astype(np.uint8)
+
+
+# What is read
+
+
+@pytest.mark.parametrize("suffix", ["png", "bmp", "tif", "ppm"])
+def test_a_colour_file_is_read_as_it_was_written(tmp_path, colours, suffix):
+    Image.fromarray(colours).save(tmp_path / f"part.{suffix}")
+    same(read_image(tmp_path / f"part.{suffix}"), colours)
+    same(as_rgb(str(tmp_path / f"part.{suffix}")), colours)
+
+
+def test_a_jpeg_is_read_as_pillow_decodes_it(tmp_path, colours):
+    Image.fromarray(colours).save(tmp_path / "part.jpg")
+    same(read_image(tmp_path / "part.jpg"), np.asarray(Image.open(tmp_path / "part.jpg")))
+
+
+def test_the_content_decides_and_not_the_suffix(tmp_path, colours):
+    Image.fromarray(colours).save(tmp_path / "part.jpg", "PNG")
+    same(read_image(tmp_path / "part.jpg"), colours)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_an_exif_orientation_is_applied_once_for_files_and_pil_images(tmp_path, colours, orientation, suffix):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / f"part.{suffix}"
+    Image.fromarray(colours).save(path, exif=exif)
+    upright = np.asarray(ImageOps.exif_transpose(Image.open(path)))
+    same(read_image(path), upright)
+    same(as_rgb(Image.open(path)), upright)
+    if orientation == 6:
+        same(read_image(path), np.rot90(colours, -1))
+
+
+def test_an_orientation_is_applied_to_16_bit_grey_too(tmp_path):
+    samples = np.arange(HEIGHT * WIDTH, dtype=np.uint16).reshape(HEIGHT, WIDTH) << 8
+    exif = Image.Exif()
+    exif[0x0112] = 8
+    Image.fromarray(samples).save(tmp_path / "part.png", exif=exif)
+    same(read_image(tmp_path / "part.png"), grey_of(np.rot90(samples >> 8)))
+
+
+def test_8_bit_grey_and_1_bit_are_repeated_in_three_channels(tmp_path, colours):
+    grey = colours[..., 0]
+    Image.fromarray(grey).save(tmp_path / "grey.png")
+    same(read_image(tmp_path / "grey.png"), grey_of(grey))
+    Image.fromarray(grey > 127).save(tmp_path / "bits.png")
+    same(read_image(tmp_path / "bits.png"), grey_of((grey > 127) * 255))
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif", "pgm"])
+@pytest.mark.parametrize("top", [255, 4095, 65535])
+def test_16_bit_grey_is_scaled_by_its_full_range_whatever_values_it_holds(tmp_path, suffix, top):
+    samples = np.linspace(0, top, HEIGHT * WIDTH).astype(np.uint16).reshape(HEIGHT, WIDTH)
+    # Older Pillow writes PGM only from mode I.
+    Image.fromarray(samples.astype(np.int32) if suffix == "pgm" else samples).save(tmp_path / f"part.{suffix}")
+    same(read_image(tmp_path / f"part.{suffix}"), grey_of(samples >> 8))
+
+
+def test_big_endian_16_bit_and_mode_i_follow_the_same_rule():
+    samples = np.array([[0, 255, 256, 65535]], np.uint16)
+    big_endian = Image.frombytes("I;16B", (4, 1), samples.astype(">u2").tobytes())
+    same(as_rgb(big_endian), grey_of(samples >> 8))
+    same(as_rgb(Image.fromarray(samples.astype(np.int32))), grey_of(samples >> 8))
+
+
+def test_16_bit_colour_follows_the_same_rule(tmp_path):
+    samples = np.random.default_rng(1).integers(0, 65536, (HEIGHT, WIDTH, 3)).astype(">u2")
+    (tmp_path / "part.ppm").write_bytes(b"P6 %d %d 65535\n" % (WIDTH, HEIGHT) + samples.tobytes())
+    # Pillow scales 16-bit PPM by 255 / 65535 and rounds, at most one level from the shift.
+    assert np.abs(read_image(tmp_path / "part.ppm").astype(int) - (samples >> 8)).max() <= 1
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_alpha_is_dropped_and_the_colours_under_it_are_kept(tmp_path, colours, mode):
+    channels = 3 if mode == "RGBA" else 1
+    alpha = np.zeros((HEIGHT, WIDTH, 1), np.uint8)
+    alpha[:, :3] = 128
+    Image.fromarray(np.concatenate([colours[..., :channels], alpha], axis=2)).save(tmp_path / "part.png")
+    assert mode_of(tmp_path / "part.png") == mode
+    same(read_image(tmp_path / "part.png"), colours if channels == 3 else grey_of(colours[..., 0]))
+
+
+@pytest.mark.parametrize("transparency", [None, 1, bytes([0, 128, 255])], ids=["opaque", "one colour", "levels"])
+def test_a_palette_gives_its_colours_with_and_without_transparency(tmp_path, transparency):
+    palette = np.array([[10, 20, 30], [200, 100, 50], [1, 2, 3]], np.uint8)
+    indices = np.random.default_rng(2).integers(0, 3, (HEIGHT, WIDTH), np.uint8)
+    image = Image.fromarray(indices).convert("L")
+    image.putpalette(palette.tobytes())
+    image.save(tmp_path / "part.png", **({} if transparency is None else {"transparency": transparency}))
+    assert mode_of(tmp_path / "part.png") == "P"
+    same(read_image(tmp_path / "part.png"), palette[indices])
+
+
+def test_a_palette_with_alpha_gives_its_colours():
+    image = Image.new("PA", (2, 1))
+    image.putpalette([9, 8, 7, 90, 80, 70])
+    image.putpixel((0, 0), (1, 0))
+    same(as_rgb(image), np.array([[[90, 80, 70], [9, 8, 7]]]))
+
+
+def test_a_cmyk_jpeg_keeps_its_colour(tmp_path):
+    Image.new("RGB", (WIDTH, HEIGHT), (255, 0, 0)).convert("CMYK").save(tmp_path / "part.jpg", quality=100)
+    read = read_image(tmp_path / "part.jpg").astype(int)
+    assert np.abs(read - (255, 0, 0)).max() < 8
+
+
+def test_of_several_frames_a_file_gives_the_first_and_a_pil_image_the_one_it_stands_at(tmp_path, colours):
+    first, second = Image.fromarray(colours), Image.fromarray(255 - colours)
+    first.save(tmp_path / "stack.tif", save_all=True, append_images=[second])
+    same(read_image(tmp_path / "stack.tif"), colours)
+    with Image.open(tmp_path / "stack.tif") as stack:
+        stack.seek(1)
+        same(as_rgb(stack), 255 - colours)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 4000), (4000, 1)])
+def test_tiny_and_thin_pictures_are_accepted(tmp_path, size):
+    Image.new("RGB", size, (1, 2, 3)).save(tmp_path / "thin.png")
+    assert read_image(tmp_path / "thin.png").shape == (size[1], size[0], 3)
+    assert as_rgb(np.zeros((size[1], size[0], 3), np.uint8)).shape == (size[1], size[0], 3)
+
+
+# Files that are refused
+
+
+def test_a_missing_file_an_empty_path_and_a_folder_are_told_apart(tmp_path):
+    assert "no such file" in refusal(tmp_path / "absent.png")
+    assert "empty string" in refusal("")
+    assert "a folder" in refusal(tmp_path)
+    assert "null" in refusal("part\0.png")
+    assert "too long" in refusal("x" * 5000)
+
+
+def test_a_pipe_is_refused_instead_of_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "camera.png")
+    assert "pipe" in refusal(tmp_path / "camera.png")
+
+
+def test_an_unreadable_file_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "part.png").write_bytes(b"x")
+
+    def denied(*_):
+        raise PermissionError(13, "Permission denied")
+
+    # The tests may run as root, whom no permission stops.
+    monkeypatch.setattr("runtime.images.open", denied, raising=False)
+    assert "permissions" in refusal(tmp_path / "part.png")
+
+
+def test_an_empty_file_and_a_text_file_called_png_are_refused(tmp_path):
+    (tmp_path / "empty.png").write_bytes(b"")
+    assert "0 bytes" in refusal(tmp_path / "empty.png")
+    (tmp_path / "text.png").write_text("not a picture")
+    assert "begins with b'not a picture'" in refusal(tmp_path / "text.png")
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "bmp", "tif", "ppm"])
+def test_a_truncated_file_is_refused_wherever_it_was_cut(tmp_path, suffix):
+    noise = np.random.default_rng(3).integers(0, 256, (64, 64, 3), np.uint8)
+    Image.fromarray(noise).save(tmp_path / f"whole.{suffix}")
+    whole = (tmp_path / f"whole.{suffix}").read_bytes()
+    for share in (0.01, 0.3, 0.6, 0.9):
+        path = tmp_path / f"cut.{suffix}"
+        path.write_bytes(whole[: int(len(whole) * share)])
+        assert str(path) in refusal(path)
+
+
+def test_damaged_bytes_never_raise_anything_but_an_image_error(tmp_path, colours):
+    generator = np.random.default_rng(4)
+    for suffix in ("png", "jpg", "bmp", "tif", "ppm"):
+        stream = io.BytesIO()
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        kind = {"jpg": "jpeg", "tif": "tiff"}.get(suffix, suffix)
+        Image.fromarray(colours).save(stream, kind, **({"exif": exif} if kind in ("png", "jpeg", "tiff") else {}))
+        for _ in range(100):
+            damaged = np.frombuffer(stream.getvalue(), np.uint8).copy()
+            damaged[generator.integers(2, len(damaged), 3)] = generator.integers(0, 256, 3)
+            (tmp_path / "part").write_bytes(damaged.tobytes())
+            try:
+                read = read_image(tmp_path / "part", pixel_limit=1_000_000)
+            except ImageError:
+                continue
+            assert read.dtype == np.uint8 and read.shape[2] == 3
+
+
+def png(width: int, height: int) -> bytes:
+    """A PNG whose header says width × height and whose data end at once."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("side", [9_460, 14_000, 100_000])  # just over the limit; where Pillow warns; where it raises
+def test_a_picture_beyond_the_pixel_limit_is_refused_from_its_header(tmp_path, side):
+    (tmp_path / "bomb.png").write_bytes(png(side, side))
+    message = refusal(tmp_path / "bomb.png")
+    assert str(PIXEL_LIMIT) in message and str(side * side) in message and "pixel_limit" in message
+
+
+def test_the_pixel_limit_can_be_moved_and_holds_for_every_source(tmp_path, colours):
+    Image.fromarray(colours).save(tmp_path / "part.png")
+    pixels = HEIGHT * WIDTH
+    for source in (tmp_path / "part.png", Image.fromarray(colours), colours):
+        same(as_rgb(source, pixel_limit=pixels), colours)
+        assert f"at most {pixels - 1}" in refusal(source, pixel_limit=pixels - 1)
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+@pytest.mark.parametrize("guard", [10, 30])  # 35 pixels: Pillow would raise, Pillow would warn
+def test_pillows_own_limit_neither_warns_nor_raises_and_is_left_as_found(
+    tmp_path, colours, monkeypatch, suffix, guard
+):
+    Image.fromarray(colours).save(tmp_path / f"part.{suffix}")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", guard)
+    same(read_image(tmp_path / f"part.{suffix}"), colours)
+    assert Image.MAX_IMAGE_PIXELS == guard
+
+
+def test_a_picture_without_pixels_is_refused(tmp_path):
+    (tmp_path / "flat.png").write_bytes(png(0, 5))
+    assert "no pixels" in refusal(tmp_path / "flat.png")
+    assert "0 × 5" in refusal(Image.new("RGB", (0, 5)))
+
+
+def test_float_pictures_are_refused_because_their_range_is_unknown(tmp_path):
+    Image.fromarray(np.ones((HEIGHT, WIDTH), np.float32)).save(tmp_path / "float.tif")
+    assert "'F'" in refusal(tmp_path / "float.tif")
+    assert "'LAB'" in refusal(Image.new("LAB", (WIDTH, HEIGHT)))
+
+
+@pytest.mark.parametrize("sample", [-1, 65536])
+def test_32_bit_integers_beyond_16_bits_are_refused(sample):
+    message = refusal(Image.fromarray(np.array([[0, sample]], np.int32)))
+    assert str(sample) in message and "65535" in message
+
+
+@pytest.mark.parametrize(("tag", "value"), [(262, 0), (263, 1)], ids=["white is zero", "unsaid"])
+def test_a_16_bit_tiff_that_does_not_say_black_is_zero_is_refused_instead_of_inverted(tmp_path, tag, value):
+    Image.fromarray(np.zeros((HEIGHT, WIDTH), np.uint16)).save(tmp_path / "part.tif")
+    content = (tmp_path / "part.tif").read_bytes()
+    black_is_zero = struct.pack("<HHIHH", 262, 3, 1, 1, 0)
+    assert content.count(black_is_zero) == 1
+    (tmp_path / "part.tif").write_bytes(content.replace(black_is_zero, struct.pack("<HHIHH", tag, 3, 1, value, 0)))
+    assert "PhotometricInterpretation" in refusal(tmp_path / "part.tif")
+
+
+def test_a_closed_pil_image_is_refused(tmp_path, colours):
+    Image.fromarray(colours).save(tmp_path / "part.png")
+    image = Image.open(tmp_path / "part.png")
+    image.close()
+    assert "closed" in refusal(image)
+
+
+# Arrays
+
+
+def test_a_contiguous_rgb_array_is_passed_on_and_others_are_made_contiguous(colours):
+    assert as_rgb(colours) is colours or np.shares_memory(as_rgb(colours), colours)
+    same(as_rgb(colours[..., ::-1]), colours[..., ::-1].copy())
+    same(as_rgb(colours[::2, 1:]), colours[::2, 1:].copy())
+
+
+def test_grey_arrays_are_repeated(colours):
+    same(as_rgb(colours[..., 0]), grey_of(colours[..., 0]))
+    same(as_rgb(colours[..., :1]), grey_of(colours[..., 0]))
+
+
+def test_the_last_axis_decides_so_a_picture_of_three_rows_is_no_mistake():
+    assert as_rgb(np.zeros((3, WIDTH, 3), np.uint8)).shape == (3, WIDTH, 3)
+
+
+def test_a_path_a_pil_image_and_an_array_of_one_picture_are_read_alike(tmp_path, colours):
+    Image.fromarray(colours).save(tmp_path / "part.png")
+    for source in (tmp_path / "part.png", Image.open(tmp_path / "part.png"), colours):
+        same(as_rgb(source), colours)
+
+
+def test_float_arrays_are_refused_and_the_message_says_whether_they_hold_nan(colours):
+    picture = colours.astype(np.float32) / 255
+    assert "float32 [5, 7, 3] without NaN" in refusal(picture)
+    picture[0, 0, :2] = np.nan
+    assert "with 2 NaN" in refusal(picture)
+
+
+@pytest.mark.parametrize(
+    ("array", "words"),
+    [
+        (np.zeros((5, 7, 3), np.uint16), ("uint16", ">> 8")),
+        (np.zeros((5, 7), bool), ("bool", "* 255")),
+        (np.zeros((2, 5, 7, 3), np.uint8), ("[2, 5, 7, 3]", "one picture")),
+        (np.zeros(7, np.uint8), ("[7]",)),
+        (np.zeros((3, 5, 7), np.uint8), ("channels-first", "np.moveaxis(array, 0, -1)")),
+        (np.zeros((5, 7, 4), np.uint8), ("[5, 7, 4]", "array[..., :3]")),
+        (np.zeros((5, 7, 2), np.uint8), ("[5, 7, 2]", "red, green and blue")),
+        (np.zeros((0, 7, 3), np.uint8), ("[0, 7, 3]", "at least one pixel")),
+    ],
+    ids=lambda value: f"{value.dtype}{list(value.shape)}" if isinstance(value, np.ndarray) else "",
+)
+def test_other_arrays_are_refused_with_what_to_do(array, words):
+    message = refusal(array)
+    assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize("source", [None, [[1, 2]], b"bytes", 3])
+def test_anything_else_is_refused_by_its_type(source):
+    assert type(source).__name__ in refusal(source)
+
+
+# Finding pictures
+
+
+@pytest.fixture
+def folder(tmp_path, colours):
+    for name in ("b.png", "a.JPG", "c.tiff", "deep/d.bmp", ".hidden.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"not opened here")
+    (tmp_path / "notes.txt").write_text("no picture")
+    (tmp_path / "folder.png").mkdir()
+    return tmp_path
+
+
+def names(paths):
+    return [path.name for path in paths]
+
+
+def test_a_folder_gives_its_pictures_sorted_and_its_subfolders_only_when_asked(folder):
+    assert names(find_images([str(folder)])) == ["a.JPG", "b.png", "c.tiff"]
+    assert names(find_images([folder], recursive=True)) == ["a.JPG", "b.png", "c.tiff", "d.bmp"]
+
+
+def test_patterns_are_expanded_sorted(folder):
+    assert names(find_images([f"{folder}/[ab].*"])) == ["a.JPG", "b.png"]
+    assert names(find_images([f"{folder}/**/*.bmp"])) == ["d.bmp"]
+
+
+def test_inputs_keep_their_order_and_nothing_is_listed_twice(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    inputs = ["c.tiff", "./c.tiff", ".", str(folder / "b.png"), "*.png"]
+    assert names(find_images(inputs)) == ["c.tiff", "a.JPG", "b.png"]
+
+
+def test_a_link_to_a_picture_is_a_picture_of_its_own(folder):
+    (folder / "link.png").symlink_to(folder / "b.png")
+    assert names(find_images([folder])) == ["a.JPG", "b.png", "c.tiff", "link.png"]
+
+
+def test_a_named_file_is_listed_whatever_its_suffix_and_brackets_in_a_name_are_no_pattern(folder):
+    (folder / "part[1].dat").write_bytes(b"x")
+    assert names(find_images([str(folder / "part[1].dat")])) == ["part[1].dat"]
+
+
+def test_a_single_path_is_not_taken_apart_into_letters(folder):
+    assert names(find_images(str(folder))) == ["a.JPG", "b.png", "c.tiff"]
+
+
+@pytest.mark.parametrize(
+    ("inputs", "words"),
+    [
+        (["absent.png"], "no such file"),
+        ([""], "empty string"),
+        (["*.gif"], "match this pattern"),
+        (["*.txt"], "match this pattern"),
+        (["bare"], "in this folder"),
+        ([], "none"),
+    ],
+)
+def test_inputs_that_give_no_picture_are_refused(folder, monkeypatch, inputs, words):
+    (folder / "bare").mkdir()
+    monkeypatch.chdir(folder)
+    with pytest.raises(ImageError, match=words):
+        find_images(inputs)
