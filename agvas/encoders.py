@@ -37,6 +37,7 @@ def pixel_encoder(config: PixelEncoderConfig) -> SamVisionEncoder:
                 global_attn_indexes=list(config.global_layers),
                 mlp_dim=config.mlp_width,
                 num_pos_feats=config.output_width // 2,
+                initializer_range=0.02,  # SAM's own 1e-10 supposes pretrained weights and would never train
             )
         )
     )

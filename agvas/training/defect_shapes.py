@@ -111,6 +111,6 @@ def specks(rng: np.random.Generator, height: int, width: int, centre, reach: flo
     mask = np.zeros((height, width), np.uint8)
     places = np.asarray(centre) + rng.normal(0, reach, (count, 2))
     for (x, y), radius in zip(places, np.exp(rng.uniform(np.log(low), np.log(high), count))):
-        axes = (max(4, int(16 * radius)), max(4, int(16 * radius * rng.uniform(0.5, 1))))
-        cv2.ellipse(mask, (int(x), int(y)), (max(1, axes[0] // 16), max(1, axes[1] // 16)), rng.uniform(0, 180), 0, 360, 255, -1, cv2.LINE_AA)
+        axes = (max(1, int(radius)), max(1, int(radius * rng.uniform(0.5, 1))))
+        cv2.ellipse(mask, (int(x), int(y)), axes, rng.uniform(0, 180), 0, 360, 255, -1, cv2.LINE_AA)
     return mask.astype(np.float32) / 255

@@ -11,12 +11,29 @@ import cv2
 import numpy as np
 
 from agvas.training import defect_shapes as shapes
-from agvas.training.noise import (blur, chance, colour, distort, fbm, glyphs, grain, log_uniform, over, pick, pixels, relief, rgb,
-                                  smoothstep, standardise, streaks)
+from agvas.training.noise import (
+    blur,
+    chance,
+    colour,
+    distort,
+    fbm,
+    glyphs,
+    grain,
+    log_uniform,
+    over,
+    pick,
+    pixels,
+    relief,
+    rgb,
+    smoothstep,
+    standardise,
+    streaks,
+)
 from agvas.training.parts import filled, outline, placed
 from agvas.training.surfaces import any_surface
 
 ATTEMPTS = 4
+LARGEST = 0.7  # share of the image; beyond it the defect is the surface
 
 
 @dataclass(frozen=True)
@@ -89,11 +106,15 @@ def _lines(site: Site, rng, count: int, length: float, broad: float, bend: float
     return total
 
 
+# The kinds. Each takes (site, rng) and returns the changed image, float [H, W, 3] of about 0..255, and the mask, bool [H, W].
+
+
 def scratch(site, rng):
     """Lines cut into the skin, bright or dark, with a burr along one side."""
     count = 1 if chance(rng, 0.5) else int(rng.integers(2, 9))
     broad = log_uniform(rng, 0.8, 0.012 * site.size + 1.6)
-    line = _lines(site, rng, count, log_uniform(rng, 0.12, 1.3) * site.size, broad, rng.uniform(0, 0.06), rng.uniform(0.01, 0.15) * site.size)
+    length, spread = log_uniform(rng, 0.12, 1.3) * site.size, rng.uniform(0.01, 0.15) * site.size
+    line = _lines(site, rng, count, length, broad, rng.uniform(0, 0.06), spread)
     fade = np.clip(0.8 + 0.3 * fbm(rng, *site.shape, 0.15 * site.size, 2), 0.35, 1.2)
     sign = _sign(site, rng, 0.4)
     image = _toned(site, line * fade, sign * 1.5 * _contrast(site, rng) * _tinge(rng))
@@ -158,7 +179,7 @@ def dent(site, rng):
 
 def stain(site, rng):
     """Liquid, oil, discolouration: soft, often darker at the rim, sometimes running down."""
-    area = _area(site, rng, 0.003, 0.5)
+    area = _area(site, rng, 0.005, 0.5)
     alpha = shapes.blob(rng, *site.shape, site.centre, area, rng.uniform(0.1, 1), rng.uniform(0.05, 0.7))
     if chance(rng, 0.25):
         runs = streaks(rng, *site.shape, rng.uniform(0.01, 0.05) * site.size + 1, 0.6 * site.size, np.pi / 2)
@@ -179,7 +200,10 @@ def large_patch(site, rng):
 def corrosion(site, rng):
     """Rust and pitting: rough, red-brown to black or pale, with blurred outposts."""
     area = _area(site, rng, 0.006, 0.6)
-    alpha = shapes.archipelago(rng, *site.shape, site.centre, area) if chance(rng, 0.5) else shapes.blob(rng, *site.shape, site.centre, area, 1, 0.2)
+    if chance(rng, 0.5):
+        alpha = shapes.archipelago(rng, *site.shape, site.centre, area)
+    else:
+        alpha = shapes.blob(rng, *site.shape, site.centre, area, 1, 0.2)
     rough = fbm(rng, *site.shape, log_uniform(rng, 0.02, 0.2) * site.size, 6, 0.7) + 0.4 * grain(rng, *site.shape, 0.6)
     rust = np.float32([rng.uniform(90, 190), rng.uniform(45, 110), rng.uniform(15, 60)]) if chance(rng, 0.7) else 255 * colour(rng)
     body = (0.6 * rust + 0.4 * site.tone * rng.uniform(0.3, 1)) * (1 + rng.uniform(0.1, 0.35) * rough)[..., None]
@@ -188,7 +212,7 @@ def corrosion(site, rng):
 
 def spalling(site, rng):
     """A skin broken off: coarser ground below, one edge in shadow and one in light; now and then with bars laid bare."""
-    alpha = shapes.blob(rng, *site.shape, site.centre, _area(site, rng, 0.003, 0.65), rng.uniform(0.3, 1), rng.uniform(0.02, 0.06))
+    alpha = shapes.blob(rng, *site.shape, site.centre, _area(site, rng, 0.005, 0.65), rng.uniform(0.3, 1), rng.uniform(0.02, 0.06))
     coarse = fbm(rng, *site.shape, log_uniform(rng, 0.03, 0.25) * site.size, 6, rng.uniform(0.5, 0.75))
     ground = site.tone * rng.uniform(0.55, 1.35) * _tinge(rng, 0.12)
     lit = standardise(relief(coarse, site.light)) * 0.6 + 0.5 * coarse + 0.3 * grain(rng, *site.shape, 0.6)
@@ -258,7 +282,8 @@ def fibre(site, rng):
     line, broad = np.zeros(site.shape, np.float32), log_uniform(rng, 0.8, 0.012 * site.size + 1.2)
     for _ in range(1 if chance(rng, 0.7) else int(rng.integers(2, 6))):
         length = log_uniform(rng, 0.1, 1.0) * site.size
-        points = shapes.walk(rng, site.centre + rng.normal(0, 0.05, 2) * site.size, rng.uniform(0, 6.28), length, max(2.0, length / 50), rng.uniform(0.1, 0.45))
+        start = site.centre + rng.normal(0, 0.05, 2) * site.size
+        points = shapes.walk(rng, start, rng.uniform(0, 6.28), length, max(2.0, length / 50), rng.uniform(0.1, 0.45))
         line = np.maximum(line, shapes.stroke(*site.shape, points, np.full(len(points), broad)))
     thread = site.tone + _sign(site, rng, 0.5) * 2 * _contrast(site, rng) * _tinge(rng, 0.4)
     image = site.image - (rng.uniform(0, 40) * np.roll(blur(line, 1.5), (2, 2), (0, 1)))[..., None]
@@ -272,7 +297,8 @@ def fray(site, rng):
     along = np.array([np.cos(heading), np.sin(heading)])
     line = np.zeros(site.shape, np.float32)
     for offset in rng.uniform(-0.5, 0.5, int(rng.integers(12, 45))):
-        points = shapes.walk(rng, site.centre + along * offset * length, heading + np.pi / 2 + rng.normal(0, 0.5), length * rng.uniform(0.05, 0.4), 2.5, 0.15)
+        start, away = site.centre + along * offset * length, heading + np.pi / 2 + rng.normal(0, 0.5)
+        points = shapes.walk(rng, start, away, length * rng.uniform(0.05, 0.4), 2.5, 0.15)
         line = np.maximum(line, shapes.stroke(height, width, points, np.full(len(points), log_uniform(rng, 0.7, 2))))
     rubbed = smoothstep(0.05, 0.3, blur(line, 0.012 * site.size + 1))
     change = _sign(site, rng, 0.4) * _contrast(site, rng)
@@ -296,7 +322,8 @@ def inclusion(site, rng):
 def wrinkle(site, rng):
     """Folds and creases: soft ridges, lit on one side and dark on the other."""
     broad = log_uniform(rng, 1.5, 0.03 * site.size + 2)
-    line = _lines(site, rng, int(rng.integers(1, 6)), log_uniform(rng, 0.2, 1.2) * site.size, broad, rng.uniform(0.02, 0.15), rng.uniform(0.03, 0.12) * site.size)
+    length, spread = log_uniform(rng, 0.2, 1.2) * site.size, rng.uniform(0.03, 0.12) * site.size
+    line = _lines(site, rng, int(rng.integers(1, 6)), length, broad, rng.uniform(0.02, 0.15), spread)
     ridge = blur(line, 0.6 * broad + 0.7)
     slope = relief(ridge, site.light)
     shading = slope / max(float(np.abs(slope).max()), 1e-3) * 1.6 * _contrast(site, rng)
@@ -339,7 +366,8 @@ def burr(site, rng):
         alpha = alpha * (1 - site.region * np.float32(rng.uniform(0.5, 1)))
     near = cv2.erode(site.region.astype(np.uint8), np.ones((3, 3), np.uint8)) > 0
     tone = site.image[near].mean(axis=0) if near.any() else site.tone
-    body = tone + _sign(site, rng, 0.4) * 0.7 * _contrast(site, rng) + rgb((4 + site.texture) * 0.6 * fbm(rng, *site.shape, 0.05 * site.size, 5))
+    body = tone + _sign(site, rng, 0.4) * 0.7 * _contrast(site, rng)
+    body = body + rgb((4 + site.texture) * 0.6 * fbm(rng, *site.shape, 0.05 * site.size, 5))
     return over(site.image, alpha, body) + _lit(site, blur(alpha, 1.5), rng.uniform(0, 260)), alpha > 0.45
 
 
@@ -441,7 +469,7 @@ def foreign_texture(site, rng):
 
 def peel(site, rng):
     """A coat flaked off: a flat second colour with a curled, shadowed edge."""
-    alpha = shapes.blob(rng, *site.shape, site.centre, _area(site, rng, 0.003, 0.4), rng.uniform(0.4, 1), 0.03)
+    alpha = shapes.blob(rng, *site.shape, site.centre, _area(site, rng, 0.005, 0.45), rng.uniform(0.4, 1), 0.03)
     below = site.tone + _sign(site, rng, 0.5) * 1.5 * _contrast(site, rng) * _tinge(rng, 0.5)
     body = np.clip(below, 0, 255) + (0.5 * (3 + site.texture) * fbm(rng, *site.shape, 0.1 * site.size, 5, 0.6))[..., None]
     return over(site.image, alpha, body) + _lit(site, blur(alpha, 1.3), rng.uniform(-260, -40)), alpha > 0.5
@@ -450,10 +478,12 @@ def peel(site, rng):
 # How each kind is drawn, how often against the others, and whether it keeps to the object it is on.
 _RECIPES = {f.__name__: (f, weight, kept) for f, weight, kept in (
     (scratch, 1.5, True), (crack, 2.4, True), (crack_net, 1.0, True), (cut, 0.9, True), (hole, 1.6, True), (dent, 0.8, True),
-    (stain, 1.4, True), (large_patch, 2.6, True), (corrosion, 1.2, True), (spalling, 2.0, True), (exposed_bar, 0.5, True),
-    (missing, 1.0, False), (extra_part, 1.0, False), (fibre, 0.8, False), (fray, 0.7, False), (inclusion, 1.4, True), (wrinkle, 0.8, True),
-    (contamination, 0.8, False), (texture_break, 1.3, True), (misplaced_thread, 0.6, True), (smear, 0.8, True), (burn, 0.5, True),
-    (colour_shift, 0.8, True), (unevenness, 2.0, True), (foreign_texture, 1.0, True), (bubble, 0.8, True), (burr, 0.6, False), (peel, 0.8, True))}
+    (stain, 1.6, True), (large_patch, 3.0, True), (corrosion, 1.2, True), (spalling, 2.0, True), (exposed_bar, 0.5, True),
+    (missing, 1.0, False), (extra_part, 1.0, False), (fibre, 0.8, False), (fray, 0.7, False), (inclusion, 1.4, True),
+    (wrinkle, 0.8, True), (contamination, 0.8, False), (texture_break, 1.3, True), (misplaced_thread, 0.6, True), (smear, 0.8, True),
+    (burn, 0.5, True), (colour_shift, 0.8, True), (unevenness, 2.0, True), (foreign_texture, 1.0, True), (bubble, 0.8, True),
+    (burr, 0.6, False), (peel, 0.8, True),
+)}
 KINDS = tuple(_RECIPES)
 _WEIGHTS = np.array([weight for _, weight, _ in _RECIPES.values()])
 
@@ -461,7 +491,7 @@ _WEIGHTS = np.array([weight for _, weight, _ in _RECIPES.values()])
 def _survey(image: np.ndarray, region: np.ndarray, rng, strength: float) -> Site:
     """A random place on the object, rather near the middle as defects are photographed, and what the image looks like around it."""
     height, width = region.shape
-    inside = np.flatnonzero(region if region.any() else ~region)
+    inside = np.flatnonzero(region)
     y, x = np.divmod(inside[rng.integers(inside.size, size=2)], width)
     nearer = int(np.argmin(np.hypot(x / width - 0.5, y / height - 0.5)))
     y, x = int(y[nearer]), int(x[nearer])
@@ -485,15 +515,17 @@ def add_defect(image: np.ndarray, rng: np.random.Generator, kind: str | None = N
                region: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray, str]:
     """One defect drawn on a uint8 RGB image [H, W, 3] of any origin.
 
-    region, bool [H, W], says where the object is, if that is known. Returns the new image uint8 [H, W, 3], the mask bool [H, W] of what is
-    defective, and the kind (one of KINDS, by chance if none is asked for). Grey images stay grey.
+    region, bool [H, W], says where the object is, if that is known (all over if hardly any of it shows). Returns the new image uint8
+    [H, W, 3], the mask bool [H, W] of what is defective, and the kind (one of KINDS, by chance if none is asked for). Grey images stay
+    grey. Where every attempt falls outside the image, it comes back unchanged with an empty mask; that is rare.
     """
     if kind is None:
         kind = KINDS[rng.choice(len(KINDS), p=_WEIGHTS / _WEIGHTS.sum())]
     draw, _, kept = _RECIPES[kind]
-    region = np.ones(image.shape[:2], bool) if region is None else region
+    if region is None or region.mean() < 0.005:
+        region = np.ones(image.shape[:2], bool)
     grey = bool((image[..., 0] == image[..., 1]).all() and (image[..., 1] == image[..., 2]).all())
-    before, best = image.astype(np.float32), (-1.0, image, np.zeros(image.shape[:2], bool))
+    before, best = image.astype(np.float32), (0.0, image, np.zeros(image.shape[:2], bool))
     on_object = blur(region.astype(np.float32), 0.7)[..., None] if kept and not region.all() else None
     for attempt in range(ATTEMPTS):
         site = _survey(before, region, rng, 1 + 0.5 * attempt)
@@ -503,7 +535,7 @@ def add_defect(image: np.ndarray, rng: np.random.Generator, kind: str | None = N
         if grey:
             after = np.repeat(after.mean(axis=2, keepdims=True), 3, axis=2)
         after = np.clip(after, 0, 255)
-        seen = visibility(before, after, mask, site.texture)
+        seen = visibility(before, after, mask, site.texture) * (1.0 if mask.mean() < LARGEST else 0.1)
         if seen > best[0]:
             best = (seen, np.round(after).astype(np.uint8), mask)
         if seen >= 1 and mask.sum() >= max(4, 2e-4 * mask.size):

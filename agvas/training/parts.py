@@ -8,8 +8,23 @@ real product is copied.
 import cv2
 import numpy as np
 
-from agvas.training.noise import (blur, cells, chance, colour, fbm, glyphs, grain, log_uniform, over, per_label, pick, pixels, relief,
-                                  rgb, smoothstep)
+from agvas.training.noise import (
+    blur,
+    cells,
+    chance,
+    colour,
+    fbm,
+    glyphs,
+    grain,
+    log_uniform,
+    over,
+    per_label,
+    pick,
+    pixels,
+    relief,
+    rgb,
+    smoothstep,
+)
 from agvas.training.surfaces import any_simple, any_surface
 
 
@@ -341,7 +356,8 @@ def bundle(rng, height, width):
     present = (per_label(rng, labels) > pick(rng, -9, -9, -0.3)).astype(np.float32)  # packed, or with many gaps: never one gap
     radius = np.percentile(border, 97)
     dome = np.sqrt(np.clip(border / radius, 0, 1)) * present
-    tone = present * (1 + rng.uniform(0, 0.3) * per_label(rng, labels)) + rng.uniform(-0.4, 0.4) * np.cos(to_seed * (rng.uniform(1, 6) / radius))
+    rings = np.cos(to_seed * (rng.uniform(1, 6) / radius))
+    tone = present * (1 + rng.uniform(0, 0.3) * per_label(rng, labels)) + rng.uniform(-0.4, 0.4) * rings
     lit = rng.uniform(0, 2) * relief(blur(dome, 0.8), rng.uniform(0, 6.28)) * radius
     bodies = any_simple(rng, height, width) * rgb((0.6 + 0.4 * tone + 0.3 * lit).astype(np.float32))
     return over(ground(rng, height, width) * 0.4, smoothstep(0.0, 0.5, dome), bodies), np.ones((height, width), np.float32)

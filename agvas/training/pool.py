@@ -26,7 +26,7 @@ from runtime.preprocess import Preprocessing
 class PoolSettings:
     """How many samples, their side in pixels, and the first seed (sample i has seed `seed + i`)."""
 
-    samples: int = 6000
+    samples: int = 10_000
     side: int = 320
     seed: int = 1_000_000
 

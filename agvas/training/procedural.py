@@ -13,11 +13,26 @@ from multiprocessing import get_context
 import cv2
 import numpy as np
 
+from agvas.training import surfaces
 from agvas.training.backgrounds import background_and_region
 from agvas.training.defects import add_defect
 from agvas.training.noise import blur, chance, grain, log_uniform, pick, rgb
 
 NORMAL_SHARE = 1 / 3
+THEMED_SHARE = 0.3
+# Materials and the defects they are known for. Most samples mix anything with anything; these keep the likely pairs from being rare.
+THEMES = (
+    ((surfaces.road, surfaces.granular, surfaces.pebbles, surfaces.formwork, surfaces.mottled),
+     ("crack", "crack", "crack", "crack_net", "spalling", "spalling", "corrosion", "large_patch", "exposed_bar", "stain", "peel")),
+    ((surfaces.ground_ceramic, surfaces.brushed, surfaces.smooth),
+     ("hole", "hole", "crack", "fray", "unevenness", "unevenness", "spalling", "scratch", "missing", "large_patch")),
+    ((surfaces.brushed, surfaces.mottled, surfaces.smooth, surfaces.granular),
+     ("inclusion", "inclusion", "large_patch", "large_patch", "scratch", "hole", "dent", "corrosion", "crack_net")),
+    ((surfaces.leather, surfaces.orange_peel, surfaces.ridged, surfaces.mottled),
+     ("cut", "cut", "hole", "scratch", "wrinkle", "wrinkle", "stain", "dent", "misplaced_thread")),
+    ((surfaces.woven, surfaces.knitted, surfaces.striped, surfaces.fibrous, surfaces.meshed),
+     ("misplaced_thread", "hole", "cut", "fray", "stain", "texture_break", "fibre", "colour_shift", "contamination")),
+)
 
 
 @dataclass(frozen=True)
@@ -61,11 +76,13 @@ def _photographed(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 def make_sample(seed: int, height: int, width: int) -> Sample:
     """The sample of that seed: a third normal; else one to three defects, mostly of one kind. Sizes are in pixels."""
     rng = np.random.default_rng([seed, height, width])
-    image, region = background_and_region(rng, height, width)
+    materials, kinds = THEMES[rng.integers(len(THEMES))] if chance(rng, THEMED_SHARE) else ((), (None,))
+    image, region = background_and_region(rng, height, width, materials)
     mask, first = np.zeros((height, width), bool), ""
     if not chance(rng, NORMAL_SHARE):
         for _ in range(int(rng.choice([1, 2, 3], p=[0.65, 0.2, 0.15]))):
-            image, added, kind = add_defect(image, rng, first if first and chance(rng, 0.8) else None, region)
+            wanted = first if first and chance(rng, 0.8) else kinds[rng.integers(len(kinds))]
+            image, added, kind = add_defect(image, rng, wanted, region)
             mask, first = mask | added, first or kind
     label = bool(mask.any())
     return Sample(_photographed(image, rng), mask, first if label else "", label, seed)

@@ -7,8 +7,28 @@ function takes (rng, height, width) and returns float32 [H, W, 3] of about 0..1;
 import cv2
 import numpy as np
 
-from agvas.training.noise import (blur, cells, chance, colour, distort, fbm, glyphs, grain, grid_noise, log_uniform, over, per_label,
-                                  pick, plane, relief, rgb, smoothstep, standardise, streaks, tinted)
+from agvas.training.noise import (
+    blur,
+    cells,
+    chance,
+    colour,
+    distort,
+    fbm,
+    glyphs,
+    grain,
+    grid_noise,
+    log_uniform,
+    over,
+    per_label,
+    pick,
+    plane,
+    relief,
+    rgb,
+    smoothstep,
+    standardise,
+    streaks,
+    tinted,
+)
 
 
 def _angle(rng) -> float:

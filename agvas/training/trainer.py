@@ -63,6 +63,7 @@ def new_model(config: str, seed: int) -> AGVAS:
     model = AGVAS(settings, tokenizer)
     # transformers starts SAM's absolute positions at zero, which a pretrained checkpoint overwrites; from scratch they must differ.
     torch.nn.init.trunc_normal_(model.pixel_encoder.pos_embed, std=0.02)
+    torch.nn.init.trunc_normal_(model.semantic_encoder.embeddings.position_embedding.weight, std=0.02)
     return model
 
 

@@ -1,0 +1,193 @@
+"""Writes a bundle: graphs, embeddings, tokenizer, traces, parity, and the manifest last.
+
+Everything goes to a folder of another name that is renamed when it is whole, so an interrupted export leaves nothing that opens.
+Reading is the runtime's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from agvas.checkpoint import load
+from agvas.model import AGVAS
+from engines import EngineOptions
+from export.adapters import axis_sizes
+from export.onnx_writer import export_stage, stage_module, write
+from export.parity import ParityReport, measure
+from export.passes import lower_precision
+from export.pictures import parity_pictures
+from export.progress import Progress
+from runtime.bundle import EMBEDDINGS, GOLDEN, MANIFEST, PARITY, SCHEMA_VERSION, TOKENIZER
+from runtime.bundle import Bundle, FileRecord, Manifest, sha256_of
+from runtime.contract import CONTRACT_VERSION, STAGES
+from runtime.errors import AgvasError, OutputError
+from runtime.parity import GATES
+from runtime.verify import gates_for, open_pipeline
+
+PRECISIONS = ("fp32", "fp16", "bf16")
+TOOLS = ("torch", "transformers", "onnx", "onnxscript", "onnx-ir", "onnxruntime", "openvino", "numpy", "pillow", "tokenizers")
+
+
+class ParityFailed(AgvasError):
+    """The exported chain leaves the reference by more than the gates allow; no bundle was written."""
+
+    def __init__(self, report: ParityReport) -> None:
+        super().__init__(
+            "the exported masks are not the reference's: " + "; ".join(report.failures) + ". No bundle was written. "
+            "Try --precision fp32, or --parity report to write it all the same and look into parity.json"
+        )
+        self.report = report
+
+
+@dataclass(frozen=True)
+class ExportSettings:
+    """One export.
+
+    Attributes:
+        checkpoint: "nano" or a checkpoint folder.
+        precision: fp32, fp16 or bf16.
+        output: the bundle's folder.
+        strict: fail when a gate fails; otherwise write the bundle with the failure in its manifest.
+        images: folder of pictures to judge parity on; None takes procedural ones.
+        pictures: how many at most.
+    """
+
+    checkpoint: str
+    precision: str
+    output: Path
+    strict: bool = True
+    images: Path | None = None
+    pictures: int = 64
+
+
+def export_bundle(settings: ExportSettings, progress: Progress) -> tuple[Bundle, ParityReport]:
+    """Export a checkpoint and compare it with the reference.
+
+    Raises:
+        CheckpointError: see agvas.load.
+        ParityFailed: a gate failed and `strict` is set.
+        OutputError: the output cannot be written, or is something else than a bundle.
+        EngineUnavailable: no engine here can run graphs of this precision to verify them.
+    """
+    _check_output(settings.output)
+    progress.begin("load checkpoint")
+    model = load(settings.checkpoint)
+    _check_space(settings.output, model, settings.precision)
+    with _whole_or_nothing(settings.output) as folder:
+        for stage in STAGES:
+            progress.begin(f"export {stage}")
+            graph = export_stage(stage_module(model, stage), stage, axis_sizes(model.config))
+            if settings.precision != "fp32":
+                lower_precision(graph, settings.precision)
+            write(graph, folder / stage, stage)
+        progress.begin("write embeddings and tokenizer")
+        table = model.language.get_input_embeddings().weight.detach().numpy()
+        np.save(folder / EMBEDDINGS, table.astype(np.float32 if settings.precision == "fp32" else np.float16))
+        model.tokenizer.save(str(folder / TOKENIZER))
+        np.savez_compressed(folder / GOLDEN)  # filled below, once the bundle can be opened
+        _write_manifest(folder, _manifest(model, settings.precision))
+        report = _verify(folder, model, settings, progress)
+        if report.failures and settings.strict:
+            raise ParityFailed(report)
+    return Bundle(settings.output), report
+
+
+def verification_engine(precision: str) -> str:
+    """onnxruntime, the plainest; for bf16 OpenVINO, since onnxruntime's CPU provider has no bfloat16 kernels."""
+    return "openvino" if precision == "bf16" else "onnxruntime"
+
+
+def _verify(folder: Path, model: AGVAS, settings: ExportSettings, progress: Progress) -> ParityReport:
+    bundle, options = Bundle(folder), EngineOptions()
+    engine = verification_engine(settings.precision)
+    exported = open_pipeline(bundle, engine, options)
+    pictures = parity_pictures(settings.images, settings.pictures)
+    progress.begin("compare with the reference", len(pictures))
+    report, golden = measure(
+        model, exported, engine, pictures, GATES[gates_for(bundle, options)], GATES["fp32"], progress.advance
+    )
+    np.savez_compressed(folder / GOLDEN, **golden)  # type: ignore[arg-type]
+    (folder / PARITY).write_text(json.dumps(report.to_json(), indent=2) + "\n")
+    summary = {"engine": engine, "passed": not report.failures, **report.chain.to_json()}
+    _write_manifest(folder, replace(bundle.manifest, parity=summary))
+    return report
+
+
+def _manifest(model: AGVAS, precision: str) -> Manifest:
+    from importlib.metadata import version
+
+    config = model.config
+    return Manifest(
+        schema_version=SCHEMA_VERSION,
+        contract_version=CONTRACT_VERSION,
+        model=config.name,
+        precision=dict.fromkeys(STAGES, precision),
+        lmm="float",
+        preprocessing=config.preprocessing,
+        prompts=config.prompts,
+        threshold=config.mask_decoder.threshold,
+        fusion_weight=config.mask_decoder.fusion_weight,
+        sizes=axis_sizes(config),
+        parity={},
+        files={},
+        tools={name: version(name) for name in TOOLS},
+    )
+
+
+def _write_manifest(folder: Path, manifest: Manifest) -> None:
+    files = {
+        path.relative_to(folder).as_posix(): FileRecord(path.stat().st_size, sha256_of(path))
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != MANIFEST
+    }
+    (folder / MANIFEST).write_text(replace(manifest, files=files).to_json())
+
+
+def _check_output(output: Path) -> None:
+    if output.exists() and not (output / MANIFEST).is_file() and (not output.is_dir() or any(output.iterdir())):
+        raise OutputError(f"{output} exists and is not a bundle; choose another --output, or remove it")
+
+
+def _check_space(output: Path, model: AGVAS, precision: str) -> None:
+    """Refuse before the work, not after it, when the disk cannot hold the bundle."""
+    width = 4 if precision == "fp32" else 2
+    needed = int(sum(parameter.numel() for parameter in model.parameters()) * width * 1.1) + (32 << 20)
+    existing = next(parent for parent in (output.absolute(), *output.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise OutputError(
+            f"{output} needs about {needed >> 20} MiB and {existing} has {free >> 20} MiB free; free some, or choose another --output"
+        )
+
+
+@contextlib.contextmanager
+def _whole_or_nothing(output: Path) -> Iterator[Path]:
+    """A folder beside `output` that takes its name when the block ends well and vanishes otherwise."""
+    partial = output.parent / f".{output.name}.partial-{uuid.uuid4().hex[:8]}"
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        old = None
+        if output.exists():
+            old = output.parent / f".{output.name}.old-{uuid.uuid4().hex[:8]}"
+            os.rename(output, old)
+        os.rename(partial, output)
+        if old:
+            shutil.rmtree(old)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise OutputError(f"the disk of {output} is full; free some space or choose another --output") from error
+        raise OutputError(f"{output} cannot be written ({error.strerror}); choose another --output") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

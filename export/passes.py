@@ -1,0 +1,140 @@
+"""Graph passes, each with its rule in prose. Here: lowering a graph's arithmetic to 16 bit.
+
+The rule goes by operator, never by model, so that it holds for graphs not seen yet. A pass takes a model and changes it in place;
+what it leaves is strongly typed: every tensor's type is in the graph and no builder flag decides anything.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import onnx
+import onnx_ir as ir
+from onnx_ir.passes.common import LiftConstantsToInitializersPass
+
+LOW_TYPES = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
+
+# Sums of squares overflow fp16 from 256 on, exponentials and their sums lose the small terms, and angles need all their bits.
+FP32_OPERATORS = frozenset(
+    {
+        "LayerNormalization",
+        "RMSNormalization",
+        "ReduceMean",
+        "ReduceSum",
+        "Pow",
+        "Sqrt",
+        "Reciprocal",
+        "Exp",
+        "Softmax",
+        "Sigmoid",
+        "Sin",
+        "Cos",
+    }
+)
+ELEMENTWISE = frozenset({"Add", "Sub", "Mul", "Div"})
+# Of an elementwise operator's inputs, one of these makes it part of the norm or probability being computed. (Sin and Cos are not:
+# their values are bounded and what they are multiplied with is not theirs.)
+FP32_REACH = frozenset({"ReduceMean", "ReduceSum", "Pow", "Sqrt", "Reciprocal", "Sigmoid"})
+
+
+def lower_precision(model: ir.Model, precision: str) -> ir.Model:
+    """Compute in fp16 or bf16 wherever the rule allows; inputs and outputs of the graph stay fp32.
+
+    Rule: every float operator works in the low type, except (1) `FP32_OPERATORS`, (2) an elementwise operator that reads the
+    output of one of `FP32_REACH`, which covers the epsilon and the scaling of a norm written out in parts, and the fusion
+    of probabilities, and (3) operators that ONNX does not define in the low type at this opset (convolutions in bf16). A cast stands at each border, once per value and direction. Constants are stored in the type of
+    the operator that reads them.
+
+    Args:
+        precision: "fp16" or "bf16".
+    """
+    low = LOW_TYPES[precision]
+    LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    _Lowering(model, low).run()
+    model.graph.sort()
+    return model
+
+
+class _Lowering:
+    def __init__(self, model: ir.Model, low: ir.DataType) -> None:
+        self.graph = model.graph
+        self.opset = model.opset_imports[""]
+        self.low = low
+        self.casts: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
+
+    def run(self) -> None:
+        nodes = list(self.graph)
+        wanted = {node: self._type_of(node) for node in nodes}
+        floats = {value for value in self._values(nodes) if value.dtype == ir.DataType.FLOAT}
+        for node in nodes:
+            if any(isinstance(attr.value, ir.Graph) for attr in node.attributes.values()):
+                raise ValueError(f"node {node.name} ({node.op_type}) holds a subgraph; lowering to 16 bit knows none")
+            for output in node.outputs:
+                if output in floats:
+                    output.dtype = wanted[node]
+            if node.op_type == "Cast" and node.outputs[0] in floats:
+                node.attributes["to"] = ir.AttrInt64("to", int(wanted[node]))
+        for node in nodes:
+            for index, value in enumerate(node.inputs):
+                if value in floats and value is not None and node.op_type != "Cast":
+                    node.replace_input_with(index, self._as(value, wanted[node]))
+        for index, output in enumerate(self.graph.outputs):
+            if output in floats and output.dtype != ir.DataType.FLOAT:
+                self._keep_output(index, output)
+        for name in [name for name, value in self.graph.initializers.items() if not value.uses()]:
+            if not self.graph.initializers[name].is_graph_output():
+                del self.graph.initializers[name]
+
+    def _type_of(self, node: ir.Node) -> ir.DataType:
+        if node.op_type in FP32_OPERATORS or not _defined_in(node.op_type, self.opset, self.low):
+            return ir.DataType.FLOAT
+        reached = (
+            value is not None and (producer := value.producer()) is not None and producer.op_type in FP32_REACH
+            for value in node.inputs
+        )
+        return ir.DataType.FLOAT if node.op_type in ELEMENTWISE and any(reached) else self.low
+
+    def _values(self, nodes: list[ir.Node]) -> list[ir.Value]:
+        values = [*self.graph.inputs, *self.graph.initializers.values()]
+        return values + [output for node in nodes for output in node.outputs]
+
+    def _as(self, value: ir.Value, dtype: ir.DataType) -> ir.Value:
+        """`value` in `dtype`: itself, a converted copy of a constant, or a cast."""
+        if value.dtype == dtype:
+            return value
+        key = (value, dtype)
+        if key not in self.casts:
+            self.casts[key] = self._constant(value, dtype) if value.is_initializer() else self._cast(value, dtype)
+        return self.casts[key]
+
+    def _constant(self, value: ir.Value, dtype: ir.DataType) -> ir.Value:
+        assert value.const_value is not None
+        array = value.const_value.numpy().astype(dtype.numpy())
+        tensor = ir.tensor(array, dtype=dtype, name=f"{value.name}_{dtype.name.lower()}")
+        copy = ir.Value(name=tensor.name, shape=value.shape, type=ir.TensorType(dtype), const_value=tensor)
+        self.graph.register_initializer(copy)
+        return copy
+
+    def _cast(self, value: ir.Value, dtype: ir.DataType) -> ir.Value:
+        node = ir.node("Cast", [value], attributes={"to": int(dtype)}, name=f"{value.name}_to_{dtype.name.lower()}")
+        output = node.outputs[0]
+        output.name, output.dtype, output.shape = f"{value.name}_{dtype.name.lower()}", dtype, value.shape
+        self.graph.append(node)  # sorted into place at the end
+        return output
+
+    def _keep_output(self, index: int, output: ir.Value) -> None:
+        """A graph output keeps its name and fp32: the low value behind it is renamed."""
+        name = output.name
+        output.name = f"{name}_{self.low.name.lower()}"
+        cast = self._as(output, ir.DataType.FLOAT)
+        cast.name = name
+        self.graph.outputs[index] = cast
+
+
+@functools.cache
+def _defined_in(operator: str, opset: int, dtype: ir.DataType) -> bool:
+    """Whether ONNX lets the operator's first input be of this type at this opset."""
+    schema = onnx.defs.get_schema(operator, opset)
+    if not schema.inputs:
+        return True
+    return f"tensor({dtype.name.lower()})" in schema.inputs[0].types

@@ -1,0 +1,36 @@
+"""What a long export is doing: one line a step on stderr, and a bar where a step counts."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+from tqdm import tqdm
+
+
+class Progress:
+    """Announces steps with the seconds the last one took."""
+
+    def __init__(self, quiet: bool = False) -> None:
+        self.quiet = quiet
+        self._step: str | None = None
+        self._started = 0.0
+        self._bar: tqdm | None = None
+
+    def begin(self, step: str, total: int | None = None) -> None:
+        self.end()
+        self._step, self._started = step, time.monotonic()
+        if total and not self.quiet:
+            self._bar = tqdm(total=total, desc=step, unit="image")
+
+    def advance(self) -> None:
+        if self._bar:
+            self._bar.update()
+
+    def end(self) -> None:
+        if self._bar:
+            self._bar.close()
+            self._bar = None
+        if self._step and not self.quiet:
+            print(f"  {self._step}: {time.monotonic() - self._started:.1f} s", file=sys.stderr, flush=True)
+        self._step = None

@@ -1,0 +1,409 @@
+"""agvas-segment: pictures in; verdicts, masks and overlays out.
+
+One line on stdout for each picture, in words or as JSON; everything else (engine, progress, errors) goes to stderr, so a program
+can read stdout line by line while the run goes on. A picture that cannot be segmented is reported and the run goes on; a result
+that cannot be written stops it, since the next one could not be written either. What all the runtime's commands share (engine
+options, progress bar, JSON line) stands here too.
+
+Exit codes: 0 every picture was segmented, 1 some were not, 2 nothing could be done or a result could not be written,
+130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from engines import ENGINES, INFERENCE_PRECISIONS, EngineError, EngineOptions
+from runtime.errors import AgvasError, ImageError, OutputError, RequestError, choose
+from runtime.images import PIXEL_LIMIT, find_images
+from runtime.prompts import DIRECT, MODES
+from runtime.segmentation import Segmentation
+from runtime.segmenter import Segmenter, check_device
+
+AUTO = "auto"
+
+# A log file has no use for a bar on a handful of pictures, and one line in ten seconds is enough for a long run.
+_LOGGED_FROM = 9
+_LOG_SECONDS = 10.0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = _parser().parse_args(argv)
+    try:
+        return _run(arguments)
+    except KeyboardInterrupt:
+        print("agvas-segment: interrupted; what was written so far is whole and stays", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        close_stdout()
+        return 2
+    except (AgvasError, EngineError, OSError) as error:
+        print(f"agvas-segment: {error}", file=sys.stderr)
+        return 2
+
+
+def segment_pictures(
+    segmenter: Segmenter,
+    pictures: Sequence[Path],
+    *,
+    mode: str = DIRECT,
+    instruction: str | None = None,
+    output: str | os.PathLike[str] | None = None,
+    overlay: bool = False,
+    polygons: bool = False,
+) -> Iterator[dict[str, Any]]:
+    """Segment one picture after the other; each gives the record that agvas-segment prints as JSON.
+
+    Args:
+        output: folder for `<stem>_mask.png` and, with `overlay`, `<stem>_overlay.png`; stems are told apart, see output_stems.
+        polygons: also give the outline of each mask.
+
+    Yields:
+        {"image", "error"} for a picture that could not be segmented, else {"image", "score", "is_anomalous", "mask", "area",
+        "text", "answer_verified", "anchors_found", "threshold", "timings_ms", "engine", "inference_precision", "device"}.
+
+    Raises:
+        RequestError: the mode or instruction is refused, or a result would overwrite one of the pictures.
+        OutputError: a result cannot be written; those before it are.
+    """
+    stems = output_stems(pictures)
+    if output is not None:
+        _spare_inputs(pictures, stems, Path(output), ("mask", "overlay") if overlay else ("mask",))
+    for path, stem in zip(pictures, stems):
+        try:
+            result = segmenter(path, instruction, mode)
+        except RequestError:
+            raise  # would be refused for every picture alike
+        except (EngineError, ValueError, MemoryError) as error:  # ImageError and a map with NaN are ValueErrors
+            yield {"image": str(path), "error": str(error) or type(error).__name__}
+            continue
+        record = {"image": str(path), **result.to_json(polygons=polygons)}
+        if output is not None:
+            saved = result.save(output, stem, overlay=overlay)
+            record.update({name: str(file) for name, file in saved.items()})
+        record["engine"] = segmenter.engine
+        record["inference_precision"] = segmenter.inference_precision
+        record["device"] = segmenter.device
+        yield record
+
+
+def output_stems(pictures: Sequence[Path]) -> list[str]:
+    """A stem for each picture's results, no two alike (not even by case alone: some file systems ignore it).
+
+    A stem that only one picture has is kept. Pictures of the same stem in different folders get as many of their folders' names
+    in front as it takes, joined by "__" (crack/000.png, good/000.png → crack__000, good__000); those in one folder keep their
+    suffix (a.png, a.jpg → a.png, a.jpg). Should that still give a name twice, the later picture gets "-2", "-3", …
+    """
+    by_stem: dict[str, list[int]] = {}
+    for index, path in enumerate(pictures):
+        by_stem.setdefault(path.stem.casefold(), []).append(index)
+    names = [path.stem for path in pictures]
+    for indices in by_stem.values():
+        if len(indices) > 1:
+            for index, name in zip(indices, _with_folders([pictures[index] for index in indices])):
+                names[index] = name
+    # Numbers go to those that had to be renamed first, never to a picture whose stem was its own from the start.
+    taken = {names[indices[0]].casefold() for indices in by_stem.values() if len(indices) == 1}
+    for indices in by_stem.values():
+        for index in indices if len(indices) > 1 else ():
+            name, number = names[index], 1
+            while names[index].casefold() in taken:
+                number += 1
+                names[index] = f"{name}-{number}"
+            taken.add(names[index].casefold())
+    return names
+
+
+def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options that say where a bundle runs, the same for every command."""
+    parser.add_argument("--bundle", required=True, metavar="DIR", help="folder that agvas-export wrote")
+    parser.add_argument(
+        "--engine", default=AUTO, help=f"{AUTO} (default: the fastest that gives the reference's masks here), {', '.join(ENGINES)}"
+    )
+    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda:N; nothing else is used when it cannot be had")
+    parser.add_argument(
+        "--inference-precision",
+        help="with a named engine: graph (default, computes in the graph's own types) or bf16 (openvino); auto measures both itself",
+    )
+    parser.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads of one inference (default 0: the engine's choice)")
+
+
+def engine_options(arguments: argparse.Namespace) -> EngineOptions:
+    """Check the options of `add_engine_arguments`.
+
+    Raises:
+        RequestError: names the option, what it takes and the nearest valid value.
+    """
+    choose("--engine", arguments.engine, (AUTO, *ENGINES))
+    precision = arguments.inference_precision
+    if precision is not None:
+        choose("--inference-precision", precision, INFERENCE_PRECISIONS)
+        if arguments.engine == AUTO:
+            raise RequestError(
+                f"--inference-precision: expected a named --engine beside it, got {precision!r} with engine {AUTO}, which chooses the "
+                f"precision too; name one of {', '.join(ENGINES)}, or leave the precision out"
+            )
+    try:
+        check_device(arguments.device)
+    except RequestError:
+        if "gpu" in arguments.device.lower():  # by its letters "gpu" is nearest to "cpu"
+            raise
+        choose("--device", arguments.device, ("cpu", "cuda:0"), "cuda:N is the GPU with index N")
+        raise
+    if arguments.threads < 0:
+        raise RequestError(f"--threads: expected 0 (the engine's choice) or more, got {arguments.threads}")
+    return EngineOptions(arguments.device, arguments.threads, precision or "graph")
+
+
+def json_line(record: Any) -> str:
+    """One line of JSON; NaN and infinity, which JSON has no word for, become null."""
+    return json.dumps(_finite(record), allow_nan=False)
+
+
+def say(line: str) -> None:
+    """Print to stdout at once: another program may be waiting for the line.
+
+    Raises:
+        OutputError: stdout goes to a full disk. BrokenPipeError passes: its reader has gone.
+    """
+    encoding = sys.stdout.encoding or "utf-8"
+    try:
+        # File names need not be text; a name that the terminal cannot show must not end the run.
+        print(line.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise OutputError(f"stdout: expected to write a line, got {error}; free some space or send it elsewhere") from error
+
+
+def close_stdout() -> None:
+    """After a broken pipe: point stdout at nothing, so that Python's own flush at exit does not complain once more."""
+    try:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (OSError, ValueError):
+        pass  # stdout is no real file: nothing will be flushed
+
+
+class Progress:
+    """A bar on stderr. On a terminal it is shown from two steps on; in a log from nine, a line every ten seconds at most."""
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self._quiet = quiet
+        self._terminal = sys.stderr.isatty()
+        self._label = ""
+        self._bar: Any = None
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def __call__(self, label: str, done: int, total: int) -> None:
+        """`done` of `total` steps of the work called `label` are done."""
+        if self._bar is None or label != self._label:
+            self.__exit__(None, None, None)
+            self._bar, self._label = self._open(label, total), label
+        self._bar.update(done - self._bar.n)
+
+    def step_aside(self) -> None:
+        """Take the bar off the terminal before a line is printed there; the next call draws it again."""
+        if self._bar is not None and self._terminal:
+            self._bar.clear()
+
+    def _open(self, label: str, total: int) -> Any:
+        from tqdm import tqdm
+
+        hidden = self._quiet or total < (2 if self._terminal else _LOGGED_FROM)
+        seconds = 0.1 if self._terminal else _LOG_SECONDS
+        return tqdm(desc=label, total=total, disable=hidden, file=sys.stderr, mininterval=seconds, maxinterval=seconds, leave=False)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="agvas-segment",
+        description="Segment anomalies in pictures with an exported AG-VAS. One line on stdout for each picture.",
+        epilog="Exit codes: 0 every picture was segmented; 1 some were not; 2 nothing could be done, or a result could not be "
+        "written; 130 interrupted. Pictures of the same name in different folders get their folders' names in front: "
+        "crack__000_mask.png, good__000_mask.png.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("inputs", nargs="+", metavar="IMAGE|DIR|GLOB", help="pictures, folders of pictures, or quoted patterns")
+    add_engine_arguments(parser)
+    parser.add_argument("--mode", default=DIRECT, help=f"one of {', '.join(MODES)} that the model was trained for (default {DIRECT})")
+    parser.add_argument("--instruction", metavar="TEXT", help="what to look for, in words (default: the mode's own)")
+    parser.add_argument("--threshold", type=float, metavar="P", help="a pixel is anomalous above it, 0..1 (default: the bundle's)")
+    parser.add_argument("--pixel-limit", type=int, default=PIXEL_LIMIT, metavar="N", help=f"refuse larger pictures (default {PIXEL_LIMIT})")
+    parser.add_argument("--recursive", action="store_true", help="look into subfolders too")
+    parser.add_argument("--output", metavar="DIR", help="write <stem>_mask.png (0 and 255) there; files of that name are replaced")
+    parser.add_argument("--overlay", action="store_true", help="write <stem>_overlay.png too")
+    parser.add_argument("--polygons", action="store_true", help="with --json: the outline of each mask too")
+    parser.add_argument("--json", action="store_true", help="one JSON object for each picture, in place of words")
+    parser.add_argument("--quiet", action="store_true", help="no notes and no progress bar on stderr, only errors")
+    return parser
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    options = engine_options(arguments)
+    _check(arguments)
+    pictures, failed = _find(arguments.inputs, arguments.recursive)
+    for record in failed:
+        _report(record, arguments.json)
+    if not pictures:
+        return 2
+    if arguments.output is not None:
+        _prepare(arguments.output)  # before the model is opened, which can take minutes
+    note = (lambda line: None) if arguments.quiet else (lambda line: print(f"agvas-segment: {line}", file=sys.stderr))
+    if arguments.engine == AUTO:
+        note(f"opening {arguments.bundle}; on a new machine, engine auto first measures the engines that are installed")
+    segmenter = Segmenter(
+        arguments.bundle,
+        arguments.engine,
+        options.device,
+        inference_precision=options.inference_precision,
+        threads=options.threads,
+        threshold=arguments.threshold,
+        pixel_limit=arguments.pixel_limit,
+    )
+    if segmenter.choice is not None:
+        chosen = replace(options, inference_precision=segmenter.inference_precision)
+        note(f"{describe(segmenter.engine, chosen)}, chosen by auto: {segmenter.choice.milliseconds:.1f} ms a picture")
+        for name, reason in segmenter.choice.rejected.items():
+            note(f"  not {name}: {reason}")
+    verdicts: Counter[str] = Counter(failed=len(failed))
+    with Progress(quiet=arguments.quiet) as progress:
+        records = segment_pictures(
+            segmenter,
+            pictures,
+            mode=arguments.mode,
+            instruction=arguments.instruction,
+            output=arguments.output,
+            overlay=arguments.overlay,
+            polygons=arguments.polygons,
+        )
+        for done, record in enumerate(records, 1):
+            progress.step_aside()
+            _report(record, arguments.json)
+            verdicts[_verdict(record)] += 1
+            progress("pictures", done, len(pictures))
+    where = "" if arguments.output is None else f"; masks in {arguments.output}"
+    note(", ".join(f"{count} {verdict}" for verdict, count in sorted(verdicts.items()) if count) + where)
+    return 1 if verdicts["failed"] else 0
+
+
+def describe(engine: str, options: EngineOptions) -> str:
+    """Engine, precision and device in words."""
+    return f"engine {engine}, precision {options.inference_precision}, device {options.device}"
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    choose("--mode", arguments.mode, MODES)
+    if arguments.overlay and arguments.output is None:
+        raise RequestError("--overlay: expected --output DIR beside it, got none; say where to write the overlays")
+    if arguments.polygons and not arguments.json:
+        raise RequestError("--polygons: expected --json beside it, got none; outlines are given in JSON only")
+    if arguments.threshold is not None and not 0 <= arguments.threshold <= 1:
+        raise RequestError(f"--threshold: expected a probability in 0..1, got {arguments.threshold}")
+    if arguments.pixel_limit < 1:
+        raise RequestError(f"--pixel-limit: expected at least 1, got {arguments.pixel_limit}")
+
+
+def _find(inputs: Sequence[str], recursive: bool) -> tuple[list[Path], list[dict[str, Any]]]:
+    """Pictures of those inputs that give any, and a record of each that gives none."""
+    good, failed = [], []
+    for name in inputs:
+        try:
+            find_images(name, recursive=recursive)
+        except ImageError as error:
+            failed.append({"image": name, "error": str(error)})
+        else:
+            good.append(name)
+    return (find_images(good, recursive=recursive) if good else []), failed
+
+
+def _prepare(output: str) -> None:
+    try:
+        os.makedirs(output, exist_ok=True)
+        writable = os.access(output, os.W_OK | os.X_OK)
+    except OSError as error:
+        raise OutputError(
+            f"--output {output}: expected a folder to write to, got {error}; choose another one or change its permissions"
+        ) from error
+    if not writable:
+        raise OutputError(f"--output {output}: expected a writable folder, got one that is not; change its permissions or choose another")
+
+
+def _report(record: dict[str, Any], as_json: bool) -> None:
+    if "error" in record:
+        image, reason = record["image"], record["error"]
+        # Messages about files begin with the file's name already.
+        print(f"agvas-segment: {reason if reason.startswith((image, repr(image))) else f'{image}: {reason}'}", file=sys.stderr)
+    if as_json:
+        say(json_line(record))
+    elif "error" not in record:
+        say(_in_words(record))
+
+
+def _in_words(record: dict[str, Any]) -> str:
+    line = (
+        f"{_verdict(record)}  {record['score']:.3f}  {record['area']:>9} px  {record['timings_ms']['total']:8.1f} ms  {record['image']}"
+    )
+    if not record["anchors_found"]:
+        line += "  (not judged: the answer lacks [NOR], [ANO] or [SEG])"
+    if not record["answer_verified"]:  # the model wrote its own words: in direct mode that is news, in the others the purpose
+        line += f"\n    {' '.join(record['text'].split())}"
+    return line
+
+
+def _verdict(record: dict[str, Any]) -> str:
+    return "failed" if "error" in record else "NG" if record["is_anomalous"] else "OK"
+
+
+def _with_folders(paths: Sequence[Path]) -> list[str]:
+    """Names of pictures of one stem, told apart by their folders, or by suffix within one."""
+    absolute = [Path(os.path.abspath(path)) for path in paths]
+    one_folder_twice = len({path.parent for path in absolute}) < len(absolute)
+    last = [path.name if one_folder_twice else path.stem for path in absolute]
+    folders = [path.parts[1:-1] for path in absolute]  # parts[0] is the root or drive
+    names = last
+    for depth in range(max(map(len, folders)) + 1):
+        names = ["__".join((*parts[len(parts) - min(depth, len(parts)) :], name)) for parts, name in zip(folders, last)]
+        if len({name.casefold() for name in names}) == len(names):
+            break
+    return names
+
+
+def _spare_inputs(pictures: Sequence[Path], stems: Sequence[str], output: Path, kinds: Sequence[str]) -> None:
+    """Refuse to overwrite a picture by a result, as with x.png and x_mask.png side by side and written to their own folder."""
+    given = {Path(os.path.realpath(path.parent)) / path.name: path for path in pictures}
+    folder = Path(os.path.realpath(output))
+    for stem in stems:
+        for kind in kinds:
+            if (path := given.get(folder / f"{stem}_{kind}.png")) is not None:
+                raise RequestError(f"--output {output}: expected a folder apart, got one where {path} would be overwritten; choose another")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+__all__ = ["Segmentation", "main", "output_stems", "segment_pictures"]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
