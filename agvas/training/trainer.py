@@ -35,11 +35,11 @@ class TrainSettings:
     """One training run; kept as settings.json beside its state."""
 
     config: str = "nano"
-    steps: int = 4000
-    batch: int = 12
+    steps: int = 2200
+    batch: int = 8
     learning_rate: float = 8e-4
     weight_decay: float = 0.02
-    warmup_steps: int = 200
+    warmup_steps: int = 100
     clip_norm: float = 1.0
     average_decay: float = 0.997
     text_weight: float = 0.1
@@ -47,7 +47,7 @@ class TrainSettings:
     late_weights: MaskLossWeights = field(default_factory=MaskLossWeights)
     paper_weights_from: float = 0.7
     seed: int = 0
-    save_every: int = 200
+    save_every: int = 100
     pool: PoolSettings = field(default_factory=PoolSettings)
 
 

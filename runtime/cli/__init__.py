@@ -1,1 +1,1 @@
-"""Command lines of the runtime, one file each; none loads torch, and none loads an engine before it is asked to work."""
+"""Command lines of the runtime, one file each; none loads torch, nor an engine before it has work for it."""

@@ -1,9 +1,9 @@
 """agvas-segment: pictures in; verdicts, masks and overlays out.
 
-One line on stdout for each picture, in words or as JSON; everything else (engine, progress, errors) goes to stderr, so a program
-can read stdout line by line while the run goes on. A picture that cannot be segmented is reported and the run goes on; a result
-that cannot be written stops it, since the next one could not be written either. What all the runtime's commands share (engine
-options, progress bar, JSON line) stands here too.
+One line on stdout for each picture, in words or as JSON; everything else (engine, progress, errors) goes to stderr, so
+a program can read stdout line by line while the run goes on. A picture that cannot be segmented is reported and the run
+goes on; a result that cannot be written stops it, since the next one could not be written either. What all commands of
+the runtime share (engine options, progress bar, JSON line) stands here too.
 
 Exit codes: 0 every picture was segmented, 1 some were not, 2 nothing could be done or a result could not be written,
 130 interrupted.
@@ -27,7 +27,6 @@ from engines import ENGINES, INFERENCE_PRECISIONS, EngineError, EngineOptions
 from runtime.errors import AgvasError, ImageError, OutputError, RequestError, choose
 from runtime.images import PIXEL_LIMIT, find_images
 from runtime.prompts import DIRECT, MODES
-from runtime.segmentation import Segmentation
 from runtime.segmenter import Segmenter, check_device
 
 AUTO = "auto"
@@ -65,12 +64,14 @@ def segment_pictures(
     """Segment one picture after the other; each gives the record that agvas-segment prints as JSON.
 
     Args:
-        output: folder for `<stem>_mask.png` and, with `overlay`, `<stem>_overlay.png`; stems are told apart, see output_stems.
+        output: folder for `<stem>_mask.png` and, with `overlay`, `<stem>_overlay.png`; stems are told apart, see
+            output_stems.
         polygons: also give the outline of each mask.
 
     Yields:
-        {"image", "error"} for a picture that could not be segmented, else {"image", "score", "is_anomalous", "mask", "area",
-        "text", "answer_verified", "anchors_found", "threshold", "timings_ms", "engine", "inference_precision", "device"}.
+        {"image", "error"} for a picture that could not be segmented, else "image", what Segmentation.to_json gives
+        ("mask" is the file's path, None without `output`), "overlay" if asked for, and the segmenter's "engine",
+        "inference_precision" and "device".
 
     Raises:
         RequestError: the mode or instruction is refused, or a result would overwrite one of the pictures.
@@ -79,7 +80,7 @@ def segment_pictures(
     stems = output_stems(pictures)
     if output is not None:
         _spare_inputs(pictures, stems, Path(output), ("mask", "overlay") if overlay else ("mask",))
-    for path, stem in zip(pictures, stems):
+    for path, stem in zip(pictures, stems, strict=True):
         try:
             result = segmenter(path, instruction, mode)
         except RequestError:
@@ -100,9 +101,10 @@ def segment_pictures(
 def output_stems(pictures: Sequence[Path]) -> list[str]:
     """A stem for each picture's results, no two alike (not even by case alone: some file systems ignore it).
 
-    A stem that only one picture has is kept. Pictures of the same stem in different folders get as many of their folders' names
-    in front as it takes, joined by "__" (crack/000.png, good/000.png → crack__000, good__000); those in one folder keep their
-    suffix (a.png, a.jpg → a.png, a.jpg). Should that still give a name twice, the later picture gets "-2", "-3", …
+    A stem that only one picture has is kept. Pictures of the same stem in different folders get as many of their
+    folders' names in front as it takes, joined by "__" (crack/000.png, good/000.png → crack__000, good__000); those in
+    one folder keep their suffix (a.png, a.jpg → a.png, a.jpg). Should that still give a name twice, the later picture
+    gets "-2", "-3", …
     """
     by_stem: dict[str, list[int]] = {}
     for index, path in enumerate(pictures):
@@ -110,7 +112,8 @@ def output_stems(pictures: Sequence[Path]) -> list[str]:
     names = [path.stem for path in pictures]
     for indices in by_stem.values():
         if len(indices) > 1:
-            for index, name in zip(indices, _with_folders([pictures[index] for index in indices])):
+            told_apart = _with_folders([pictures[index] for index in indices])
+            for index, name in zip(indices, told_apart, strict=True):
                 names[index] = name
     # Numbers go to those that had to be renamed first, never to a picture whose stem was its own from the start.
     taken = {names[indices[0]].casefold() for indices in by_stem.values() if len(indices) == 1}
@@ -128,14 +131,22 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     """The options that say where a bundle runs, the same for every command."""
     parser.add_argument("--bundle", required=True, metavar="DIR", help="folder that agvas-export wrote")
     parser.add_argument(
-        "--engine", default=AUTO, help=f"{AUTO} (default: the fastest that gives the reference's masks here), {', '.join(ENGINES)}"
+        "--engine",
+        default=AUTO,
+        help=f"{AUTO} (default: the fastest here that gives the reference's masks), {', '.join(ENGINES)}",
     )
-    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda:N; nothing else is used when it cannot be had")
+    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda:N; nothing else is used in its place")
     parser.add_argument(
         "--inference-precision",
-        help="with a named engine: graph (default, computes in the graph's own types) or bf16 (openvino); auto measures both itself",
+        help="graph (default: the graphs' own types) or bf16 (openvino); only with a named engine, auto measures both",
     )
-    parser.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads of one inference (default 0: the engine's choice)")
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=0,
+        metavar="N",
+        help="CPU threads of one inference (default 0: the engine's choice)",
+    )
 
 
 def engine_options(arguments: argparse.Namespace) -> EngineOptions:
@@ -150,8 +161,8 @@ def engine_options(arguments: argparse.Namespace) -> EngineOptions:
         choose("--inference-precision", precision, INFERENCE_PRECISIONS)
         if arguments.engine == AUTO:
             raise RequestError(
-                f"--inference-precision: expected a named --engine beside it, got {precision!r} with engine {AUTO}, which chooses the "
-                f"precision too; name one of {', '.join(ENGINES)}, or leave the precision out"
+                f"--inference-precision: expected a named --engine beside it, got {precision!r} with engine {AUTO}, "
+                f"which chooses the precision too; name one of {', '.join(ENGINES)}, or leave the precision out"
             )
     try:
         check_device(arguments.device)
@@ -183,7 +194,7 @@ def say(line: str) -> None:
     except BrokenPipeError:
         raise
     except OSError as error:
-        raise OutputError(f"stdout: expected to write a line, got {error}; free some space or send it elsewhere") from error
+        raise OutputError(f"stdout: expected to write a line, got {error}; free some space or redirect it") from error
 
 
 def close_stdout() -> None:
@@ -195,7 +206,7 @@ def close_stdout() -> None:
 
 
 class Progress:
-    """A bar on stderr. On a terminal it is shown from two steps on; in a log from nine, a line every ten seconds at most."""
+    """A bar on stderr. On a terminal it is shown from two steps on; in a log from nine, at most every ten seconds."""
 
     def __init__(self, *, quiet: bool = False) -> None:
         self._quiet = quiet
@@ -206,7 +217,9 @@ class Progress:
     def __enter__(self) -> Progress:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._bar is not None:
             self._bar.close()
 
@@ -227,30 +240,40 @@ class Progress:
 
         hidden = self._quiet or total < (2 if self._terminal else _LOGGED_FROM)
         seconds = 0.1 if self._terminal else _LOG_SECONDS
-        return tqdm(desc=label, total=total, disable=hidden, file=sys.stderr, mininterval=seconds, maxinterval=seconds, leave=False)
+        return tqdm(
+            desc=label,
+            total=total,
+            disable=hidden,
+            file=sys.stderr,
+            mininterval=seconds,
+            maxinterval=seconds,
+            leave=not self._terminal,
+        )
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="agvas-segment",
         description="Segment anomalies in pictures with an exported AG-VAS. One line on stdout for each picture.",
-        epilog="Exit codes: 0 every picture was segmented; 1 some were not; 2 nothing could be done, or a result could not be "
-        "written; 130 interrupted. Pictures of the same name in different folders get their folders' names in front: "
-        "crack__000_mask.png, good__000_mask.png.",
+        epilog="Exit codes: 0 every picture was segmented; 1 some were not; 2 nothing could be done, or a result could "
+        "not be written; 130 interrupted. A line begins with OK, NG, or ?? where the model gave no map. Pictures of "
+        "the same name in different folders get their folders' names in front: crack__000_mask.png, "
+        "good__000_mask.png.",
         allow_abbrev=False,
     )
-    parser.add_argument("inputs", nargs="+", metavar="IMAGE|DIR|GLOB", help="pictures, folders of pictures, or quoted patterns")
+    add = parser.add_argument
+    add("inputs", nargs="+", metavar="IMAGE|DIR|GLOB", help="pictures, folders of pictures, or quoted patterns")
     add_engine_arguments(parser)
-    parser.add_argument("--mode", default=DIRECT, help=f"one of {', '.join(MODES)} that the model was trained for (default {DIRECT})")
-    parser.add_argument("--instruction", metavar="TEXT", help="what to look for, in words (default: the mode's own)")
-    parser.add_argument("--threshold", type=float, metavar="P", help="a pixel is anomalous above it, 0..1 (default: the bundle's)")
-    parser.add_argument("--pixel-limit", type=int, default=PIXEL_LIMIT, metavar="N", help=f"refuse larger pictures (default {PIXEL_LIMIT})")
-    parser.add_argument("--recursive", action="store_true", help="look into subfolders too")
-    parser.add_argument("--output", metavar="DIR", help="write <stem>_mask.png (0 and 255) there; files of that name are replaced")
-    parser.add_argument("--overlay", action="store_true", help="write <stem>_overlay.png too")
-    parser.add_argument("--polygons", action="store_true", help="with --json: the outline of each mask too")
-    parser.add_argument("--json", action="store_true", help="one JSON object for each picture, in place of words")
-    parser.add_argument("--quiet", action="store_true", help="no notes and no progress bar on stderr, only errors")
+    add("--mode", default=DIRECT, help=f"one that the model was trained for of {', '.join(MODES)} (default {DIRECT})")
+    add("--instruction", metavar="TEXT", help="what to look for, in words (default: the mode's own)")
+    add("--threshold", type=float, metavar="P", help="a pixel is anomalous above it, 0..1 (default: the bundle's)")
+    add("--pixel-limit", type=int, default=PIXEL_LIMIT, metavar="N", help=f"largest picture (default {PIXEL_LIMIT})")
+    add("--recursive", action="store_true", help="look into subfolders too")
+    add("--output", metavar="DIR", help="write <stem>_mask.png (0 and 255) there, in place of older files")
+    add("--overlay", action="store_true", help="write <stem>_overlay.png too")
+    add("--polygons", action="store_true", help="with --json: the outline of each mask too")
+    add("--json", action="store_true", help="one JSON object for each picture, in place of words")
+    add("--quiet", action="store_true", help="no notes and no progress bar on stderr, only errors")
     return parser
 
 
@@ -338,17 +361,20 @@ def _prepare(output: str) -> None:
         writable = os.access(output, os.W_OK | os.X_OK)
     except OSError as error:
         raise OutputError(
-            f"--output {output}: expected a folder to write to, got {error}; choose another one or change its permissions"
+            f"--output {output}: expected a folder to write to, got {error}; choose another or change its permissions"
         ) from error
     if not writable:
-        raise OutputError(f"--output {output}: expected a writable folder, got one that is not; change its permissions or choose another")
+        raise OutputError(
+            f"--output {output}: expected a writable folder, got one that is not; choose another or change permissions"
+        )
 
 
 def _report(record: dict[str, Any], as_json: bool) -> None:
     if "error" in record:
         image, reason = record["image"], record["error"]
         # Messages about files begin with the file's name already.
-        print(f"agvas-segment: {reason if reason.startswith((image, repr(image))) else f'{image}: {reason}'}", file=sys.stderr)
+        named = reason if reason.startswith((image, repr(image))) else f"{image}: {reason}"
+        print(f"agvas-segment: {named}", file=sys.stderr)
     if as_json:
         say(json_line(record))
     elif "error" not in record:
@@ -356,18 +382,27 @@ def _report(record: dict[str, Any], as_json: bool) -> None:
 
 
 def _in_words(record: dict[str, Any]) -> str:
-    line = (
-        f"{_verdict(record)}  {record['score']:.3f}  {record['area']:>9} px  {record['timings_ms']['total']:8.1f} ms  {record['image']}"
-    )
+    milliseconds, image = record["timings_ms"]["total"], _printable(record["image"])
+    line = f"{_verdict(record)}  {record['score']:.3f}  {record['area']:>9} px  {milliseconds:8.1f} ms  {image}"
     if not record["anchors_found"]:
-        line += "  (not judged: the answer lacks [NOR], [ANO] or [SEG])"
-    if not record["answer_verified"]:  # the model wrote its own words: in direct mode that is news, in the others the purpose
-        line += f"\n    {' '.join(record['text'].split())}"
+        line += "  (no verdict: the answer lacks [NOR], [ANO] or [SEG])"
+    if not record["answer_verified"]:  # the model's own words: news in direct mode, the purpose of the others
+        line += f"\n    {_printable(' '.join(record['text'].split()))}"
     return line
 
 
+def _printable(text: str) -> str:
+    """Without the line breaks and control codes that a file's name or a model's answer could send to a terminal."""
+    return "".join(letter if letter.isprintable() else "\ufffd" for letter in text)
+
+
 def _verdict(record: dict[str, Any]) -> str:
-    return "failed" if "error" in record else "NG" if record["is_anomalous"] else "OK"
+    """In a word or two; a picture for which the model gave no map is not OK, though nothing anomalous was found."""
+    if "error" in record:
+        return "failed"
+    if not record["anchors_found"]:
+        return "??"
+    return "NG" if record["is_anomalous"] else "OK"
 
 
 def _with_folders(paths: Sequence[Path]) -> list[str]:
@@ -378,20 +413,25 @@ def _with_folders(paths: Sequence[Path]) -> list[str]:
     folders = [path.parts[1:-1] for path in absolute]  # parts[0] is the root or drive
     names = last
     for depth in range(max(map(len, folders)) + 1):
-        names = ["__".join((*parts[len(parts) - min(depth, len(parts)) :], name)) for parts, name in zip(folders, last)]
+        names = [
+            "__".join((*parts[max(len(parts) - depth, 0) :], name)) for parts, name in zip(folders, last, strict=True)
+        ]
         if len({name.casefold() for name in names}) == len(names):
             break
     return names
 
 
 def _spare_inputs(pictures: Sequence[Path], stems: Sequence[str], output: Path, kinds: Sequence[str]) -> None:
-    """Refuse to overwrite a picture by a result, as with x.png and x_mask.png side by side and written to their own folder."""
+    """Refuse to overwrite a picture by a result: x.png and x_mask.png side by side, segmented into their own folder."""
     given = {Path(os.path.realpath(path.parent)) / path.name: path for path in pictures}
     folder = Path(os.path.realpath(output))
     for stem in stems:
         for kind in kinds:
             if (path := given.get(folder / f"{stem}_{kind}.png")) is not None:
-                raise RequestError(f"--output {output}: expected a folder apart, got one where {path} would be overwritten; choose another")
+                raise RequestError(
+                    f"--output {output}: expected a folder of its own, got one where the picture {path} would be "
+                    "overwritten; choose another"
+                )
 
 
 def _finite(value: Any) -> Any:
@@ -400,9 +440,6 @@ def _finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-__all__ = ["Segmentation", "main", "output_stems", "segment_pictures"]
 
 
 if __name__ == "__main__":

@@ -1,0 +1,202 @@
+"""agvas-verify: does this machine's engine still give the masks of the PyTorch reference? Says it in numbers.
+
+Replays the traces in the bundle's golden.npz (runtime.verify). With pictures of one's own, whose reference is not in
+the bundle, this engine is compared with another one on this machine that computes in the graphs' own precision, under
+the same gates.
+
+Exit codes: 0 every gate held, 1 one was broken, 2 it could not be verified, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from engines import EngineError, EngineOptions, EngineUnavailable
+from runtime.bundle import Bundle
+from runtime.cli.segment import (
+    AUTO,
+    Progress,
+    add_engine_arguments,
+    close_stdout,
+    describe,
+    engine_options,
+    json_line,
+    say,
+)
+from runtime.errors import AgvasError
+from runtime.images import find_images
+from runtime.parity import GATES
+from runtime.pipeline import Pipeline
+from runtime.selection import CPU_CANDIDATES, CUDA_CANDIDATES, choose_engine
+from runtime.verify import compare_on_images, gates_for, open_pipeline, summary, verify
+
+# What a picture without a reference is compared with, in this order.
+REFERENCES = ("onnxruntime", "openvino")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="agvas-verify",
+        description="Replay a bundle's golden traces on this machine's engine; compare the masks with the reference's.",
+        epilog="Exit codes: 0 every gate held; 1 one was broken; 2 it could not be verified; 130 interrupted.",
+        allow_abbrev=False,
+    )
+    add_engine_arguments(parser)
+    parser.add_argument("--images", metavar="DIR", help="also compare with another engine on the pictures in there")
+    parser.add_argument("--json", action="store_true", help="one line of JSON in place of the table")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    arguments = parser.parse_args(argv)
+    try:
+        options = engine_options(arguments)
+        with Progress(quiet=arguments.quiet) as progress:
+            report = verify_bundle(
+                arguments.bundle, arguments.engine, options, images=arguments.images, progress=progress
+            )
+        say(json_line(report) if arguments.json else "\n".join(_table(report)))
+        return 0 if report["passed"] else 1
+    except KeyboardInterrupt:
+        print("agvas-verify: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        close_stdout()
+        return 2
+    except (AgvasError, EngineError, OSError) as error:
+        print(f"agvas-verify: {error}", file=sys.stderr)
+        if arguments.json:
+            say(json_line({"bundle": arguments.bundle, "passed": False, "error": str(error)}))
+        return 2
+
+
+def verify_bundle(
+    folder: str | Path,
+    engine: str = AUTO,
+    options: EngineOptions | None = None,
+    *,
+    images: str | Path | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Verify a bundle on one engine.
+
+    Args:
+        engine: "auto" for the one that Segmenter would choose. Where it would find none that passes, the first one that
+            opens is verified, so that there are numbers to look at; "auto_failed" then has the reasons.
+        images: pictures to compare with another engine on.
+        progress: called with (work, steps done, steps in all).
+
+    Returns:
+        runtime.verify.summary and "model", "engine", "device", "inference_precision", "gates"; with `images` also
+        "images_parity" with "against", "passed" and "failures", counted in the whole's.
+
+    Raises:
+        AgvasError: the bundle or the pictures cannot be read.
+        EngineError: the engine cannot be had, or there is no other to compare with.
+    """
+    # Listed first: a wrong folder should not be told after minutes of verifying.
+    pictures = find_images(images, recursive=True) if images is not None else []
+    bundle = Bundle(folder)
+    options = options or EngineOptions()
+    pipeline, engine, options, why = _open(bundle, engine, options)
+    against = _open_reference(bundle, engine, options) if pictures else None
+    verification = verify(bundle, pipeline, options, _labelled(progress, "golden traces"))
+    report = summary(bundle, verification)
+    report["model"] = bundle.manifest.model
+    report["engine"] = engine
+    report["device"] = options.device
+    report["inference_precision"] = options.inference_precision
+    report["gates"] = gates_for(bundle, options)
+    if why:
+        report["auto_failed"] = why
+    if against is not None:
+        other, other_engine, other_options = against
+        shown = _labelled(progress, "pictures")
+        parity = compare_on_images(pipeline, other, pictures, bundle.manifest.threshold, shown)
+        failures = GATES[report["gates"]].failures(parity)
+        report["images_parity"] = {
+            **parity.to_json(),
+            "against": describe(other_engine, other_options),
+            "passed": not failures,
+            "failures": failures,
+        }
+        report["passed"] = report["passed"] and not failures
+        report["failures"] = [*report["failures"], *(f"pictures: {failure}" for failure in failures)]
+    return report
+
+
+def _open(bundle: Bundle, engine: str, options: EngineOptions) -> tuple[Pipeline, str, EngineOptions, str]:
+    """Pipeline, engine and options in use, and why `auto` could choose none."""
+    if engine != AUTO:
+        return open_pipeline(bundle, engine, options), engine, options, ""
+    try:
+        pipeline, choice = choose_engine(bundle, options)
+    except EngineUnavailable as error:
+        for name, precision in CPU_CANDIDATES if options.device == "cpu" else CUDA_CANDIDATES:
+            # What the graphs state is verified, not a coarser precision that auto tries because it is faster.
+            if precision == "graph":
+                with suppress(EngineError):
+                    return open_pipeline(bundle, name, options), name, options, str(error)
+        raise
+    return pipeline, choice.engine, replace(options, inference_precision=choice.inference_precision), ""
+
+
+def _open_reference(bundle: Bundle, engine: str, options: EngineOptions) -> tuple[Pipeline, str, EngineOptions]:
+    """The first engine on the CPU, in the graphs' precision, that is not the one under test."""
+    exact = EngineOptions("cpu", options.threads, "graph")
+    reasons = []
+    for name in REFERENCES:
+        if (name, exact) == (engine, options):
+            continue
+        try:
+            return open_pipeline(bundle, name, exact), name, exact
+        except EngineError as error:
+            reasons.append(f"{name}: {error}")
+    raise EngineUnavailable(
+        f"--images: expected another engine than {describe(engine, options)} to compare with, got none "
+        f"({' | '.join(reasons)}); install one, or verify without --images"
+    )
+
+
+def _labelled(progress: Callable[[str, int, int], None] | None, label: str) -> Callable[[int, int], None] | None:
+    return None if progress is None else lambda done, total: progress(label, done, total)
+
+
+def _table(report: dict[str, Any]) -> list[str]:
+    parity = report["parity"]
+    lines = [
+        f"bundle    {report['bundle']}: model {report['model']}, {report['bytes'] / 1e6:.1f} MB",
+        f"engine    {report['engine']}, precision {report['inference_precision']}, device {report['device']}",
+    ]
+    if "auto_failed" in report:
+        lines.append(f"          auto would use none here: {report['auto_failed']}")
+    lines += _parity_lines(f"golden    {parity['images']} pictures against the PyTorch reference", parity)
+    if report["stage_relative_errors"]:
+        width = max(map(len, report["stage_relative_errors"]))
+        lines.append("tensors   largest relative error, each stage fed by this engine's own predecessors")
+        lines += [f"          {name:<{width}}  {error:.1e}" for name, error in report["stage_relative_errors"].items()]
+    if "images_parity" in report:
+        pictures = report["images_parity"]
+        lines += _parity_lines(f"pictures  {pictures['images']} against {pictures['against']}", pictures)
+    lines += [f"broken    {failure}" for failure in report["failures"]]
+    verdict, megabytes = "passed" if report["passed"] else "FAILED", report["peak_rss_bytes"] / 1e6
+    lines.append(f"{verdict}    gates {report['gates']}; {report['seconds']:.1f} s, {megabytes:.0f} MB of memory")
+    return lines
+
+
+def _parity_lines(title: str, parity: dict[str, Any]) -> list[str]:
+    return [
+        title,
+        f"          mask IoU        mean {parity['mask_iou_mean']:.4f}, least {parity['mask_iou_min']:.4f}",
+        f"          flips           {parity['flips']} between empty and not empty",
+        f"          answers         {parity['answers_changed']} changed",
+        f"          maps            up to {parity['map_max_abs']:.1e} apart, {parity['map_mean_abs']:.1e} on average",
+        f"          anchor states   cosine at least {parity['anchor_cosine_min']:.6f}",
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

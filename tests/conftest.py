@@ -1,0 +1,101 @@
+"""What tests share: a tiny AG-VAS that has learned to give the fixed answer, and its exported bundle (made once a session)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from agvas import AGVAS, save
+from agvas.config import tiny
+from agvas.tokenizer import train_tokenizer
+from agvas.training.instructions import all_instructions
+from agvas.training.losses import text_loss
+
+
+def new_tiny(anchor_position: str = "own", seed: int = 3) -> AGVAS:
+    """Random weights: its greedy answer is not the template."""
+    torch.manual_seed(seed)
+    config = tiny(anchor_position=anchor_position)
+    model = AGVAS(config, train_tokenizer([*all_instructions(), config.prompts.answer], config.language.vocabulary))
+    with torch.no_grad():  # distinct positions and rel-pos tables, so that a swapped axis shows
+        for name, parameter in model.named_parameters():
+            if "pos" in name:
+                parameter.normal_(std=0.2)
+    return model.eval()
+
+
+def teach(model: AGVAS, answer: tuple[int, ...], steps: int = 150) -> AGVAS:
+    """Train the language part alone until the model says `answer` to the default instruction; seconds."""
+    prompt = model.prompt_encoder.encode()
+    generator = torch.Generator().manual_seed(0)
+    settings = model.config.preprocessing
+    pixels = torch.randn(4, 3, settings.pixel_size, settings.pixel_size, generator=generator)
+    semantics = torch.randn(4, 3, settings.semantic_size, settings.semantic_size, generator=generator)
+    with torch.no_grad():
+        vision = model.see(pixels, semantics)
+    parameters = list(model.language.parameters())
+    optimizer = torch.optim.Adam(parameters, lr=1e-2)
+    for _ in range(steps):
+        embeddings = model.input_embeddings(vision, prompt, answer)
+        states = model.language.model(inputs_embeds=embeddings).last_hidden_state
+        loss = text_loss(model.language.lm_head(states[:, -len(answer) - 1 : -1]), answer)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval()
+
+
+def picture(seed: int = 0, height: int = 41, width: int = 67) -> np.ndarray:
+    """uint8 RGB noise with a bright block."""
+    rng = np.random.default_rng(seed)
+    image = rng.integers(0, 160, (height, width, 3), dtype=np.uint8)
+    image[height // 3 : height // 2, width // 4 : width // 2] = 250
+    return image
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> AGVAS:
+    """A tiny AG-VAS that answers with the template."""
+    model = new_tiny()
+    draft = model.prompt_encoder.encode().draft
+    assert draft is not None
+    return teach(model, draft)
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tiny_model: AGVAS, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoint") / "tiny"
+    save(tiny_model, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its fp32 bundle. Do not write into it: copy it first (`copy_of_bundle`)."""
+    from export.bundle import ExportSettings, export_bundle
+    from export.progress import Progress
+
+    output = tmp_path_factory.mktemp("bundle") / "tiny-fp32"
+    export_bundle(ExportSettings(str(tiny_checkpoint), "fp32", output, pictures=6), Progress(quiet=True))
+    return output
+
+
+@pytest.fixture
+def copy_of_bundle(tiny_bundle: Path, tmp_path: Path) -> Callable[[], Path]:
+    """Makes a copy that a test may damage."""
+    import shutil
+
+    def copy() -> Path:
+        return Path(shutil.copytree(tiny_bundle, tmp_path / "copy"))
+
+    return copy
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Engine choices of a test stay in the test."""
+    monkeypatch.setenv("AGVAS_CACHE", str(tmp_path / "cache"))
