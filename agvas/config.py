@@ -187,12 +187,12 @@ def nano() -> AGVASConfig:
     """The model this package ships, trained on procedural defects (agvas/training), direct mode only."""
     return AGVASConfig(
         name="nano",
-        pixel=PixelEncoderConfig(256, 8, 128, 6, 2, 384, 8, (3,), output_width=128),
-        semantic=SemanticEncoderConfig(192, 16, 128, 4, 4, 384),
+        pixel=PixelEncoderConfig(224, 8, 128, 6, 2, 384, 7, (3,), output_width=128),
+        semantic=SemanticEncoderConfig(160, 16, 128, 4, 4, 384),
         language=LanguageConfig(512, 160, 4, 5, 1, 448, max_positions=2048),
         spam=SPAMConfig(width=128, heads=4),
         mask_decoder=MaskDecoderConfig(layers=2, heads=4, mlp_width=256),
-        preprocessing=_preprocessing(256, 192),
+        preprocessing=_preprocessing(224, 160),
         prompts=_prompts(),
     )
 

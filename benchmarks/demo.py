@@ -145,8 +145,8 @@ def run_demo(output: Path, count: int, photos: Sequence[str]) -> int:
 def make_pictures(folder: Path, count: int) -> list[DemoPicture]:
     """Photographs from scikit-image's package with one drawn defect each; of four or more the last two have none.
 
-    Written to `folder` as PNG. The same count gives the same pictures. Defects outside _DEFECT_SHARE are drawn again from
-    the next seed: what is too small or too large to tell on the contact sheet shows nothing, whatever a model makes of it.
+    Written to `folder` as PNG. The same count gives the same pictures. A defect of a size outside _DEFECT_SHARE is
+    drawn again from the next seed: too small or too large to tell on the contact sheet, it would show nothing.
 
     Raises:
         RequestError: scikit-image is not installed, or its package carries none of the photographs.

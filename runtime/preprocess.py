@@ -7,6 +7,7 @@ no resize stands inside an exported graph, where engines disagree about it.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -90,10 +91,12 @@ def restore(anomaly_map: np.ndarray, frame: Frame) -> np.ndarray:
     Returns:
         float32 [H, W].
     """
-    scale = anomaly_map.shape[0] / frame.padded_size
+    side = anomaly_map.shape[0]
+    height, width = (pixels * side / frame.padded_size for pixels in (frame.resized_height, frame.resized_width))
+    # Pillow's filter reads beyond its box: what lies wholly in the padding goes first.
+    inside = Image.fromarray(anomaly_map[: math.ceil(height), : math.ceil(width)])
     # A fractional box: where the picture ends inside a map cell, rounding would shift the map by up to half a cell.
-    box = (0.0, 0.0, frame.resized_width * scale, frame.resized_height * scale)
-    resized = Image.fromarray(anomaly_map).resize((frame.width, frame.height), Image.Resampling.BILINEAR, box=box)
+    resized = inside.resize((frame.width, frame.height), Image.Resampling.BILINEAR, box=(0.0, 0.0, width, height))
     return np.array(resized)
 
 

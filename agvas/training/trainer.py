@@ -35,7 +35,7 @@ class TrainSettings:
     """One training run; kept as settings.json beside its state."""
 
     config: str = "nano"
-    steps: int = 2200
+    steps: int = 2000
     batch: int = 8
     learning_rate: float = 8e-4
     weight_decay: float = 0.02

@@ -1,0 +1,555 @@
+"""agvas-segment, agvas-verify and the demo through main(): lines, files and exit codes on a real, tiny bundle."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import picture
+from PIL import Image
+
+from benchmarks import demo
+from engines import EngineFailed, EngineUnavailable
+from runtime import Segmenter
+from runtime.cli import segment, verify
+from runtime.errors import OutputError
+from runtime.parity import GATES, Gates
+from runtime.segmentation import Segmentation
+
+SEGMENT_KEYS = {
+    *("image", "score", "is_anomalous", "mask", "area", "text", "answer_verified", "anchors_found", "threshold"),
+    *("timings_ms", "engine", "inference_precision", "device"),
+}
+PARITY_KEYS = {"images", "mask_iou_mean", "mask_iou_min", "flips", "map_max_abs", "anchor_cosine_min"}
+
+
+def save_picture(path: Path, seed: int = 0) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(picture(seed)).save(path)
+    return path
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """A folder of three pictures."""
+    for index, name in enumerate(("one", "two", "three")):
+        save_picture(tmp_path / "photos" / f"{name}.png", index)
+    return tmp_path / "photos"
+
+
+@pytest.fixture
+def run_segment(tiny_bundle: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, list[str], str]]:
+    """Exit code, lines of stdout and stderr of agvas-segment on onnxruntime."""
+
+    def run(
+        *arguments: str | Path, engine: str = "onnxruntime", bundle: Path = tiny_bundle
+    ) -> tuple[int, list[str], str]:
+        code = segment.main([*map(str, arguments), "--bundle", str(bundle), "--engine", engine])
+        captured = capsys.readouterr()
+        return code, captured.out.splitlines(), captured.err
+
+    return run
+
+
+@pytest.fixture
+def run_verify(tiny_bundle: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, list[str], str]]:
+    def run(
+        *arguments: str | Path, engine: str = "onnxruntime", bundle: Path = tiny_bundle
+    ) -> tuple[int, list[str], str]:
+        code = verify.main(["--bundle", str(bundle), "--engine", engine, *map(str, arguments)])
+        captured = capsys.readouterr()
+        return code, captured.out.splitlines(), captured.err
+
+    return run
+
+
+# agvas-segment: what it says
+
+
+def test_json_is_one_object_a_picture_with_the_promised_keys(run_segment: Any, photos: Path) -> None:
+    code, lines, _ = run_segment(photos, "--json")
+    records = [json.loads(line) for line in lines]
+    assert code == 0
+    assert [record["image"] for record in records] == [str(photos / f"{name}.png") for name in ("one", "three", "two")]
+    for record in records:
+        assert record.keys() == SEGMENT_KEYS
+        assert record["mask"] is None
+        assert record["answer_verified"] is True
+        assert record["engine"] == "onnxruntime"
+        assert {"pixel_encoder", "language", "mask_decoder", "total"} <= record["timings_ms"].keys()
+
+
+def test_the_record_is_what_the_segmenter_says(
+    run_segment: Any, photos: Path, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    expected = Segmenter(tiny_bundle, "onnxruntime")(photos / "one.png")
+    _, lines, _ = run_segment(photos / "one.png", "--json", "--polygons", "--output", tmp_path / "out")
+    record = json.loads(lines[0])
+    written = np.asarray(Image.open(record["mask"]))
+    np.testing.assert_array_equal(written, np.where(expected.mask, 255, 0))
+    assert record["score"] == pytest.approx(expected.score, abs=1e-6)
+    assert record["area"] == expected.area == np.count_nonzero(written)
+    assert record["text"] == expected.text
+    assert record["polygons"] == json.loads(json.dumps(expected.polygons()))
+
+
+def test_in_words_a_line_has_verdict_score_area_time_and_path(run_segment: Any, photos: Path) -> None:
+    _, (line,), _ = run_segment(photos / "one.png", "--threshold", "0")
+    verdict, score, area, unit, spent, milliseconds, path = line.split()
+    assert (verdict, unit, milliseconds, path) == ("NG", "px", "ms", str(photos / "one.png"))
+    assert 0 < float(score) <= 1
+    assert int(area) == picture().shape[0] * picture().shape[1]
+    assert float(spent) > 0
+    assert run_segment(photos / "one.png", "--threshold", "1")[1][0].startswith("OK ")
+
+
+def test_a_picture_without_a_map_is_neither_ok_nor_ng(
+    run_segment: Any, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wordy(self: Segmenter, image: object, instruction: str | None = None, mode: str = "direct") -> Segmentation:
+        nothing = np.zeros((2, 3), np.float32)
+        return Segmentation(
+            nothing > 1, nothing, 0.0, False, "I see\n\x1b[2Jnothing", False, False, 0.5, {"total": 1.0}
+        )
+
+    monkeypatch.setattr(Segmenter, "__call__", wordy)
+    _, lines, errors = run_segment(photos / "one.png")
+    assert lines[0].startswith("??")
+    assert lines[1].strip() == "I see \ufffd[2Jnothing"  # a terminal obeys no model
+    assert "1 ??" in errors
+
+
+def test_auto_says_on_stderr_which_engine_it_chose_and_quiet_keeps_it_silent(run_segment: Any, photos: Path) -> None:
+    code, (line,), errors = run_segment(photos / "one.png", "--json", engine="auto")
+    assert code == 0
+    assert f"engine {json.loads(line)['engine']}, precision {json.loads(line)['inference_precision']}" in errors
+    assert "chosen by auto" in errors
+    code, lines, errors = run_segment(photos, "--quiet", engine="auto")
+    assert (code, len(lines), errors) == (0, 3, "")
+
+
+# agvas-segment: pictures that fail
+
+
+def test_a_bad_picture_in_a_folder_does_not_stop_the_rest(run_segment: Any, photos: Path) -> None:
+    whole = (photos / "one.png").read_bytes()
+    (photos / "cut.png").write_bytes(whole[: len(whole) // 2])
+    code, lines, errors = run_segment(photos, "--json")
+    assert code == 1
+    records = {Path(record["image"]).name: record for record in map(json.loads, lines)}
+    assert records["cut.png"].keys() == {"image", "error"}
+    assert sum("score" in record for record in records.values()) == 3
+    assert errors.count("cut.png") == 1
+
+
+def test_an_input_that_does_not_exist_does_not_stop_the_rest(run_segment: Any, photos: Path) -> None:
+    code, lines, errors = run_segment(photos / "nowhere.png", photos / "one.png", "--json")
+    assert code == 1
+    assert [sorted(json.loads(line))[0:2] for line in lines][0] == ["error", "image"]
+    assert json.loads(lines[1])["image"].endswith("one.png")
+    assert "nowhere.png" in errors
+
+
+def test_nothing_to_segment_is_exit_code_2(run_segment: Any, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    assert run_segment(tmp_path / "nowhere.png")[0] == 2
+    assert run_segment(tmp_path / "empty")[0] == 2
+
+
+def test_an_engine_that_fails_on_one_picture_goes_on_with_the_next(
+    run_segment: Any, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = Segmenter.__call__
+
+    def failing(self: Segmenter, image: Any, *rest: Any) -> Segmentation:
+        if Path(image).stem == "three":
+            raise EngineFailed("out of memory")
+        return original(self, image, *rest)
+
+    monkeypatch.setattr(Segmenter, "__call__", failing)
+    code, lines, errors = run_segment(photos, "--json")
+    assert (code, len(lines)) == (1, 3)
+    assert f"{photos / 'three.png'}: out of memory" in errors
+
+
+# agvas-segment: requests that are refused
+
+
+@pytest.mark.parametrize(
+    ("arguments", "remedy"),
+    [
+        (("--engine", "onnxrutime"), "did you mean 'onnxruntime'?"),
+        (("--mode", "segment-and-explain"), "did you mean 'segment-then-explain'?"),
+        (("--device", "cuda"), "did you mean 'cuda:0'?"),
+        (("--device", "gpu"), "cuda:0 is the first GPU"),
+        (("--inference-precision", "BF16"), "did you mean 'bf16'?"),
+        (("--engine", "auto", "--inference-precision", "bf16"), "name one of"),
+        (("--engine", "onnxruntime", "--inference-precision", "bf16"), "use engine openvino"),
+        (("--engine", "tensorrt"), "Use engine onnxruntime"),
+        (("--engine", "openvino", "--device", "cuda:0"), "openvino runs on device cpu"),
+        (("--mode", "segment-then-explain"), "it has direct"),
+        (("--instruction", "  "), "the instruction is empty"),
+        (("--instruction", "say [SEG]"), "control token"),
+        (("--threshold", "1.5"), "0..1"),
+        (("--threshold", "nan"), "0..1"),
+        (("--threads", "-1"), "--threads"),
+        (("--pixel-limit", "0"), "--pixel-limit"),
+        (("--overlay",), "--output"),
+        (("--polygons",), "--json"),
+    ],
+)
+def test_a_request_that_cannot_be_met_is_exit_code_2_with_a_remedy(
+    arguments: tuple[str, ...],
+    remedy: str,
+    tiny_bundle: Path,
+    photos: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    engine = () if "--engine" in arguments or "--inference-precision" in arguments else ("--engine", "onnxruntime")
+    code = segment.main([str(photos), "--bundle", str(tiny_bundle), *engine, *arguments])
+    captured = capsys.readouterr()
+    assert (code, captured.out) == (2, "")
+    assert remedy in captured.err
+    assert "Traceback" not in captured.err
+
+
+def test_a_folder_that_is_no_bundle_is_exit_code_2(
+    run_segment: Any, photos: Path, tmp_path: Path, copy_of_bundle: Callable[[], Path]
+) -> None:
+    code, lines, errors = run_segment(photos, bundle=tmp_path / "nothing")
+    assert (code, lines) == (2, [])
+    assert "agvas-export" in errors
+    altered = copy_of_bundle()
+    table = altered / "embeddings.npy"
+    table.write_bytes(table.read_bytes()[:-1] + b"\1")
+    code, _, errors = run_segment(photos, bundle=altered)
+    assert code == 2
+    assert "embeddings.npy" in errors
+
+
+# agvas-segment: files
+
+
+def test_masks_and_overlays_are_written_under_the_pictures_stem(run_segment: Any, photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "out"
+    code, lines, _ = run_segment(photos, "--json", "--output", out, "--overlay")
+    assert code == 0
+    assert sorted(path.name for path in out.iterdir()) == sorted(
+        f"{stem}_{kind}.png" for stem in ("one", "two", "three") for kind in ("mask", "overlay")
+    )
+    record = json.loads(lines[0])
+    assert (record["mask"], record["overlay"]) == (str(out / "one_mask.png"), str(out / "one_overlay.png"))
+
+
+def test_pictures_of_the_same_stem_do_not_overwrite_each_other(run_segment: Any, tmp_path: Path) -> None:
+    places = ("good/000.png", "crack/000.png", "crack/001.png", "crack/deep/002.png", "good/deep/002.png")
+    for index, place in enumerate(places):
+        save_picture(tmp_path / "test" / place, index)
+    code, lines, _ = run_segment(tmp_path / "test", "--recursive", "--json", "--output", tmp_path / "out")
+    assert code == 0
+    written = {
+        str(Path(json.loads(line)["image"]).relative_to(tmp_path / "test")): json.loads(line)["mask"] for line in lines
+    }
+    assert {image: Path(mask).name for image, mask in written.items()} == {
+        "good/000.png": "good__000_mask.png",
+        "crack/000.png": "crack__000_mask.png",
+        "crack/001.png": "001_mask.png",
+        "crack/deep/002.png": "crack__deep__002_mask.png",
+        "good/deep/002.png": "good__deep__002_mask.png",
+    }
+
+
+@pytest.mark.parametrize(
+    ("pictures", "stems"),
+    [
+        (["/a/x.png"], ["x"]),
+        (["/a/x.png", "/a/x.jpg"], ["x.png", "x.jpg"]),
+        (["/a/x.png", "/a/x.jpg", "/b/x.png"], ["a__x.png", "a__x.jpg", "b__x.png"]),
+        (["/a/X.png", "/b/x.png"], ["a__X", "b__x"]),
+        (["/x.png", "/a/x.png"], ["x", "a__x"]),
+        (["/A/x.png", "/a/x.png"], ["A__x", "a__x-2"]),
+        (["/a/x.png", "/b/x.png", "/c/a__x.png"], ["a__x-2", "b__x", "a__x"]),
+        (["/a/b/x.png", "/a__b/x.png"], ["b__x", "a__b__x"]),
+        (["/a/b__c/x.png", "/a__b/c/x.png"], ["b__c__x", "c__x"]),
+    ],
+)
+def test_stems_are_told_apart_by_folder_suffix_or_number(pictures: list[str], stems: list[str]) -> None:
+    assert segment.output_stems([Path(path) for path in pictures]) == stems
+
+
+def test_stems_stay_apart_whatever_the_names_are() -> None:
+    names = [
+        f"/{a}/{b}/{stem}.png" for a in ("a", "A", "a__b") for b in ("b", "B", "b__c") for stem in ("c", "C", "b__c")
+    ]
+    stems = segment.output_stems([Path(name) for name in (*names, "/c.png", "/b__b__c.png", "/c-2.png")])
+    assert len({stem.casefold() for stem in stems}) == len(stems)
+
+
+def test_a_result_never_overwrites_a_picture(run_segment: Any, photos: Path) -> None:
+    truth = save_picture(photos / "one_mask.png", 9)
+    before = truth.read_bytes()
+    code, _, errors = run_segment(photos, "--output", photos)
+    assert code == 2
+    assert "one_mask.png" in errors
+    assert truth.read_bytes() == before
+
+
+def test_an_unwritable_output_stops_before_the_model_is_opened(
+    run_segment: Any, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    code, lines, errors = run_segment(photos, "--output", tmp_path / "file", bundle=tmp_path / "never opened")
+    assert (code, lines) == (2, [])
+    assert "choose another" in errors
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # permissions do not bind root, who runs CI
+    code, _, errors = run_segment(photos, "--output", tmp_path / "out", bundle=tmp_path / "never opened")
+    assert code == 2
+    assert "expected a writable folder" in errors
+
+
+def test_a_full_disk_stops_the_run_and_keeps_what_was_written(
+    run_segment: Any, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = Segmentation.save
+
+    def full(self: Segmentation, folder: Any, stem: str, *, overlay: bool = False) -> dict[str, Path]:
+        if stem == "three":
+            raise OutputError("disk full; free some space")
+        return original(self, folder, stem, overlay=overlay)
+
+    monkeypatch.setattr(Segmentation, "save", full)
+    code, lines, errors = run_segment(photos, "--json", "--output", tmp_path / "out")
+    assert code == 2
+    assert [Path(json.loads(line)["image"]).stem for line in lines] == ["one"]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["one_mask.png"]
+    assert "free some space" in errors
+
+
+def test_ctrl_c_is_exit_code_130_without_a_traceback(
+    run_segment: Any, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(self: Segmenter, *rest: Any) -> Segmentation:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Segmenter, "__call__", interrupted)
+    code, _, errors = run_segment(photos)
+    assert code == 130
+    assert "interrupted" in errors
+
+
+def test_a_full_disk_behind_stdout_is_exit_code_2(
+    tiny_bundle: Path, photos: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Full(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(sys, "stdout", Full())
+    assert segment.main([str(photos), "--bundle", str(tiny_bundle), "--engine", "onnxruntime"]) == 2
+    assert "No space left" in capsys.readouterr().err
+
+
+def test_a_reader_that_goes_away_ends_the_run_quietly(tiny_bundle: Path, photos: Path) -> None:
+    command = [sys.executable, "-m", "runtime.cli.segment", str(photos), "--bundle", str(tiny_bundle), "--quiet"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as running:
+        assert running.stdout is not None and running.stderr is not None
+        running.stdout.close()
+        errors = running.stderr.read()
+    assert (running.returncode, errors) == (2, b"")
+
+
+def test_json_has_no_nan() -> None:
+    assert (
+        segment.json_line({"a": [float("nan"), 1.5], "b": {"c": float("inf")}})
+        == '{"a": [null, 1.5], "b": {"c": null}}'
+    )
+
+
+# agvas-verify
+
+
+def test_a_bundle_passes_its_own_golden_traces(run_verify: Any, tiny_bundle: Path) -> None:
+    code, lines, _ = run_verify("--json")
+    report = json.loads(lines[-1])
+    assert (code, len(lines), report["passed"], report["failures"]) == (0, 1, True, [])
+    assert {"bundle", "passed", "parity", "bytes", "peak_rss_bytes", "seconds", "engine"} <= report.keys()
+    assert PARITY_KEYS <= report["parity"].keys()
+    assert report["engine"] == "onnxruntime"
+    assert max(report["stage_relative_errors"].values()) < 1e-4
+    assert report["bundle"] == str(tiny_bundle)
+
+
+def test_verify_in_words_has_the_numbers_and_the_verdict(run_verify: Any) -> None:
+    code, lines, _ = run_verify()
+    text = "\n".join(lines)
+    assert code == 0
+    assert lines[-1].startswith("passed")
+    for word in ("mask IoU", "flips", "anchor states", "pixel_embeddings", "anomaly_map", "onnxruntime"):
+        assert word in text
+
+
+def test_auto_verifies_the_engine_that_the_segmenter_would_choose(run_verify: Any, tiny_bundle: Path) -> None:
+    code, lines, _ = run_verify("--json", engine="auto")
+    report = json.loads(lines[-1])
+    chosen = Segmenter(tiny_bundle)  # the choice is remembered
+    assert code == 0
+    assert (report["engine"], report["inference_precision"]) == (chosen.engine, chosen.inference_precision)
+
+
+def test_ones_own_pictures_are_compared_with_another_engine(run_verify: Any, photos: Path) -> None:
+    code, lines, _ = run_verify("--json", "--images", photos)
+    report = json.loads(lines[-1])
+    assert code == 0
+    assert report["images_parity"]["images"] == 3
+    assert report["images_parity"]["passed"] is True
+    assert report["images_parity"]["against"].startswith("engine openvino, precision graph")
+    code, lines, _ = run_verify("--images", photos, engine="openvino")
+    assert code == 0
+    assert any("against engine onnxruntime" in line for line in lines)
+
+
+def test_pictures_on_which_the_engines_differ_fail_the_verification(
+    run_verify: Any, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = verify.compare_on_images
+
+    def differing(*arguments: Any) -> Any:
+        from dataclasses import replace
+
+        return replace(original(*arguments), flips=2)
+
+    monkeypatch.setattr(verify, "compare_on_images", differing)
+    code, lines, _ = run_verify("--json", "--images", photos)
+    report = json.loads(lines[-1])
+    assert (code, report["passed"], report["images_parity"]["passed"]) == (1, False, False)
+    assert report["failures"] == ["pictures: 2 masks flipped between empty and not empty, 0 allowed"]
+
+
+def test_pictures_need_another_engine(run_verify: Any, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = verify.open_pipeline
+
+    def only_onnxruntime(bundle: Any, engine: str, options: Any) -> Any:
+        if engine != "onnxruntime":
+            raise EngineUnavailable(f"engine {engine} is not installed")
+        return original(bundle, engine, options)
+
+    monkeypatch.setattr(verify, "open_pipeline", only_onnxruntime)
+    code, lines, errors = run_verify("--json", "--images", photos)
+    assert code == 2
+    assert json.loads(lines[-1])["passed"] is False
+    assert "expected another engine" in errors and "openvino is not installed" in errors
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "auto"])
+def test_a_broken_gate_is_exit_code_1_with_the_numbers(
+    engine: str, run_verify: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    impossible = Gates(mask_iou_mean=1.1, mask_iou_min=0.9, flips=0, map_max_abs=None, answers_changed=None)
+    monkeypatch.setitem(GATES, "fp32", impossible)
+    monkeypatch.setitem(GATES, "bf16", impossible)
+    code, lines, _ = run_verify("--json", engine=engine)
+    report = json.loads(lines[-1])
+    assert (code, report["passed"]) == (1, False)
+    assert report["failures"] == ["mean mask IoU 1.0000 is below 1.1"]
+    assert report["inference_precision"] == "graph"
+    assert ("auto_failed" in report) is (engine == "auto")
+
+
+def test_what_cannot_be_verified_is_exit_code_2(run_verify: Any, tmp_path: Path, photos: Path) -> None:
+    for arguments in ({"bundle": tmp_path / "nothing"}, {"engine": "opnvino"}, {"engine": "tensorrt"}):
+        code, lines, errors = run_verify("--json", **arguments)
+        assert code == 2
+        assert json.loads(lines[-1])["error"] in errors
+    assert run_verify("--images", tmp_path / "nowhere")[0] == 2
+
+
+# The demo
+
+
+def test_the_demo_leaves_bundle_masks_overlays_and_summary(
+    tiny_bundle: Path,
+    photos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(demo, "_export", lambda bundle: shutil.copytree(tiny_bundle, bundle, dirs_exist_ok=True) and 0)
+    output = tmp_path / "demo"
+    assert demo.main([str(photos), "--output", str(output), "--count", "4"]) == 0
+    summary = json.loads((output / "summary.json").read_text())
+    assert summary["verify"]["passed"] is True
+    assert ["true_iou" in record for record in summary["images"]] == [True] * 2 + [False] * 5
+    assert summary["latency_ms"]["calls"] >= 20
+    assert 0 < summary["latency_ms"]["p50"] <= summary["latency_ms"]["p90"]
+    assert 0 <= summary["mean_true_iou"] <= 1
+    with Image.open(output / "contact_sheet.png") as sheet:
+        assert sheet.height > 7 * 256
+    for record in summary["images"]:
+        assert Path(record["mask"]).parent == output / "masks" and Path(record["mask"]).is_file()
+        assert Path(record["overlay"]).parent == output / "overlays" and Path(record["overlay"]).is_file()
+    assert "contact_sheet.png" in capsys.readouterr().out
+    # Again, smaller: nothing of the first is left beside the new summary.
+    assert demo.main(["--output", str(output), "--count", "1"]) == 0
+    assert len(list((output / "masks").iterdir())) == len(list((output / "overlays").iterdir())) == 1
+
+
+def test_the_demo_ends_with_an_error_when_export_or_verification_fails(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(demo, "_export", lambda bundle: 2)
+    assert demo.main(["--output", str(tmp_path / "demo")]) == 2
+    monkeypatch.setattr(demo, "_export", lambda bundle: shutil.copytree(tiny_bundle, bundle) and 0)
+    monkeypatch.setattr(demo, "verify_bundle", lambda *_, **__: {"passed": False, "failures": ["flips"]})
+    assert demo.main(["--output", str(tmp_path / "demo")]) == 1
+    assert "verification failed: flips" in capsys.readouterr().err
+
+
+def test_the_demo_leaves_a_folder_of_other_files_alone(
+    photos: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(demo, "_export", lambda bundle: pytest.fail("must not start"))
+    assert demo.main(["--output", str(photos)]) == 2
+    assert "expected an earlier demo or an empty folder" in capsys.readouterr().err
+    assert len(list(photos.iterdir())) == 3
+
+
+# Both command lines
+
+
+@pytest.mark.parametrize("module", ["runtime.cli.segment", "runtime.cli.verify"])
+def test_help_loads_neither_torch_nor_an_engine(module: str) -> None:
+    code = (
+        f"import sys; sys.argv = ['x', '--help']\nfrom {module} import main\n"
+        "try:\n    main()\nexcept SystemExit as error:\n    assert not error.code\n"
+        "heavy = {'torch', 'transformers', 'onnx', 'onnxruntime', 'openvino', 'cv2', 'skimage'} & sys.modules.keys()\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "--bundle" in done.stdout and "Exit codes" in done.stdout
+
+
+@pytest.mark.parametrize("main", [segment.main, verify.main])
+def test_a_long_run_shows_a_bar_on_stderr_even_in_a_log(
+    main: Callable[[list[str]], int],
+    tiny_bundle: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for index in range(9):
+        save_picture(tmp_path / "many" / f"{index}.png", index)
+    inputs = [str(tmp_path / "many")] if main is segment.main else ["--images", str(tmp_path / "many")]
+    assert main([*inputs, "--bundle", str(tiny_bundle), "--engine", "onnxruntime", "--json"]) == 0
+    captured = capsys.readouterr()
+    assert "pictures:" in captured.err and "9/9" in captured.err
+    for line in captured.out.splitlines():
+        json.loads(line)
