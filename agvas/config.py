@@ -21,7 +21,7 @@ INSTRUCTION = "Please segment the anomalies in this image."
 
 @dataclass(frozen=True)
 class PixelEncoderConfig:
-    """SAM's ViT (Kirillov et al. 2023): windowed attention, global attention in `global_layers`, relative positions, neck to `output_width`."""
+    """SAM's ViT (Kirillov et al. 2023): windowed attention with relative positions, global in `global_layers`, neck to `output_width`."""
 
     image_size: int
     patch_size: int

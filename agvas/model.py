@@ -69,13 +69,9 @@ class AGVAS(nn.Module):
         self.prompt_encoder = PromptEncoder(tokenizer, config.prompts)
         self.pixel_encoder = pixel_encoder(config.pixel)
         self.semantic_encoder = SemanticEncoder(config)
-        self.spam = SPAM(
-            config.semantic.width, config.pixel.output_width, config.spam.width, config.spam.heads, config.language.width
-        )
+        self.spam = SPAM(config.semantic.width, config.pixel.output_width, config.spam.width, config.spam.heads, config.language.width)
         self.language = language_model(config.language)
-        self.mask_decoder = MaskDecoder(
-            config.mask_decoder, config.language.width, config.pixel.output_width, config.pixel.grid
-        )
+        self.mask_decoder = MaskDecoder(config.mask_decoder, config.language.width, config.pixel.output_width, config.pixel.grid)
 
     def see(self, pixel_image: Tensor, semantic_image: Tensor) -> Vision:
         """Both encoders and SPAM: [B, 3, S, S] and [B, 3, s, s] → embeddings (eq. 1-2)."""
@@ -101,9 +97,7 @@ class AGVAS(nn.Module):
             dim=1,
         )
 
-    def forward(
-        self, pixel_image: Tensor, semantic_image: Tensor, prompt: Prompt, answer: tuple[int, ...]
-    ) -> ForwardOutput:
+    def forward(self, pixel_image: Tensor, semantic_image: Tensor, prompt: Prompt, answer: tuple[int, ...]) -> ForwardOutput:
         """One pass with a given answer (teacher forcing); `answer` holds all three anchors and ends with the end token."""
         anchors = self.prompt_encoder.find_anchors(answer)
         if anchors is None:

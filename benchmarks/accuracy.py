@@ -51,10 +51,7 @@ def evaluate(items: Iterable[Item], predict: Predict, progress: Progress = iter)
     if not by_category:
         raise ValueError("items: expected at least one, got none; check the manifest and --split")
     ordered = [item for group in by_category.values() for item in group]
-    categories = {
-        name: _evaluate_category(group, predict)
-        for name, group in groupby(progress(ordered), key=lambda item: item.category)
-    }
+    categories = {name: _evaluate_category(group, predict) for name, group in groupby(progress(ordered), key=lambda item: item.category)}
     return {"categories": categories, "mean": mean_metrics(list(categories.values()))}
 
 
@@ -93,9 +90,7 @@ def _evaluate_category(items: Iterable[Item], predict: Predict) -> dict[str, Any
 
 def _check_prediction(item: Item, anomaly_map: npt.NDArray[Any], mask: npt.NDArray[Any], score: float) -> None:
     if anomaly_map.ndim != 2:
-        raise ValueError(
-            f"{item.image}: anomaly map: expected [H, W], got {list(anomaly_map.shape)}; predict one image at a time"
-        )
+        raise ValueError(f"{item.image}: anomaly map: expected [H, W], got {list(anomaly_map.shape)}; predict one image at a time")
     if anomaly_map.shape not in item.shapes():
         raise ValueError(
             f"{item.image}: anomaly map: expected {list(item.shapes()[0])} as the image, "
@@ -107,9 +102,7 @@ def _check_prediction(item: Item, anomaly_map: npt.NDArray[Any], mask: npt.NDArr
             f"got {mask.dtype} {list(mask.shape)}; give both at the image's size"
         )
     if not math.isfinite(score):
-        raise ValueError(
-            f"{item.image}: score: expected a finite number, got {score}; look for an overflow in the model (fp16?)"
-        )
+        raise ValueError(f"{item.image}: score: expected a finite number, got {score}; look for an overflow in the model (fp16?)")
 
 
 def mean_metrics(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -148,9 +141,7 @@ def _choose(folder: Path, limit: int | None, split: str | None) -> list[Item]:
         splits = sorted({item.split or "(empty)" for item in items})
         items = [item for item in items if item.split == split]
         if not items:
-            raise DatasetError(
-                folder / "manifest.csv", None, f"images of split {split}", ", ".join(splits), "give another --split"
-            )
+            raise DatasetError(folder / "manifest.csv", None, f"images of split {split}", ", ".join(splits), "give another --split")
     if limit is None or limit >= len(items):
         return items
     return [items[position * len(items) // limit] for position in range(limit)]
@@ -249,9 +240,7 @@ def table(results: Sequence[dict[str, Any]]) -> str:
     if len(results) > 1:
         rows.append(_row("mean", "", mean_metrics([result["mean"] for result in results])))
     widths = [max(len(row[column]) for row in rows) for column in range(len(heads))]
-    lines = [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
-    ]
+    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows]
     return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
 
 
@@ -272,9 +261,7 @@ def _parser() -> argparse.ArgumentParser:
     source.add_argument("--baseline", choices=BASELINES, help="a trivial map, for comparison")
     parser.add_argument("--engine", help="auto, onnxruntime, openvino, tensorrt or tensorrt-rtx; with --bundle")
     parser.add_argument("--device", help="cpu or cuda:N; with --bundle or --checkpoint")
-    parser.add_argument(
-        "--limit", type=_positive, metavar="N", help="N images of each data set, evenly spaced over its manifest"
-    )
+    parser.add_argument("--limit", type=_positive, metavar="N", help="N images of each data set, evenly spaced over its manifest")
     parser.add_argument("--split", help="only the lines whose column split says so")
     parser.add_argument("--json", action="store_true", help="print JSON as the last lines")
     parser.add_argument("--output", type=Path, metavar="FILE.json", help="also write the JSON to this file")
@@ -302,14 +289,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         if arguments.output is not None and not arguments.output.resolve().parent.is_dir():
-            raise ValueError(
-                f"--output: expected a file in an existing folder, got {arguments.output}; make the folder first"
-            )
+            raise ValueError(f"--output: expected a file in an existing folder, got {arguments.output}; make the folder first")
         results = evaluate_datasets(
             arguments.datasets,
-            lambda: open_predictor(
-                arguments.bundle, arguments.checkpoint, arguments.baseline, arguments.engine, arguments.device
-            ),
+            lambda: open_predictor(arguments.bundle, arguments.checkpoint, arguments.baseline, arguments.engine, arguments.device),
             arguments.limit,
             arguments.split,
             _tqdm,

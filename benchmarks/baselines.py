@@ -22,9 +22,7 @@ THRESHOLD = 0.5
 """A pixel is in the mask where its map is above this."""
 
 MEDIAN_SHORT_SIDE = 128  # pixels; the background is smooth, and a median costs by the window
-MEDIAN_FULL_SCALE = (
-    128.0  # grey levels from the background that make a 1; half the range, as the background is rarely at an end of it
-)
+MEDIAN_FULL_SCALE = 128.0  # grey levels from the background that make a 1; half the range, as the background is rarely at an end of it
 GRADIENT_BLUR = 1.0  # pixels (sigma): sensor noise and JPEG blocks off, edges kept
 GRADIENT_FULL_SCALE = 64.0  # grey levels per pixel that make a 1; a full step, 0 to 255, after that blur has about 80
 
@@ -84,6 +82,4 @@ def _grey(image: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
 
 def _check(image: npt.NDArray[np.uint8]) -> None:
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or image.size == 0:
-        raise ValueError(
-            f"image: expected uint8 RGB [H, W, 3], got {image.dtype} {list(image.shape)}; read it with runtime.images"
-        )
+        raise ValueError(f"image: expected uint8 RGB [H, W, 3], got {image.dtype} {list(image.shape)}; read it with runtime.images")

@@ -63,9 +63,7 @@ class Item:
         except _UNREADABLE as error:
             raise self._error("a readable mask", f"{self.mask} ({error})", "write it again as PNG") from error
         if mode not in ("L", "1"):
-            raise self._error(
-                "a mask of one 8-bit channel", f"mode {mode} in {self.mask}", "save it as 8-bit grey (mode L)"
-            )
+            raise self._error("a mask of one 8-bit channel", f"mode {mode} in {self.mask}", "save it as 8-bit grey (mode L)")
         if values.shape != (height, width):
             raise self._error(
                 f"a mask of {height} x {width} (height x width, as the image)",
@@ -81,13 +79,9 @@ class Item:
             )
         truth = values == 255
         if self.is_anomalous and not truth.any():
-            raise self._error(
-                "anomalous pixels (label 1)", f"only 0 in {self.mask}", "set the label to 0 or draw the anomaly"
-            )
+            raise self._error("anomalous pixels (label 1)", f"only 0 in {self.mask}", "set the label to 0 or draw the anomaly")
         if not self.is_anomalous and truth.any():
-            raise self._error(
-                "no anomalous pixel (label 0)", f"{int(truth.sum())} in {self.mask}", "set the label to 1"
-            )
+            raise self._error("no anomalous pixel (label 0)", f"{int(truth.sum())} in {self.mask}", "set the label to 1")
         return truth
 
     def shapes(self) -> list[tuple[int, int]]:
@@ -108,9 +102,7 @@ def read_manifest(folder: str | os.PathLike[str]) -> list[Item]:
     manifest = root / MANIFEST
     if not manifest.is_file():
         found = "no such file" if root.is_dir() else f"no folder {root}"
-        raise DatasetError(
-            manifest, None, "a manifest", found, "give a folder that holds manifest.csv with image, mask and label"
-        )
+        raise DatasetError(manifest, None, "a manifest", found, "give a folder that holds manifest.csv with image, mask and label")
     items = [_item(root, manifest, line, row) for line, row in _rows(manifest)]
     if not items:
         raise DatasetError(manifest, None, "at least one image", "only the header", "add a line per image")
@@ -135,19 +127,13 @@ def _rows(manifest: Path) -> Iterator[tuple[int, dict[str, str]]]:
                 if not cells:
                     continue
                 if len(cells) != len(header):
-                    remedy = (
-                        "quote cells that contain commas"
-                        if len(cells) > len(header)
-                        else "write a comma for each empty cell"
-                    )
+                    remedy = "quote cells that contain commas" if len(cells) > len(header) else "write a comma for each empty cell"
                     raise DatasetError(manifest, lines.line_num, f"{len(header)} cells", str(len(cells)), remedy)
                 yield lines.line_num, dict(zip(header, (cell.strip() for cell in cells), strict=True))
     except UnicodeDecodeError as error:
         raise DatasetError(manifest, None, "UTF-8 text", str(error), "save the manifest as UTF-8") from error
     except csv.Error as error:
-        raise DatasetError(
-            manifest, None, "comma-separated values", str(error), "check quotes and line ends"
-        ) from error
+        raise DatasetError(manifest, None, "comma-separated values", str(error), "check quotes and line ends") from error
 
 
 def _item(root: Path, manifest: Path, line: int, row: dict[str, str]) -> Item:
@@ -157,9 +143,7 @@ def _item(root: Path, manifest: Path, line: int, row: dict[str, str]) -> Item:
     image = _inside(root, manifest, line, "image", row["image"])
     mask = _inside(root, manifest, line, "mask", row["mask"]) if row["mask"] else None
     if label == "1" and mask is None:
-        raise DatasetError(
-            manifest, line, "a mask for label 1", "an empty cell", "name the mask file, or set the label to 0"
-        )
+        raise DatasetError(manifest, line, "a mask for label 1", "an empty cell", "name the mask file, or set the label to 0")
     if mask is not None:
         _check_same_size(manifest, line, image, mask)
     return Item(
@@ -178,19 +162,13 @@ def _item(root: Path, manifest: Path, line: int, row: dict[str, str]) -> Item:
 def _inside(root: Path, manifest: Path, line: int, column: str, cell: str) -> Path:
     """root / cell, an existing file below root."""
     if not cell:
-        raise DatasetError(
-            manifest, line, f"a file in column {column}", "an empty cell", "name the file or remove the line"
-        )
+        raise DatasetError(manifest, line, f"a file in column {column}", "an empty cell", "name the file or remove the line")
     normal = os.path.normpath(cell)
     if os.path.isabs(normal) or normal.split(os.sep)[0] == os.pardir:
-        raise DatasetError(
-            manifest, line, f"a path inside the folder in column {column}", cell, f"move the file below {root}"
-        )
+        raise DatasetError(manifest, line, f"a path inside the folder in column {column}", cell, f"move the file below {root}")
     path = root / normal
     if not path.is_file():
-        raise DatasetError(
-            manifest, line, f"a file in column {column}", f"no file {path}", "correct the path or restore the file"
-        )
+        raise DatasetError(manifest, line, f"a file in column {column}", f"no file {path}", "correct the path or restore the file")
     return path
 
 

@@ -63,12 +63,8 @@ class DemoPicture:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.demo", description=__doc__.split("\n")[0] if __doc__ else ""
-    )
-    parser.add_argument(
-        "photos", nargs="*", metavar="PHOTO", help="pictures or folders of your own, segmented unchanged"
-    )
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.demo", description=__doc__.split("\n")[0] if __doc__ else "")
+    parser.add_argument("photos", nargs="*", metavar="PHOTO", help="pictures or folders of your own, segmented unchanged")
     parser.add_argument("--output", type=Path, default=Path("demo"), help="folder of everything made (default demo)")
     parser.add_argument("--count", type=int, default=8, metavar="N", help="demo pictures to make (default 8)")
     options = parser.parse_args(argv)
@@ -175,9 +171,7 @@ def make_pictures(folder: Path, count: int) -> list[DemoPicture]:
     return pictures
 
 
-def measure_latency(
-    segmenter: Segmenter, images: Sequence[npt.NDArray[np.uint8]], progress: Progress | None = None
-) -> dict[str, float]:
+def measure_latency(segmenter: Segmenter, images: Sequence[npt.NDArray[np.uint8]], progress: Progress | None = None) -> dict[str, float]:
     """Milliseconds of one call, from the picture in memory to its mask: median and 90th percentile, after a warm-up."""
     rounds = math.ceil(TIMED_CALLS / len(images))
     for call in range(WARM_UP_CALLS):
@@ -193,9 +187,7 @@ def measure_latency(
     return {"p50": float(p50), "p90": float(p90), "calls": len(spent)}
 
 
-def contact_sheet(
-    pictures: Sequence[DemoPicture], results: Sequence[Segmentation], records: Sequence[dict[str, Any]]
-) -> Image.Image:
+def contact_sheet(pictures: Sequence[DemoPicture], results: Sequence[Segmentation], records: Sequence[dict[str, Any]]) -> Image.Image:
     """A row for each picture: the picture, what the model found in it, where the defect was drawn."""
     sheet = Image.new("RGB", (3 * _CELL, len(pictures) * (_CELL + _LABEL)), "white")
     draw = ImageDraw.Draw(sheet)
@@ -204,9 +196,7 @@ def contact_sheet(
         iou = f", IoU with the truth {record['true_iou']:.2f}" if "true_iou" in record else ""
         labels = (picture.path.name, f"{_verdict(record)} {result.score:.2f}{iou}", _truth_in_words(picture))
         truth = None if picture.truth is None else Image.fromarray(picture.truth)
-        for column, (cell, label) in enumerate(
-            zip((Image.fromarray(picture.image), result.overlay(), truth), labels, strict=True)
-        ):
+        for column, (cell, label) in enumerate(zip((Image.fromarray(picture.image), result.overlay(), truth), labels, strict=True)):
             draw.text((column * _CELL + 4, top + 4), label.encode("ascii", "replace").decode()[:40], fill="black")
             if cell is not None:
                 small = cell.convert("RGB")
@@ -228,9 +218,7 @@ def _clear(output: Path) -> None:
     if not output.exists() or not any(output.iterdir()):
         return
     if not ((output / "summary.json").is_file() or (output / "bundle" / "manifest.json").is_file()):
-        raise RequestError(
-            f"--output {output}: expected an earlier demo or an empty folder, got other files; choose another"
-        )
+        raise RequestError(f"--output {output}: expected an earlier demo or an empty folder, got other files; choose another")
     for path in (
         *output.glob("pictures/*.png"),
         *output.glob("masks/*_mask.png"),
@@ -246,15 +234,11 @@ def _photographs() -> list[tuple[str, npt.NDArray[np.uint8]]]:
     # Found without importing it: its data module would offer downloads for what the package leaves out.
     spec = importlib.util.find_spec("skimage")
     if spec is None or spec.origin is None:
-        raise RequestError(
-            "the demo's photographs come with scikit-image, which is not installed; pip install scikit-image"
-        )
+        raise RequestError("the demo's photographs come with scikit-image, which is not installed; pip install scikit-image")
     paths = [Path(spec.origin).parent / "data" / f"{name}.png" for name in PHOTOGRAPHS]
     photographs = [(path.stem, read_image(path)) for path in paths if path.is_file()]
     if not photographs:
-        raise RequestError(
-            f"{paths[0].parent}: expected {', '.join(PHOTOGRAPHS)} (.png), got none; give photos of your own"
-        )
+        raise RequestError(f"{paths[0].parent}: expected {', '.join(PHOTOGRAPHS)} (.png), got none; give photos of your own")
     return photographs
 
 

@@ -38,10 +38,7 @@ def measure(extra: str, repository: Path) -> dict[str, Any]:
         python = Path(folder) / "bin" / "python"
         empty = _bytes(Path(folder))
         subprocess.run([python, "-m", "pip", "install", "--quiet", f"{repository}[{extra}]"], check=True)
-        runs = [
-            json.loads(subprocess.run([python, "-c", PROBE], check=True, capture_output=True, cwd=folder).stdout)
-            for _ in range(7)
-        ]
+        runs = [json.loads(subprocess.run([python, "-c", PROBE], check=True, capture_output=True, cwd=folder).stdout) for _ in range(7)]
         return {
             "megabytes": round((_bytes(Path(folder)) - empty) / 1e6, 1),
             "import_seconds_median": round(statistics.median(run["seconds"] for run in runs), 3),

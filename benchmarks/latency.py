@@ -36,11 +36,10 @@ def measure(bundle: Path, checkpoint: str, threads: int, rounds: int, warmups: i
     import torch
 
     from agvas import load
-    from export.pictures import FIRST_SEED
-    from agvas.training.procedural import make_sample
+    from export.pictures import FIRST_SEED, procedural_picture
 
     torch.set_num_threads(threads)
-    pictures = [make_sample(FIRST_SEED + 500 + i, *SIZE).image for i in range(8)]
+    pictures = [procedural_picture(FIRST_SEED + 500 + i, *SIZE) for i in range(8)]
     segmenter = Segmenter(bundle, engine="auto", threads=threads)
     model = load(checkpoint)
     stages: list[dict[str, float]] = []
@@ -64,7 +63,8 @@ def measure(bundle: Path, checkpoint: str, threads: int, rounds: int, warmups: i
             if i >= 0:
                 times[name].append((time.perf_counter() - started) * 1e3)
         a, b = masks.values()
-        ious.append(np.count_nonzero(a & b) / max(1, np.count_nonzero(a | b)) if (a | b).any() else 1.0)
+        union = int(np.count_nonzero(a | b))
+        ious.append(int(np.count_nonzero(a & b)) / union if union else 1.0)
     stages = stages[warmups:]
     medians = {name: statistics.median(stage[name] for stage in stages) for name in stages[0]}
     outside = sum(statistics.median(stage[name] for stage in stages) for name in ("preprocess", "postprocess"))

@@ -53,13 +53,9 @@ class PixelScores:
         if scores.dtype != np.float32:
             raise ValueError(f"scores: expected float32, got {scores.dtype}; convert to float32 in [0, 1] first")
         if truth.dtype != np.bool_:
-            raise ValueError(
-                f"truth: expected bool, got {truth.dtype}; compare the mask with a value first, e.g. mask == 255"
-            )
+            raise ValueError(f"truth: expected bool, got {truth.dtype}; compare the mask with a value first, e.g. mask == 255")
         if scores.shape != truth.shape:
-            raise ValueError(
-                f"truth: expected the scores' shape {scores.shape}, got {truth.shape}; resize the map, not the mask"
-            )
+            raise ValueError(f"truth: expected the scores' shape {scores.shape}, got {truth.shape}; resize the map, not the mask")
         if scores.size == 0:
             return
         lowest, highest = float(scores.min()), float(scores.max())
@@ -144,13 +140,9 @@ def _bin_of(scores: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
 def intersection_over_union(predicted: npt.NDArray[np.bool_], truth: npt.NDArray[np.bool_]) -> float:
     """|predicted and truth| / |predicted or truth| of one anomalous image (equation 12 is its mean over images)."""
     if predicted.shape != truth.shape:
-        raise ValueError(
-            f"predicted: expected the truth's shape {truth.shape}, got {predicted.shape}; resize the prediction"
-        )
+        raise ValueError(f"predicted: expected the truth's shape {truth.shape}, got {predicted.shape}; resize the prediction")
     if not truth.any():
-        raise ValueError(
-            "truth: expected anomalous pixels, got an empty mask; equation 12 is for anomalous images, see is_empty"
-        )
+        raise ValueError("truth: expected anomalous pixels, got an empty mask; equation 12 is for anomalous images, see is_empty")
     return float(np.count_nonzero(predicted & truth) / np.count_nonzero(predicted | truth))
 
 
@@ -165,9 +157,7 @@ def image_auroc(scores: Sequence[float], anomalous: Sequence[bool]) -> float | N
     if values.shape != labels.shape:
         raise ValueError(f"scores: expected one for each of {labels.size} labels, got {values.size}")
     if np.isnan(values).any():
-        raise ValueError(
-            f"scores: expected numbers, got {int(np.isnan(values).sum())} NaN of {values.size}; look for an overflow"
-        )
+        raise ValueError(f"scores: expected numbers, got {int(np.isnan(values).sum())} NaN of {values.size}; look for an overflow")
     positives, negatives = int(labels.sum()), int((~labels).sum())
     if positives == 0 or negatives == 0:
         return None

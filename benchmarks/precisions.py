@@ -32,9 +32,7 @@ def measure(checkpoint: str, bundles: list[Path], count: int) -> dict[str, Any]:
 
     model = load(checkpoint)
     pictures = parity_pictures(None, count)
-    reference = [
-        outcome_of_reference(model.segment(picture)) for picture in tqdm(pictures, desc="reference", unit="image")
-    ]
+    reference = [outcome_of_reference(model.segment(picture)) for picture in tqdm(pictures, desc="reference", unit="image")]
     rows = []
     for folder in bundles:
         bundle = Bundle(folder)
@@ -62,10 +60,7 @@ def _row(bundle: Bundle, engine: str, options: EngineOptions, pictures: Any, ref
         return row | {"error": str(error)}
     prompt = pipeline.prompts.encode()
     label = f"{row['bundle_precision']} {engine}/{options.inference_precision}"
-    ours = [
-        outcome_of(pipeline.run(picture, prompt), bundle.manifest.threshold)
-        for picture in tqdm(pictures, desc=label, unit="image")
-    ]
+    ours = [outcome_of(pipeline.run(picture, prompt), bundle.manifest.threshold) for picture in tqdm(pictures, desc=label, unit="image")]
     parity, gates = compare(ours, reference), gates_for(bundle, options)
     failures = GATES[gates].failures(parity)
     return row | {"gates": gates, "passed": not failures, "failures": failures, "parity": parity.to_json()}

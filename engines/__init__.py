@@ -6,6 +6,7 @@ falls back. Choosing among engines is the runtime's business.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -33,6 +34,14 @@ class EngineOptions:
     device: str = "cpu"
     threads: int = 0
     inference_precision: str = "graph"
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"cpu|cuda:[0-9]+", self.device):
+            raise ValueError(f"device: expected cpu or cuda:N (cuda:0 is the first GPU), got {self.device!r}")
+        if self.threads < 0:
+            raise ValueError(f"threads: expected 0 (the engine's choice) or more, got {self.threads}")
+        if self.inference_precision not in INFERENCE_PRECISIONS:
+            raise ValueError(f"inference_precision: expected one of {INFERENCE_PRECISIONS}, got {self.inference_precision!r}")
 
 
 class Engine(Protocol):

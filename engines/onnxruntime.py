@@ -18,9 +18,7 @@ from engines.spec import StageSpec
 try:
     import onnxruntime
 except ImportError as error:
-    raise EngineUnavailable(
-        'engine onnxruntime is not installed; pip install "agvas[cpu]", or "agvas[gpu]" for CUDA'
-    ) from error
+    raise EngineUnavailable('engine onnxruntime is not installed; pip install "agvas[cpu]", or "agvas[gpu]" for CUDA') from error
 
 
 class OnnxRuntimeEngine:
@@ -38,9 +36,7 @@ class OnnxRuntimeEngine:
         settings.log_severity_level = 3  # warnings about constant folding are of no use to a user
         provider, provider_options = _provider(options.device)
         try:
-            self._session = onnxruntime.InferenceSession(
-                str(graph), settings, providers=[provider], provider_options=[provider_options]
-            )
+            self._session = onnxruntime.InferenceSession(str(graph), settings, providers=[provider], provider_options=[provider_options])
         except Exception as error:  # onnxruntime's exceptions share no base but Exception
             raise EngineFailed(f"onnxruntime cannot load {graph.name} on {options.device}: {_reason(error)}") from error
         if self._session.get_providers()[0] != provider:

@@ -13,6 +13,7 @@ import numpy as np
 
 from engines.errors import TensorMismatch
 
+
 @dataclass(frozen=True)
 class TensorSpec:
     """One named tensor: `shape` holds an int for a fixed axis and a letter for a symbolic one (equal letters, equal sizes)."""

@@ -136,7 +136,7 @@ def axis_sizes(config: AGVASConfig) -> dict[str, int]:
 def example_inputs(stage: str, sizes: dict[str, int], free: dict[str, int], seed: int = 0) -> tuple[Tensor, ...]:
     """Random inputs of a stage; `free` gives the axes that a checkpoint leaves open (B, N, K, R). Positions and rows count up."""
     generator = torch.Generator().manual_seed(seed)
-    axes: dict[str | int, int] = {**sizes, **free}
+    axes = sizes | free
     tensors = []
     for spec in STAGES[stage].inputs:
         shape = [axis if isinstance(axis, int) else axes[axis] for axis in spec.shape]

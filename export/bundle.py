@@ -17,7 +17,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from agvas.checkpoint import load
 from agvas.model import AGVAS
@@ -28,26 +27,14 @@ from export.parity import ParityReport, measure
 from export.passes import lower_precision
 from export.pictures import parity_pictures
 from export.progress import Progress
-from runtime.bundle import EMBEDDINGS, GOLDEN, MANIFEST, PARITY, SCHEMA_VERSION, TOKENIZER
-from runtime.bundle import Bundle, FileRecord, Manifest, sha256_of
+from runtime.bundle import EMBEDDINGS, GOLDEN, MANIFEST, PARITY, SCHEMA_VERSION, TOKENIZER, Bundle, FileRecord, Manifest, sha256_of
 from runtime.contract import CONTRACT_VERSION, STAGES
-from runtime.errors import AgvasError, OutputError
+from runtime.errors import AgvasError, OutputError, ParityFailed
 from runtime.parity import GATES
 from runtime.verify import gates_for, open_pipeline
 
 PRECISIONS = ("fp32", "fp16", "bf16")
 TOOLS = ("torch", "transformers", "onnx", "onnxscript", "onnx-ir", "onnxruntime", "openvino", "numpy", "pillow", "tokenizers")
-
-
-class ParityFailed(AgvasError):
-    """The exported chain leaves the reference by more than the gates allow; no bundle was written."""
-
-    def __init__(self, report: ParityReport) -> None:
-        super().__init__(
-            "the exported masks are not the reference's: " + "; ".join(report.failures) + ". No bundle was written. "
-            "Try --precision fp32, or --parity report to write it all the same and look into parity.json"
-        )
-        self.report = report
 
 
 @dataclass(frozen=True)
@@ -99,7 +86,10 @@ def export_bundle(settings: ExportSettings, progress: Progress) -> tuple[Bundle,
         _write_manifest(folder, _manifest(model, settings.precision))
         report = _verify(folder, model, settings, progress)
         if report.failures and settings.strict:
-            raise ParityFailed(report)
+            raise ParityFailed(
+                f"the exported masks are not the reference's: {'; '.join(report.failures)}. No bundle was written; "
+                "try --precision fp32, or --parity report to write it all the same and look into parity.json"
+            )
     return Bundle(settings.output), report
 
 
@@ -114,11 +104,9 @@ def _verify(folder: Path, model: AGVAS, settings: ExportSettings, progress: Prog
     exported = open_pipeline(bundle, engine, options)
     pictures = parity_pictures(settings.images, settings.pictures)
     progress.begin("compare with the reference", len(pictures))
-    report, golden = measure(
-        model, exported, engine, pictures, GATES[gates_for(bundle, options)], GATES["fp32"], progress.advance
-    )
+    report, golden = measure(model, exported, engine, pictures, GATES[gates_for(bundle, options)], GATES["fp32"], progress.advance)
     np.savez_compressed(folder / GOLDEN, **golden)  # type: ignore[arg-type]
-    (folder / PARITY).write_text(json.dumps(report.to_json(), indent=2) + "\n")
+    (folder / PARITY).write_text(json.dumps(report.to_json(), indent=2) + "\n", encoding="utf-8")
     summary = {"engine": engine, "passed": not report.failures, **report.chain.to_json()}
     _write_manifest(folder, replace(bundle.manifest, parity=summary))
     return report
@@ -151,7 +139,7 @@ def _write_manifest(folder: Path, manifest: Manifest) -> None:
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name != MANIFEST
     }
-    (folder / MANIFEST).write_text(replace(manifest, files=files).to_json())
+    (folder / MANIFEST).write_text(replace(manifest, files=files).to_json(), encoding="utf-8")
 
 
 def _check_output(output: Path) -> None:
@@ -171,6 +159,21 @@ def _check_space(output: Path, model: AGVAS, precision: str) -> None:
         )
 
 
+def _replace(partial: Path, output: Path) -> None:
+    """Give the new bundle its name; an older one there goes only after that has worked."""
+    if not output.exists():
+        os.rename(partial, output)
+        return
+    old = output.parent / f".{output.name}.old-{uuid.uuid4().hex[:8]}"
+    os.rename(output, old)
+    try:
+        os.rename(partial, output)
+    except OSError:
+        os.rename(old, output)
+        raise
+    shutil.rmtree(old)
+
+
 @contextlib.contextmanager
 def _whole_or_nothing(output: Path) -> Iterator[Path]:
     """A folder beside `output` that takes its name when the block ends well and vanishes otherwise."""
@@ -178,16 +181,12 @@ def _whole_or_nothing(output: Path) -> Iterator[Path]:
     try:
         partial.mkdir(parents=True)
         yield partial
-        old = None
-        if output.exists():
-            old = output.parent / f".{output.name}.old-{uuid.uuid4().hex[:8]}"
-            os.rename(output, old)
-        os.rename(partial, output)
-        if old:
-            shutil.rmtree(old)
+        _replace(partial, output)
+    except AgvasError:
+        raise
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise OutputError(f"the disk of {output} is full; free some space or choose another --output") from error
-        raise OutputError(f"{output} cannot be written ({error.strerror}); choose another --output") from error
+        raise OutputError(f"{output}: export stopped by {error}; check the path, or choose another --output") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from pathlib import Path
@@ -31,7 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     started = time.monotonic()
     from engines import EngineError
-    from runtime.errors import AgvasError, RequestError, choose
+    from runtime.errors import AgvasError, ParityFailed, RequestError, choose
 
     try:
         choose("--precision", options.precision, PRECISIONS)
@@ -41,14 +40,21 @@ def main(arguments: list[str] | None = None) -> int:
         if options.pictures < 1:
             raise RequestError(f"--pictures: expected at least 1, got {options.pictures}")
         return _export(options, started)
-    except (AgvasError, EngineError, ValueError) as error:
+    except ParityFailed as error:
         print(f"agvas-export: {error}", file=sys.stderr)
-        return 1 if type(error).__name__ == "ParityFailed" else 2
+        return 1
+    except (AgvasError, EngineError, ValueError, OSError) as error:
+        print(f"agvas-export: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("agvas-export: interrupted; no bundle was written, an older one is untouched", file=sys.stderr)
+        return 130
 
 
 def _export(options: argparse.Namespace, started: float) -> int:
     from export.bundle import ExportSettings, export_bundle
     from export.progress import Progress
+    from runtime.cli.common import json_line
     from runtime.verify import peak_rss_bytes
 
     progress = Progress()
@@ -71,7 +77,7 @@ def _export(options: argparse.Namespace, started: float) -> int:
     )
     if options.json:
         print(
-            json.dumps(
+            json_line(
                 {
                     "bundle": str(bundle.folder),
                     "passed": passed,

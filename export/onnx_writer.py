@@ -32,9 +32,7 @@ def export_stage(module: nn.Module, stage: str, sizes: dict[str, int]) -> ir.Mod
     spec = STAGES[stage]
     inputs = example_inputs(stage, sizes, FREE_AXES)
     dimensions = {axis: torch.export.Dim(_dimension_name(axis)) for axis in FREE_AXES}
-    shapes = tuple(
-        {i: dimensions[axis] for i, axis in enumerate(tensor.shape) if axis in FREE_AXES} for tensor in spec.inputs
-    )
+    shapes = tuple({i: dimensions[axis] for i, axis in enumerate(tensor.shape) if axis in FREE_AXES} for tensor in spec.inputs)
     with _quiet(), torch.no_grad(), sdpa_kernel([SDPBackend.MATH]):
         program = torch.onnx.export(
             module.eval(),

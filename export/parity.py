@@ -20,7 +20,7 @@ from engines.spec import StageSpec
 from export.adapters import axis_sizes
 from export.onnx_writer import stage_module
 from runtime.contract import STAGES
-from runtime.parity import Gates, Outcome, Parity, compare, relative_error
+from runtime.parity import Gates, Outcome, Parity, compare, finite, relative_error, worst
 from runtime.pipeline import Pipeline, Stage
 from runtime.verify import NOT_TRACED, outcome_of
 
@@ -81,7 +81,7 @@ class ParityReport:
             "passed": not self.failures,
             "failures": self.failures,
             "glue": self.glue.to_json(),
-            "stages": self.stages,
+            "stages": finite(self.stages),
             "chain": self.chain.to_json(),
         }
 
@@ -142,9 +142,7 @@ def outcome_of_reference(segmented: Segmented) -> Outcome:
     return Outcome(segmented.mask, segmented.anomaly_map, segmented.anchor_states, segmented.answer_ids)
 
 
-def _golden(
-    index: int, image: np.ndarray, segmented: Segmented, tensors: Mapping[str, np.ndarray]
-) -> dict[str, np.ndarray]:
+def _golden(index: int, image: np.ndarray, segmented: Segmented, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Picture, answer, states and map are AGVAS.segment's own; the tensors between come from the torch stages."""
     arrays = {
         "image": image,
@@ -157,13 +155,11 @@ def _golden(
     return {f"{index}.{name}": array for name, array in arrays.items()}
 
 
-def _stage_errors(
-    exported: Pipeline, recorders: Mapping[str, RecordingStage], errors: dict[str, dict[str, float]]
-) -> None:
+def _stage_errors(exported: Pipeline, recorders: Mapping[str, RecordingStage], errors: dict[str, dict[str, float]]) -> None:
     for name, recorder in recorders.items():
         if recorder.feeds is None:
             continue  # no anchors were said: the mask decoder did not run
         outputs = exported.stages[name].run(recorder.feeds)
         known = errors.setdefault(name, {})
         for key, value in outputs.items():
-            known[key] = max(known.get(key, 0.0), relative_error(value, recorder.outputs[key]))
+            known[key] = worst(known.get(key), relative_error(value, recorder.outputs[key]))

@@ -42,8 +42,8 @@ def lower_precision(model: ir.Model, precision: str) -> ir.Model:
 
     Rule: every float operator works in the low type, except (1) `FP32_OPERATORS`, (2) an elementwise operator that reads the
     output of one of `FP32_REACH`, which covers the epsilon and the scaling of a norm written out in parts, and the fusion
-    of probabilities, and (3) operators that ONNX does not define in the low type at this opset (convolutions in bf16). A cast stands at each border, once per value and direction. Constants are stored in the type of
-    the operator that reads them.
+    of probabilities, and (3) operators that ONNX does not define in the low type at this opset (convolutions in bf16). A cast
+    stands at each border, once per value and direction. Constants are stored in the type of the operator that reads them.
 
     Args:
         precision: "fp16" or "bf16".
@@ -89,8 +89,7 @@ class _Lowering:
         if node.op_type in FP32_OPERATORS or not _defined_in(node.op_type, self.opset, self.low):
             return ir.DataType.FLOAT
         reached = (
-            value is not None and (producer := value.producer()) is not None and producer.op_type in FP32_REACH
-            for value in node.inputs
+            value is not None and (producer := value.producer()) is not None and producer.op_type in FP32_REACH for value in node.inputs
         )
         return ir.DataType.FLOAT if node.op_type in ELEMENTWISE and any(reached) else self.low
 

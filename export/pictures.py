@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,40 +15,28 @@ FIRST_SEED = 8_000_000_000
 SIZES = ((240, 320), (256, 256), (320, 200), (180, 400), (384, 384))
 
 
-class ProceduralPictures(Sequence[np.ndarray]):
-    """`count` pictures uint8 RGB [H, W, 3], a third of them free of defects, each made when it is asked for."""
+class Pictures:
+    """Pictures uint8 RGB [H, W, 3], each read or made when its turn comes, so that a folder of large ones fits in memory."""
 
-    def __init__(self, count: int) -> None:
-        self.count = count
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, index):  # type: ignore[no-untyped-def]
-        from agvas.training.procedural import make_sample
-
-        if not 0 <= index < self.count:
-            raise IndexError(index)
-        height, width = SIZES[index % len(SIZES)]
-        return make_sample(FIRST_SEED + index, height, width).image
-
-
-class FolderPictures(Sequence[np.ndarray]):
-    """At most `count` pictures of a folder, read when asked for."""
-
-    def __init__(self, folder: Path, count: int) -> None:
-        self.paths = find_images([str(folder)])[:count]
+    def __init__(self, readers: list[Callable[[], np.ndarray]]) -> None:
+        self._readers = readers
 
     def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index):  # type: ignore[no-untyped-def]
-        return read_image(self.paths[index])
+        return len(self._readers)
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        return (read_image(path) for path in self.paths)
+        return (read() for read in self._readers)
 
 
-def parity_pictures(folder: Path | None, count: int) -> Sequence[np.ndarray]:
-    """The folder's pictures, or procedural ones where none is given."""
-    return ProceduralPictures(count) if folder is None else FolderPictures(folder, count)
+def parity_pictures(folder: Path | None, count: int) -> Pictures:
+    """At most `count` pictures of the folder; without one, `count` procedural pictures, a third of them free of defects."""
+    if folder is not None:
+        return Pictures([partial(read_image, path) for path in find_images([str(folder)])[:count]])
+    return Pictures([partial(procedural_picture, FIRST_SEED + i, *SIZES[i % len(SIZES)]) for i in range(count)])
+
+
+def procedural_picture(seed: int, height: int, width: int) -> np.ndarray:
+    """One picture of the training generator; OpenCV is imported only where pictures are made."""
+    from agvas.training.procedural import make_sample
+
+    return make_sample(seed, height, width).image

@@ -1,8 +1,8 @@
 """The light runtime: open a bundle, segment pictures. Needs NumPy, Pillow, tokenizers and one engine; no torch, no onnx.
 
-    from runtime import Segmenter
-    segmenter = Segmenter("bundle/")
-    result = segmenter("part.png")
+from runtime import Segmenter
+segmenter = Segmenter("bundle/")
+result = segmenter("part.png")
 """
 
 from runtime.segmentation import Segmentation

@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 from runtime.contract import CONTRACT_VERSION, STAGES
 from runtime.errors import BundleCorrupt, BundleMissing, BundleVersionError
 from runtime.preprocess import Preprocessing
-from runtime.prompts import Prompts
+from runtime.prompts import PromptEncoder, Prompts
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
@@ -84,6 +84,9 @@ class Manifest:
             fields["preprocessing"] = Preprocessing(**_tuples(fields["preprocessing"]))
             fields["prompts"] = Prompts(**_tuples(fields["prompts"]))
             fields["files"] = {path: FileRecord(**record) for path, record in fields["files"].items()}
+            fields["threshold"], fields["fusion_weight"] = float(fields["threshold"]), float(fields["fusion_weight"])
+            if missing := {"L", "H", "C"} - fields["sizes"].keys():
+                raise KeyError(f"sizes lacks {', '.join(sorted(missing))}")
             return cls(**fields)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise BundleCorrupt(f"{where} does not describe a bundle: {error}; export the bundle again") from error
@@ -104,10 +107,11 @@ class Bundle:
         if not self.folder.is_dir():
             raise BundleMissing(f"{self.folder} is not a folder; give the folder that agvas-export wrote")
         if not manifest.is_file():
-            raise BundleMissing(
-                f"{self.folder} has no {MANIFEST}: it is not a bundle, or its export was interrupted; run agvas-export"
-            )
-        text = manifest.read_text()
+            raise BundleMissing(f"{self.folder} has no {MANIFEST}: it is not a bundle, or its export was interrupted; run agvas-export")
+        try:
+            text = manifest.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise BundleCorrupt(f"{manifest} cannot be read ({error}); check its permissions, or copy the bundle again") from error
         self.manifest = Manifest.from_json(text, str(manifest))
         self.id = hashlib.sha256(text.encode()).hexdigest()
         for name, record in self.manifest.files.items():
@@ -120,8 +124,13 @@ class Bundle:
         """The stage's .onnx file; its external data lies beside it."""
         return self.folder / stage / f"{stage}.onnx"
 
-    def tokenizer(self) -> Tokenizer:
-        return Tokenizer.from_file(str(self.folder / TOKENIZER))
+    def prompt_encoder(self) -> PromptEncoder:
+        """The checkpoint's prompts over its tokenizer."""
+        path = self.folder / TOKENIZER
+        try:
+            return PromptEncoder(Tokenizer.from_file(str(path)), self.manifest.prompts)
+        except Exception as error:  # tokenizers raises bare Exception for a file that is none
+            raise BundleCorrupt(f"{path} does not fit the manifest's prompts: {error}; export the bundle again") from error
 
     def embeddings(self) -> np.ndarray:
         """The token embedding table [V, D], float32 or float16, memory-mapped: a request touches a few dozen rows of it."""

@@ -64,6 +64,4 @@ MASK_DECODER = StageSpec(
     ),
 )
 
-STAGES: dict[str, StageSpec] = {
-    stage.name: stage for stage in (PIXEL_ENCODER, SEMANTIC_ENCODER, SPAM, LANGUAGE, MASK_DECODER)
-}
+STAGES: dict[str, StageSpec] = {stage.name: stage for stage in (PIXEL_ENCODER, SEMANTIC_ENCODER, SPAM, LANGUAGE, MASK_DECODER)}

@@ -34,6 +34,10 @@ class BundleVersionError(BundleError):
     """The bundle was written for another schema or contract version than this runtime reads."""
 
 
+class ParityFailed(BundleError):
+    """An exported chain leaves the reference by more than the gates allow; no bundle was written."""
+
+
 class RequestError(AgvasError, ValueError):
     """A bad argument of a call: instruction, mode, threshold, engine name."""
 

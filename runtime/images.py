@@ -63,9 +63,7 @@ _TIFF_PHOTOMETRIC = 262
 _guard_lock = threading.Lock()
 
 
-def as_rgb(
-    source: str | os.PathLike[str] | Image.Image | np.ndarray, *, pixel_limit: int = PIXEL_LIMIT
-) -> np.ndarray:
+def as_rgb(source: str | os.PathLike[str] | Image.Image | np.ndarray, *, pixel_limit: int = PIXEL_LIMIT) -> np.ndarray:
     """Take a picture in any of the accepted forms.
 
     Args:
@@ -86,9 +84,7 @@ def as_rgb(
     if isinstance(source, (str, os.PathLike)):
         return read_image(source, pixel_limit=pixel_limit)
     kind = f"{type(source).__module__}.{type(source).__qualname__}"
-    raise ImageError(
-        f"image: expected a path, a PIL image or a uint8 array [H, W, 3], got {kind}; convert it, say with np.asarray"
-    )
+    raise ImageError(f"image: expected a path, a PIL image or a uint8 array [H, W, 3], got {kind}; convert it, say with np.asarray")
 
 
 def read_image(path: str | os.PathLike[str], *, pixel_limit: int = PIXEL_LIMIT) -> np.ndarray:
@@ -114,10 +110,7 @@ def read_image(path: str | os.PathLike[str], *, pixel_limit: int = PIXEL_LIMIT) 
             file.seek(0)
             decoder = next((decoder for magic, decoder in _DECODERS if signature.startswith(magic)), None)
             if decoder is None:
-                raise ImageError(
-                    f"{name}: expected a {_FORMATS} file, got one that begins with {signature!r}; "
-                    "save the picture as PNG"
-                )
+                raise ImageError(f"{name}: expected a {_FORMATS} file, got one that begins with {signature!r}; save the picture as PNG")
             try:
                 image = decoder(file)
             except Exception as error:  # Pillow's decoders raise SyntaxError, struct.error, ValueError and more
@@ -130,9 +123,7 @@ def read_image(path: str | os.PathLike[str], *, pixel_limit: int = PIXEL_LIMIT) 
         raise ImageError(f"{name}: expected a readable file, got {error}; check permissions and the disk") from error
 
 
-def find_images(
-    inputs: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], *, recursive: bool = False
-) -> list[Path]:
+def find_images(inputs: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], *, recursive: bool = False) -> list[Path]:
     """List the pictures that files, folders and glob patterns stand for.
 
     A file is listed whatever its suffix. A folder or pattern gives its files with a suffix in `SUFFIXES` (any case),
@@ -179,11 +170,7 @@ def _expand(name: str, recursive: bool) -> list[Path]:
 
 
 def _pictures(paths: Iterator[Path]) -> list[Path]:
-    return sorted(
-        path
-        for path in paths
-        if path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
-    )
+    return sorted(path for path in paths if path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file())
 
 
 def _check_is_file(name: str) -> None:
@@ -192,13 +179,9 @@ def _check_is_file(name: str) -> None:
     try:
         status = os.stat(name)
     except FileNotFoundError:
-        raise ImageError(
-            f"{name}: expected a picture file, got no such file; check the path (now in {os.getcwd()})"
-        ) from None
+        raise ImageError(f"{name}: expected a picture file, got no such file; check the path (now in {os.getcwd()})") from None
     except (OSError, ValueError) as error:  # ValueError: a null byte in the path
-        raise ImageError(
-            f"{name!r}: expected a readable path, got {error}; check the path and its permissions"
-        ) from error
+        raise ImageError(f"{name!r}: expected a readable path, got {error}; check the path and its permissions") from error
     if stat.S_ISDIR(status.st_mode):
         raise ImageError(f"{name}: expected a picture file, got a folder; name a file in it")
     if not stat.S_ISREG(status.st_mode):
@@ -254,8 +237,7 @@ def _rgb_of_pil(image: Image.Image, name: str, pixel_limit: int) -> np.ndarray:
         orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
     except MemoryError as error:
         raise ImageError(
-            f"{name}: expected memory for {image.width} × {image.height} pixels, got none left; "
-            "crop or shrink it, or lower pixel_limit"
+            f"{name}: expected memory for {image.width} × {image.height} pixels, got none left; crop or shrink it, or lower pixel_limit"
         ) from error
     except Exception as error:  # as above: decoders raise nearly anything on damaged data
         raise ImageError(

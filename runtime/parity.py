@@ -6,6 +6,7 @@ numbers. Relative tolerances on single tensors are reported, not gated: what an 
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -28,26 +29,33 @@ class Parity:
 
     Attributes:
         images: how many.
+        compared: of them, those where the reference said its anchors, so that there was a map to compare.
+        non_empty: of them, those whose reference mask is not empty.
         mask_iou_mean, mask_iou_min: intersection over union of the two masks; 1 where both are empty.
         flips: pictures whose mask is empty in one of the two and not in the other (OK against NG).
         answers_changed: pictures whose answer tokens differ.
+        anchors_changed: pictures where one of the two said its anchors and the other did not.
         map_max_abs, map_mean_abs: difference of the anomaly maps.
         anchor_cosine_min: least cosine between anchor states; 1 where neither has any, -1 where only one has.
         not_finite: maps with NaN or infinity.
     """
 
     images: int
+    compared: int
+    non_empty: int
     mask_iou_mean: float
     mask_iou_min: float
     flips: int
     answers_changed: int
+    anchors_changed: int
     map_max_abs: float
     map_mean_abs: float
     anchor_cosine_min: float
     not_finite: int
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """A dictionary fit for JSON: NaN, which JSON has no word for, becomes None."""
+        return finite(asdict(self))
 
 
 @dataclass(frozen=True)
@@ -63,6 +71,10 @@ class Gates:
     def failures(self, parity: Parity) -> list[str]:
         """Each broken gate in words; empty when all hold."""
         failed = []
+        if not parity.compared:
+            failed.append(f"the reference said its anchors on none of {parity.images} pictures: no mask was compared")
+        if parity.anchors_changed:
+            failed.append(f"{parity.anchors_changed} answers gained or lost their anchors")
         if parity.not_finite:
             failed.append(f"{parity.not_finite} maps hold NaN or infinity")
         if not parity.mask_iou_mean >= self.mask_iou_mean:
@@ -97,15 +109,32 @@ def compare(ours: list[Outcome], reference: list[Outcome]) -> Parity:
     differences = [np.abs(a.anomaly_map - b.anomaly_map) for a, b in pairs]
     return Parity(
         images=len(pairs),
+        compared=sum(b.anchor_states is not None for _, b in pairs),
+        non_empty=sum(bool(b.mask.any()) for _, b in pairs),
         mask_iou_mean=float(np.mean(ious)),
         mask_iou_min=float(np.min(ious)),
         flips=sum(bool(a.mask.any()) != bool(b.mask.any()) for a, b in pairs),
         answers_changed=sum(a.answer != b.answer for a, b in pairs),
-        map_max_abs=float(max(d.max() for d in differences)),
+        anchors_changed=sum((a.anchor_states is None) != (b.anchor_states is None) for a, b in pairs),
+        map_max_abs=float(np.max([d.max() for d in differences])),
         map_mean_abs=float(np.mean([d.mean() for d in differences])),
-        anchor_cosine_min=min(_cosine(a.anchor_states, b.anchor_states) for a, b in pairs),
+        anchor_cosine_min=float(np.min([_cosine(a.anchor_states, b.anchor_states) for a, b in pairs])),
         not_finite=sum(not np.isfinite(a.anomaly_map).all() for a, _ in pairs),
     )
+
+
+def finite(value: Any) -> Any:
+    """`value` with every NaN and infinity in it replaced by None."""
+    if isinstance(value, dict):
+        return {key: finite(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def worst(known: float | None, error: float) -> float:
+    """The larger of two errors; NaN, which is worse than any number, wins."""
+    return error if known is None else float(np.maximum(known, error))
 
 
 def relative_error(ours: np.ndarray, reference: np.ndarray) -> float:

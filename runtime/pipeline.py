@@ -17,7 +17,9 @@ from typing import Protocol
 
 import numpy as np
 
+from engines.errors import EngineFailed
 from runtime import preprocess
+from runtime.contract import STAGES
 from runtime.preprocess import Preprocessing
 from runtime.prompts import Prompt, PromptEncoder
 
@@ -73,7 +75,11 @@ class Pipeline:
         self._empty_past = np.zeros((sizes["L"], 1, sizes["H"], 0, sizes["C"]), np.float32)
 
     def run(self, image: np.ndarray, prompt: Prompt) -> Trace:
-        """Segment one picture (uint8 RGB [H, W, 3])."""
+        """Segment one picture (uint8 RGB [H, W, 3]).
+
+        Raises:
+            EngineFailed: a stage could not be computed, or the language stage chose among logits that are NaN.
+        """
         trace = Trace()
         with trace.timed("total"):
             with trace.timed("preprocess"):
@@ -82,9 +88,7 @@ class Pipeline:
             self._stage(trace, "pixel_encoder", pixel_image=pixel_image[None])
             self._stage(trace, "semantic_encoder", semantic_image=semantic_image[None])
             pixel_embeddings = trace.tensors["pixel_embeddings"]
-            self._stage(
-                trace, "spam", semantic_features=trace.tensors["semantic_features"], pixel_embeddings=pixel_embeddings
-            )
+            self._stage(trace, "spam", semantic_features=trace.tensors["semantic_features"], pixel_embeddings=pixel_embeddings)
             states = self._answer(trace, prompt)
             anchors = self.prompts.find_anchors(trace.answer)
             if anchors is None:
@@ -141,7 +145,7 @@ class Pipeline:
         self, trace: Trace, embeddings: np.ndarray, start: int, keys: np.ndarray, values: np.ndarray, rows: np.ndarray
     ) -> dict[str, np.ndarray]:
         positions = np.arange(start, start + embeddings.shape[1], dtype=np.int64)[None]
-        return self._stage(
+        output = self._stage(
             trace,
             "language",
             input_embeddings=embeddings,
@@ -150,6 +154,25 @@ class Pipeline:
             past_values=np.ascontiguousarray(values),
             rows=rows,
         )
+        _check_logits(trace, output["logits"])
+        return output
 
     def _embed(self, ids: tuple[int, ...]) -> np.ndarray:
         return np.asarray(self.embeddings[list(ids)], np.float32)[None]
+
+
+def _check_logits(trace: Trace, logits: np.ndarray) -> None:
+    """Refuse logits with NaN: arg-max would make token 0 of them, an answer without anchors, an empty mask and so an "OK".
+
+    A NaN of the encoders arrives here too. Rows' maxima suffice, since NumPy's maximum of anything with a NaN is NaN.
+    """
+    if np.isfinite(logits.max(axis=-1)).all():
+        return
+    bad = [
+        f"stage {stage.name} computed NaN or infinity in {tensor.name}"
+        for stage in STAGES.values()
+        for tensor in stage.outputs
+        if tensor.name in trace.tensors and not np.isfinite(trace.tensors[tensor.name]).all()
+    ]
+    first = bad[0] if bad else "stage language computed NaN or infinity in logits of a later pass"
+    raise EngineFailed(f"{first}; use another engine, or a bundle of higher precision (fp16 ends at 65504)")

@@ -61,9 +61,7 @@ def pixel_image(image: np.ndarray, settings: Preprocessing) -> tuple[np.ndarray,
     frame = frame_of(image.shape[0], image.shape[1], settings.pixel_size)
     resized = _resize(image, frame.resized_height, frame.resized_width, Image.Resampling.BILINEAR)
     padded = np.zeros((3, frame.padded_size, frame.padded_size), np.float32)
-    padded[:, : frame.resized_height, : frame.resized_width] = _normalise(
-        resized, settings.pixel_mean, settings.pixel_std
-    )
+    padded[:, : frame.resized_height, : frame.resized_width] = _normalise(resized, settings.pixel_mean, settings.pixel_std)
     return padded, frame
 
 
@@ -77,9 +75,7 @@ def semantic_image(image: np.ndarray, settings: Preprocessing) -> np.ndarray:
         float32 [3, s, s].
     """
     size = settings.semantic_size
-    return _normalise(
-        _resize(image, size, size, Image.Resampling.BICUBIC), settings.semantic_mean, settings.semantic_std
-    )
+    return _normalise(_resize(image, size, size, Image.Resampling.BICUBIC), settings.semantic_mean, settings.semantic_std)
 
 
 def restore(anomaly_map: np.ndarray, frame: Frame) -> np.ndarray:

@@ -80,9 +80,7 @@ class PromptEncoder:
         """
         choose("mode", mode, MODES)
         if mode not in self.prompts.instructions:
-            raise RequestError(
-                f"mode {mode!r} is not one this model was trained for; it has {', '.join(self.prompts.instructions)}"
-            )
+            raise RequestError(f"mode {mode!r} is not one this model was trained for; it has {', '.join(self.prompts.instructions)}")
         text = self.prompts.instructions[mode] if instruction is None else instruction.strip()
         if not text:
             raise RequestError("the instruction is empty; leave it out to use the mode's default, or write a sentence")
@@ -91,9 +89,7 @@ class PromptEncoder:
         if found := sorted(token for token in special if token in text):
             raise RequestError(f"the instruction contains the control token {', '.join(found)}; remove it")
         if len(ids) > self.prompts.max_instruction_tokens:
-            raise RequestError(
-                f"the instruction has {len(ids)} tokens, this model takes {self.prompts.max_instruction_tokens}; shorten it"
-            )
+            raise RequestError(f"the instruction has {len(ids)} tokens, this model takes {self.prompts.max_instruction_tokens}; shorten it")
         draft = (*self._ids(self.prompts.answer), self.end_id) if mode == DIRECT else None
         return Prompt(
             prefix=self._ids(self.prompts.prefix),

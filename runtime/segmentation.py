@@ -88,9 +88,7 @@ class Segmentation:
         """
         return _trace(self.mask)
 
-    def overlay(
-        self, alpha: float = 0.45, color: tuple[int, int, int] = (255, 0, 64), outline: bool = True
-    ) -> Image.Image:
+    def overlay(self, alpha: float = 0.45, color: tuple[int, int, int] = (255, 0, 64), outline: bool = True) -> Image.Image:
         """The picture with the mask tinted.
 
         Args:
@@ -175,8 +173,7 @@ class Segmentation:
             os.makedirs(folder, exist_ok=True)
         except OSError as error:
             raise OutputError(
-                f"{os.fspath(folder)}: expected a folder to write to, got {error}; choose another one or change its "
-                "permissions"
+                f"{os.fspath(folder)}: expected a folder to write to, got {error}; choose another one or change its permissions"
             ) from error
         paths = {}
         for name, picture in pictures.items():
@@ -209,9 +206,7 @@ def _write_whole(path: Path, data: memoryview) -> None:
                 f"{path}: expected room for {len(data)} bytes, got a full disk or quota ({error.strerror}); "
                 "free some space or choose another folder"
             ) from error
-        raise OutputError(
-            f"{path}: expected a writable file, got {error}; choose another folder or change its permissions"
-        ) from error
+        raise OutputError(f"{path}: expected a writable file, got {error}; choose another folder or change its permissions") from error
 
 
 def _trace(mask: np.ndarray) -> list[list[list[tuple[int, int]]]]:

@@ -1,7 +1,8 @@
 """Chooses the engine for `auto`: the fastest of those installed that reproduces the bundle's golden masks on this machine.
 
 Measured, not assumed, and remembered: the choice is kept in the user's cache under the bundle's hash, the engines' versions and the
-processor, so that a new version or another machine measures again. Only the device that was asked for is considered.
+processor, so that a new version or another machine measures again; removing that folder forgets all choices. Only the device
+that was asked for is considered.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import json
 import os
 import platform
 import statistics
-import time
 import uuid
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError
@@ -20,13 +20,14 @@ from pathlib import Path
 
 from engines import EngineError, EngineOptions, EngineUnavailable
 from runtime.bundle import Bundle
+from runtime.parity import GATES
 from runtime.pipeline import Pipeline
 from runtime.verify import open_pipeline, verify
 
 # (engine, inference precision), on the CPU and on CUDA.
 CPU_CANDIDATES = (("openvino", "bf16"), ("openvino", "graph"), ("onnxruntime", "graph"))
 CUDA_CANDIDATES = (("onnxruntime", "graph"),)
-PACKAGES = ("onnxruntime", "onnxruntime-gpu", "openvino")
+PACKAGES = ("agvas", "onnxruntime", "onnxruntime-gpu", "openvino")
 TIMED_RUNS = 5
 
 
@@ -45,48 +46,52 @@ class Choice:
     rejected: dict[str, str]
 
 
-def choose_engine(bundle: Bundle, options: EngineOptions) -> tuple[Pipeline, Choice]:
+def choose_engine(bundle: Bundle, options: EngineOptions, precision: str | None = None) -> tuple[Pipeline, Choice]:
     """Open the fastest engine that passes the bundle's gates on `options.device`.
+
+    Args:
+        precision: consider this inference precision alone; None considers all.
 
     Raises:
         EngineUnavailable: none does; the message has every candidate's reason.
     """
-    cache = cache_folder() / "engine-choice" / f"{_key(bundle, options)}.json"
+    cache = cache_folder() / "engine-choice" / f"{_key(bundle, options, precision)}.json"
     if (known := _read(cache)) is not None:
         try:
-            pipeline = open_pipeline(
-                bundle, known.engine, replace(options, inference_precision=known.inference_precision)
-            )
+            pipeline = open_pipeline(bundle, known.engine, replace(options, inference_precision=known.inference_precision))
         except EngineError:
-            cache.unlink(missing_ok=True)  # what was chosen then cannot be opened now: measure again
+            pass  # what was chosen then cannot be opened now: measure again
         else:
             return pipeline, known
     candidates = CPU_CANDIDATES if options.device == "cpu" else CUDA_CANDIDATES
-    passed: list[tuple[float, Pipeline, str, str]] = []
+    best: tuple[Pipeline, Choice] | None = None
     rejected: dict[str, str] = {}
-    for engine, precision in candidates:
-        name = f"{engine}/{precision}"
-        tried = replace(options, inference_precision=precision)
+    for engine, computes_in in candidates:
+        if precision not in (None, computes_in):
+            continue
+        name = f"{engine}/{computes_in}"
+        tried = replace(options, inference_precision=computes_in)
         try:
             pipeline = open_pipeline(bundle, engine, tried)
             verification = verify(bundle, pipeline, tried)
         except EngineError as error:
             rejected[name] = str(error)
             continue
-        if verification.passed:
-            passed.append((_median_milliseconds(bundle, pipeline), pipeline, engine, precision))
-        else:
+        if not verification.passed:
             rejected[name] = "; ".join(verification.failures)
-    if not passed:
+            continue
+        milliseconds = _median_milliseconds(bundle, pipeline)
+        if best is not None and best[1].milliseconds <= milliseconds:
+            rejected[name] = f"slower: {milliseconds:.1f} ms"
+            continue
+        if best is not None:
+            rejected[f"{best[1].engine}/{best[1].inference_precision}"] = f"slower: {best[1].milliseconds:.1f} ms"
+        best = pipeline, Choice(engine, computes_in, milliseconds, rejected)  # the slower pipeline is freed here
+    if best is None:
         reasons = " | ".join(f"{name}: {reason}" for name, reason in rejected.items())
         raise EngineUnavailable(f"no engine on device {options.device} can run this bundle: {reasons}")
-    passed.sort(key=lambda entry: entry[0])
-    for milliseconds, _, engine, precision in passed[1:]:
-        rejected[f"{engine}/{precision}"] = f"slower: {milliseconds:.1f} ms"
-    milliseconds, pipeline, engine, precision = passed[0]
-    choice = Choice(engine, precision, milliseconds, rejected)
-    _write(cache, choice)
-    return pipeline, choice
+    _write(cache, best[1])
+    return best
 
 
 def cache_folder() -> Path:
@@ -101,10 +106,15 @@ def _median_milliseconds(bundle: Bundle, pipeline: Pipeline) -> float:
     return statistics.median(pipeline.run(image, prompt).timings["total"] for _ in range(TIMED_RUNS))
 
 
-def _key(bundle: Bundle, options: EngineOptions) -> str:
-    facts = [bundle.id, options.device, str(options.threads), platform.machine(), platform.processor(), str(os.cpu_count())]
-    facts += [_cpu_model(), *(f"{name} {_installed(name)}" for name in PACKAGES)]
+def _key(bundle: Bundle, options: EngineOptions, precision: str | None) -> str:
+    facts = [bundle.id, options.device, str(options.threads), str(precision), platform.machine(), _cpu_model()]
+    facts += [str(_usable_cpus()), repr(GATES), *(f"{name} {_installed(name)}" for name in PACKAGES)]
     return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:32]
+
+
+def _usable_cpus() -> int | None:
+    """CPUs this process may use, which in a container are not the machine's."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def _cpu_model() -> str:

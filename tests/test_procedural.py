@@ -8,6 +8,7 @@ from itertools import count, islice
 import cv2
 import numpy as np
 import pytest
+
 from agvas.training.backgrounds import background
 from agvas.training.defects import KINDS, add_defect
 from agvas.training.procedural import make_sample, make_samples

@@ -309,7 +309,8 @@ def inclusion(site, rng):
     """Slag rolled out along the grain: dark or pale streaks with ragged ends, several side by side."""
     area, heading = _area(site, rng, 0.001, 0.12), pick(rng, 0, np.pi / 2, rng.uniform(0, np.pi))
     long = log_uniform(rng, 3, 14)
-    broad, y, x = float(np.sqrt(area / long)), *pixels(*site.shape)
+    broad = float(np.sqrt(area / long))
+    y, x = pixels(*site.shape)
     x, y = x - float(site.centre[0]), y - float(site.centre[1])
     along, across = float(np.cos(heading)) * x + float(np.sin(heading)) * y, float(np.cos(heading)) * y - float(np.sin(heading)) * x
     far = cv2.magnitude(along / (broad * long), across / broad)

@@ -6,7 +6,7 @@ samples share backgrounds and camera, hence only the defect tells them apart. It
 
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 
@@ -69,7 +69,7 @@ def _photographed(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     out = np.clip(field * 255, 0, 255).astype(np.uint8)
     if chance(rng, 0.4):
         _, data = cv2.imencode(".jpg", out, [cv2.IMWRITE_JPEG_QUALITY, int(rng.integers(35, 97))])
-        out = cv2.imdecode(data, cv2.IMREAD_COLOR)
+        out = np.asarray(cv2.imdecode(data, cv2.IMREAD_COLOR))
     return np.repeat(out[..., 1:2], 3, axis=2) if grey else out
 
 
@@ -98,7 +98,7 @@ def make_samples(seeds: Iterable[int], height: int, width: int, workers: int) ->
         yield from (make_sample(seed, height, width) for seed in seeds)
         return
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_one_thread) as pool:
-        waiting = deque()
+        waiting: deque[Future[Sample]] = deque()
         for seed in seeds:
             waiting.append(pool.submit(make_sample, seed, height, width))
             if len(waiting) > 4 * workers:

@@ -2,8 +2,7 @@
 
 One line on stdout for each picture, in words or as JSON; everything else (engine, progress, errors) goes to stderr, so
 a program can read stdout line by line while the run goes on. A picture that cannot be segmented is reported and the run
-goes on; a result that cannot be written stops it, since the next one could not be written either. What all commands of
-the runtime share (engine options, progress bar, JSON line) stands here too.
+goes on; a result that cannot be written stops it, since the next one could not be written either.
 
 Exit codes: 0 every picture was segmented, 1 some were not, 2 nothing could be done or a result could not be written,
 130 interrupted.
@@ -12,28 +11,20 @@ Exit codes: 0 every picture was segmented, 1 some were not, 2 nothing could be d
 from __future__ import annotations
 
 import argparse
-import json
-import math
 import os
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
-from engines import ENGINES, INFERENCE_PRECISIONS, EngineError, EngineOptions
+from engines import EngineError
+from runtime.cli.common import AUTO, Progress, add_engine_arguments, close_stdout, describe, engine_options, json_line, say
 from runtime.errors import AgvasError, ImageError, OutputError, RequestError, choose
 from runtime.images import PIXEL_LIMIT, find_images
 from runtime.prompts import DIRECT, MODES
-from runtime.segmenter import Segmenter, check_device
-
-AUTO = "auto"
-
-# A log file has no use for a bar on a handful of pictures, and one line in ten seconds is enough for a long run.
-_LOGGED_FROM = 9
-_LOG_SECONDS = 10.0
+from runtime.segmenter import Segmenter
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -127,130 +118,6 @@ def output_stems(pictures: Sequence[Path]) -> list[str]:
     return names
 
 
-def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options that say where a bundle runs, the same for every command."""
-    parser.add_argument("--bundle", required=True, metavar="DIR", help="folder that agvas-export wrote")
-    parser.add_argument(
-        "--engine",
-        default=AUTO,
-        help=f"{AUTO} (default: the fastest here that gives the reference's masks), {', '.join(ENGINES)}",
-    )
-    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda:N; nothing else is used in its place")
-    parser.add_argument(
-        "--inference-precision",
-        help="graph (default: the graphs' own types) or bf16 (openvino); only with a named engine, auto measures both",
-    )
-    parser.add_argument(
-        "--threads",
-        type=int,
-        default=0,
-        metavar="N",
-        help="CPU threads of one inference (default 0: the engine's choice)",
-    )
-
-
-def engine_options(arguments: argparse.Namespace) -> EngineOptions:
-    """Check the options of `add_engine_arguments`.
-
-    Raises:
-        RequestError: names the option, what it takes and the nearest valid value.
-    """
-    choose("--engine", arguments.engine, (AUTO, *ENGINES))
-    precision = arguments.inference_precision
-    if precision is not None:
-        choose("--inference-precision", precision, INFERENCE_PRECISIONS)
-        if arguments.engine == AUTO:
-            raise RequestError(
-                f"--inference-precision: expected a named --engine beside it, got {precision!r} with engine {AUTO}, "
-                f"which chooses the precision too; name one of {', '.join(ENGINES)}, or leave the precision out"
-            )
-    try:
-        check_device(arguments.device)
-    except RequestError:
-        if "gpu" in arguments.device.lower():  # by its letters "gpu" is nearest to "cpu"
-            raise
-        choose("--device", arguments.device, ("cpu", "cuda:0"), "cuda:N is the GPU with index N")
-        raise
-    if arguments.threads < 0:
-        raise RequestError(f"--threads: expected 0 (the engine's choice) or more, got {arguments.threads}")
-    return EngineOptions(arguments.device, arguments.threads, precision or "graph")
-
-
-def json_line(record: Any) -> str:
-    """One line of JSON; NaN and infinity, which JSON has no word for, become null."""
-    return json.dumps(_finite(record), allow_nan=False)
-
-
-def say(line: str) -> None:
-    """Print to stdout at once: another program may be waiting for the line.
-
-    Raises:
-        OutputError: stdout goes to a full disk. BrokenPipeError passes: its reader has gone.
-    """
-    encoding = sys.stdout.encoding or "utf-8"
-    try:
-        # File names need not be text; a name that the terminal cannot show must not end the run.
-        print(line.encode(encoding, "backslashreplace").decode(encoding), flush=True)
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        raise OutputError(f"stdout: expected to write a line, got {error}; free some space or redirect it") from error
-
-
-def close_stdout() -> None:
-    """After a broken pipe: point stdout at nothing, so that Python's own flush at exit does not complain once more."""
-    try:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (OSError, ValueError):
-        pass  # stdout is no real file: nothing will be flushed
-
-
-class Progress:
-    """A bar on stderr. On a terminal it is shown from two steps on; in a log from nine, at most every ten seconds."""
-
-    def __init__(self, *, quiet: bool = False) -> None:
-        self._quiet = quiet
-        self._terminal = sys.stderr.isatty()
-        self._label = ""
-        self._bar: Any = None
-
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-    def __call__(self, label: str, done: int, total: int) -> None:
-        """`done` of `total` steps of the work called `label` are done."""
-        if self._bar is None or label != self._label:
-            self.__exit__(None, None, None)
-            self._bar, self._label = self._open(label, total), label
-        self._bar.update(done - self._bar.n)
-
-    def step_aside(self) -> None:
-        """Take the bar off the terminal before a line is printed there; the next call draws it again."""
-        if self._bar is not None and self._terminal:
-            self._bar.clear()
-
-    def _open(self, label: str, total: int) -> Any:
-        from tqdm import tqdm
-
-        hidden = self._quiet or total < (2 if self._terminal else _LOGGED_FROM)
-        seconds = 0.1 if self._terminal else _LOG_SECONDS
-        return tqdm(
-            desc=label,
-            total=total,
-            disable=hidden,
-            file=sys.stderr,
-            mininterval=seconds,
-            maxinterval=seconds,
-            leave=not self._terminal,
-        )
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="agvas-segment",
@@ -294,7 +161,7 @@ def _run(arguments: argparse.Namespace) -> int:
         arguments.bundle,
         arguments.engine,
         options.device,
-        inference_precision=options.inference_precision,
+        inference_precision=arguments.inference_precision,
         threads=options.threads,
         threshold=arguments.threshold,
         pixel_limit=arguments.pixel_limit,
@@ -323,11 +190,6 @@ def _run(arguments: argparse.Namespace) -> int:
     where = "" if arguments.output is None else f"; masks in {arguments.output}"
     note(", ".join(f"{count} {verdict}" for verdict, count in sorted(verdicts.items()) if count) + where)
     return 1 if verdicts["failed"] else 0
-
-
-def describe(engine: str, options: EngineOptions) -> str:
-    """Engine, precision and device in words."""
-    return f"engine {engine}, precision {options.inference_precision}, device {options.device}"
 
 
 def _check(arguments: argparse.Namespace) -> None:
@@ -364,9 +226,7 @@ def _prepare(output: str) -> None:
             f"--output {output}: expected a folder to write to, got {error}; choose another or change its permissions"
         ) from error
     if not writable:
-        raise OutputError(
-            f"--output {output}: expected a writable folder, got one that is not; choose another or change permissions"
-        )
+        raise OutputError(f"--output {output}: expected a writable folder, got one that is not; choose another or change permissions")
 
 
 def _report(record: dict[str, Any], as_json: bool) -> None:
@@ -413,9 +273,7 @@ def _with_folders(paths: Sequence[Path]) -> list[str]:
     folders = [path.parts[1:-1] for path in absolute]  # parts[0] is the root or drive
     names = last
     for depth in range(max(map(len, folders)) + 1):
-        names = [
-            "__".join((*parts[max(len(parts) - depth, 0) :], name)) for parts, name in zip(folders, last, strict=True)
-        ]
+        names = ["__".join((*parts[max(len(parts) - depth, 0) :], name)) for parts, name in zip(folders, last, strict=True)]
         if len({name.casefold() for name in names}) == len(names):
             break
     return names
@@ -432,14 +290,6 @@ def _spare_inputs(pictures: Sequence[Path], stems: Sequence[str], output: Path, 
                     f"--output {output}: expected a folder of its own, got one where the picture {path} would be "
                     "overwritten; choose another"
                 )
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 if __name__ == "__main__":

@@ -19,16 +19,7 @@ from typing import Any
 
 from engines import EngineError, EngineOptions, EngineUnavailable
 from runtime.bundle import Bundle
-from runtime.cli.segment import (
-    AUTO,
-    Progress,
-    add_engine_arguments,
-    close_stdout,
-    describe,
-    engine_options,
-    json_line,
-    say,
-)
+from runtime.cli.common import AUTO, Progress, add_engine_arguments, close_stdout, describe, engine_options, json_line, say
 from runtime.errors import AgvasError
 from runtime.images import find_images
 from runtime.parity import GATES
@@ -56,7 +47,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = engine_options(arguments)
         with Progress(quiet=arguments.quiet) as progress:
             report = verify_bundle(
-                arguments.bundle, arguments.engine, options, images=arguments.images, progress=progress
+                arguments.bundle,
+                arguments.engine,
+                options,
+                precision=arguments.inference_precision,
+                images=arguments.images,
+                progress=progress,
             )
         say(json_line(report) if arguments.json else "\n".join(_table(report)))
         return 0 if report["passed"] else 1
@@ -78,6 +74,7 @@ def verify_bundle(
     engine: str = AUTO,
     options: EngineOptions | None = None,
     *,
+    precision: str | None = None,
     images: str | Path | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, Any]:
@@ -86,6 +83,7 @@ def verify_bundle(
     Args:
         engine: "auto" for the one that Segmenter would choose. Where it would find none that passes, the first one that
             opens is verified, so that there are numbers to look at; "auto_failed" then has the reasons.
+        precision: the inference precision that "auto" is held to; None for any.
         images: pictures to compare with another engine on.
         progress: called with (work, steps done, steps in all).
 
@@ -101,7 +99,7 @@ def verify_bundle(
     pictures = find_images(images, recursive=True) if images is not None else []
     bundle = Bundle(folder)
     options = options or EngineOptions()
-    pipeline, engine, options, why = _open(bundle, engine, options)
+    pipeline, engine, options, why = _open(bundle, engine, options, precision)
     against = _open_reference(bundle, engine, options) if pictures else None
     verification = verify(bundle, pipeline, options, _labelled(progress, "golden traces"))
     report = summary(bundle, verification)
@@ -128,16 +126,16 @@ def verify_bundle(
     return report
 
 
-def _open(bundle: Bundle, engine: str, options: EngineOptions) -> tuple[Pipeline, str, EngineOptions, str]:
+def _open(bundle: Bundle, engine: str, options: EngineOptions, precision: str | None) -> tuple[Pipeline, str, EngineOptions, str]:
     """Pipeline, engine and options in use, and why `auto` could choose none."""
     if engine != AUTO:
         return open_pipeline(bundle, engine, options), engine, options, ""
     try:
-        pipeline, choice = choose_engine(bundle, options)
+        pipeline, choice = choose_engine(bundle, options, precision)
     except EngineUnavailable as error:
-        for name, precision in CPU_CANDIDATES if options.device == "cpu" else CUDA_CANDIDATES:
+        for name, computes_in in CPU_CANDIDATES if options.device == "cpu" else CUDA_CANDIDATES:
             # What the graphs state is verified, not a coarser precision that auto tries because it is faster.
-            if precision == "graph":
+            if computes_in == "graph":
                 with suppress(EngineError):
                     return open_pipeline(bundle, name, options), name, options, str(error)
         raise

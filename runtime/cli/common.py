@@ -1,0 +1,135 @@
+"""What the runtime's command lines share: engine options, one-line JSON, careful stdout, and the progress bar."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from types import TracebackType
+from typing import Any
+
+from engines import ENGINES, INFERENCE_PRECISIONS, EngineOptions
+from runtime.errors import OutputError, RequestError, choose
+from runtime.parity import finite
+
+AUTO = "auto"
+
+# A log file has no use for a bar on a handful of pictures, and one line in ten seconds is enough for a long run.
+_LOGGED_FROM = 9
+_LOG_SECONDS = 10.0
+
+
+def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options that say where a bundle runs, the same for every command."""
+    parser.add_argument("--bundle", required=True, metavar="DIR", help="folder that agvas-export wrote")
+    parser.add_argument(
+        "--engine",
+        default=AUTO,
+        help=f"{AUTO} (default: the fastest here that gives the reference's masks), {', '.join(ENGINES)}",
+    )
+    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda:N; nothing else is used in its place")
+    parser.add_argument(
+        "--inference-precision",
+        help="graph (the graphs' own types) or bf16 (openvino); default: graph for a named engine, either for auto",
+    )
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=0,
+        metavar="N",
+        help="CPU threads of one inference (default 0: the engine's choice)",
+    )
+
+
+def engine_options(arguments: argparse.Namespace) -> EngineOptions:
+    """Check the options of `add_engine_arguments`.
+
+    Raises:
+        RequestError: names the option, what it takes and the nearest valid value.
+    """
+    choose("--engine", arguments.engine, (AUTO, *ENGINES))
+    if arguments.inference_precision is not None:
+        choose("--inference-precision", arguments.inference_precision, INFERENCE_PRECISIONS)
+    try:
+        return EngineOptions(arguments.device, arguments.threads, arguments.inference_precision or "graph")
+    except ValueError as error:
+        raise RequestError(f"--{error}") from error
+
+
+def json_line(record: Any) -> str:
+    """One line of JSON; NaN and infinity become null."""
+    return json.dumps(finite(record), allow_nan=False)
+
+
+def say(line: str) -> None:
+    """Print to stdout at once: another program may be waiting for the line.
+
+    Raises:
+        OutputError: stdout goes to a full disk. BrokenPipeError passes: its reader has gone.
+    """
+    encoding = sys.stdout.encoding or "utf-8"
+    try:
+        # File names need not be text; a name that the terminal cannot show must not end the run.
+        print(line.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise OutputError(f"stdout: expected to write a line, got {error}; free some space or redirect it") from error
+
+
+def close_stdout() -> None:
+    """After a broken pipe: point stdout at nothing, so that Python's own flush at exit does not complain once more."""
+    try:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (OSError, ValueError):
+        pass  # stdout is no real file: nothing will be flushed
+
+
+class Progress:
+    """A bar on stderr. On a terminal it is shown from two steps on; in a log from nine, at most every ten seconds."""
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self._quiet = quiet
+        self._terminal = sys.stderr.isatty()
+        self._label = ""
+        self._bar: Any = None
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def __call__(self, label: str, done: int, total: int) -> None:
+        """`done` of `total` steps of the work called `label` are done."""
+        if self._bar is None or label != self._label:
+            self.__exit__(None, None, None)
+            self._bar, self._label = self._open(label, total), label
+        self._bar.update(done - self._bar.n)
+
+    def step_aside(self) -> None:
+        """Take the bar off the terminal before a line is printed there; the next call draws it again."""
+        if self._bar is not None and self._terminal:
+            self._bar.clear()
+
+    def _open(self, label: str, total: int) -> Any:
+        from tqdm import tqdm
+
+        hidden = self._quiet or total < (2 if self._terminal else _LOGGED_FROM)
+        seconds = 0.1 if self._terminal else _LOG_SECONDS
+        return tqdm(
+            desc=label,
+            total=total,
+            disable=hidden,
+            file=sys.stderr,
+            mininterval=seconds,
+            maxinterval=seconds,
+            leave=not self._terminal,
+        )
+
+
+def describe(engine: str, options: EngineOptions) -> str:
+    """Engine, precision and device in words."""
+    return f"engine {engine}, precision {options.inference_precision}, device {options.device}"

@@ -1,0 +1,265 @@
+"""Engines: what cannot be had says so, what does not fit is named, and every engine gives the reference's numbers."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from agvas import AGVAS
+from engines import Engine, EngineFailed, EngineOptions, EngineUnavailable, TensorMismatch, open_engine
+from engines import onnxruntime as onnxruntime_engine
+from engines.spec import StageSpec
+from export.adapters import example_inputs
+from export.parity import torch_stages
+from runtime.bundle import Bundle
+from runtime.contract import LANGUAGE, MASK_DECODER, PIXEL_ENCODER, SPAM, STAGES
+
+HERE = ("onnxruntime", "openvino")
+# fp32 everywhere; sums run in another order. Measured: 2e-6 between the two on values of about 1.
+SAME = {"rtol": 1e-5, "atol": 1e-5}
+# Axes that a checkpoint leaves open: not those of the export, all different.
+OPEN_AXES = {"B": 3, "N": 13, "K": 4, "R": 2}
+
+Feeds = dict[str, np.ndarray]
+
+
+def feeds_for(bundle: Path, stage: str, seed: int = 0, **axes: int) -> Feeds:
+    tensors = example_inputs(stage, Bundle(bundle).manifest.sizes, OPEN_AXES | axes, seed)
+    return {spec.name: tensor.numpy() for spec, tensor in zip(STAGES[stage].inputs, tensors, strict=True)}
+
+
+def opened(bundle: Path, spec: StageSpec, engine: str = "onnxruntime", **options: object) -> Engine:
+    return open_engine(bundle / spec.name / f"{spec.name}.onnx", spec, engine, EngineOptions(**options))  # type: ignore[arg-type]
+
+
+def assert_same(ours: Feeds, wanted: Feeds) -> None:
+    assert ours.keys() == wanted.keys()
+    for name in wanted:
+        assert ours[name].dtype == np.float32
+        np.testing.assert_allclose(ours[name], wanted[name], err_msg=name, **SAME)
+
+
+# What cannot be had
+
+
+def test_an_unknown_engine_is_told_with_those_that_exist(tiny_bundle: Path) -> None:
+    with pytest.raises(EngineUnavailable, match="'onyx' is unknown; valid: onnxruntime, openvino"):
+        opened(tiny_bundle, SPAM, "onyx")
+
+
+@pytest.mark.parametrize("engine", ["tensorrt", "tensorrt-rtx"])
+def test_tensorrt_says_that_it_is_not_there_yet_and_what_to_use(engine: str, tiny_bundle: Path) -> None:
+    with pytest.raises(EngineUnavailable, match=f"{engine} is planned.*[Uu]se engine onnxruntime"):
+        opened(tiny_bundle, SPAM, engine)
+
+
+def test_cuda_on_an_onnxruntime_without_it_names_the_extra(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        onnxruntime_engine.onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"]
+    )
+    with pytest.raises(EngineUnavailable, match=r"cuda:0 was asked for.*agvas\[gpu\]"):
+        opened(tiny_bundle, SPAM, device="cuda:0")
+
+
+def test_cuda_that_is_listed_but_does_not_start_is_not_replaced_by_the_cpu(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = onnxruntime_engine.onnxruntime.InferenceSession
+
+    def silent(path: str, settings: object, **_: object) -> object:
+        return original(path, settings, providers=["CPUExecutionProvider"])
+
+    providers = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr(onnxruntime_engine.onnxruntime, "get_available_providers", lambda: providers)
+    monkeypatch.setattr(onnxruntime_engine.onnxruntime, "InferenceSession", silent)
+    with pytest.raises(EngineUnavailable, match="could not start it on cuda:0.*driver"):
+        opened(tiny_bundle, SPAM, device="cuda:0")
+
+
+def test_openvino_takes_no_cuda_device(tiny_bundle: Path) -> None:
+    with pytest.raises(EngineUnavailable, match="openvino runs on device cpu.*cuda:0"):
+        opened(tiny_bundle, SPAM, "openvino", device="cuda:0")
+
+
+def test_onnxruntime_has_no_bf16_of_its_own_and_says_who_has(tiny_bundle: Path) -> None:
+    with pytest.raises(EngineUnavailable, match="no inference precision bf16.*openvino"):
+        opened(tiny_bundle, SPAM, inference_precision="bf16")
+
+
+def test_openvino_refuses_bf16_on_a_cpu_that_would_emulate_it(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engines.openvino.natively_bf16", lambda core=None: False)
+    with pytest.raises(EngineUnavailable, match="does not multiply in bfloat16; use precision graph"):
+        opened(tiny_bundle, SPAM, "openvino", inference_precision="bf16")
+
+
+@pytest.mark.parametrize("engine", HERE)
+@pytest.mark.parametrize("content", [b"", b"not a graph " * 100], ids=["empty", "garbage"])
+def test_a_file_that_is_no_graph_is_named(engine: str, content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "spam.onnx").write_bytes(content)
+    with pytest.raises(EngineFailed, match=f"{engine} cannot load spam.onnx"):
+        open_engine(tmp_path / "spam.onnx", SPAM, engine)
+
+
+@pytest.mark.parametrize("engine", HERE)
+def test_a_graph_whose_weights_are_gone_does_not_open(engine: str, copy_of_bundle: Callable[[], Path]) -> None:
+    folder = copy_of_bundle()
+    (folder / "spam" / "spam.data").unlink()
+    with pytest.raises(EngineFailed, match=f"{engine} cannot load spam.onnx"):
+        opened(folder, SPAM, engine)
+
+
+# What does not fit
+
+WRONG: dict[str, tuple[StageSpec, Callable[[Feeds], object], str]] = {
+    "dtype": (
+        PIXEL_ENCODER,
+        lambda feeds: feeds.update(pixel_image=feeds["pixel_image"].astype(np.float64)),
+        r"pixel_image float32 \[B, 3, S, S\], got float64 \[3, 3, 56, 56\]",
+    ),
+    "integer dtype": (
+        LANGUAGE,
+        lambda feeds: feeds.update(rows=feeds["rows"].astype(np.int32)),
+        r"rows int64 \[R\], got int32 \[2\]",
+    ),
+    "rank": (
+        PIXEL_ENCODER,
+        lambda feeds: feeds.update(pixel_image=feeds["pixel_image"][0]),
+        r"pixel_image float32 \[B, 3, S, S\], got float32 \[3, 56, 56\]",
+    ),
+    "fixed axis": (
+        MASK_DECODER,
+        lambda feeds: feeds.update(anchor_states=feeds["anchor_states"][:, :2]),
+        r"anchor_states float32 \[B, 3, D\], got float32 \[3, 2, 24\].*must be 3",
+    ),
+    "unequal sides": (
+        PIXEL_ENCODER,
+        lambda feeds: feeds.update(pixel_image=feeds["pixel_image"][..., :48]),
+        r"pixel_image float32 \[B, 3, S, S\], got float32 \[3, 3, 56, 48\].*axis S is 48 here but 56",
+    ),
+    "two inputs that disagree": (
+        SPAM,
+        lambda feeds: feeds.update(pixel_embeddings=feeds["pixel_embeddings"][:1]),
+        r"pixel_embeddings float32 \[B, P, G, G\], got float32 \[1, 32, 7, 7\].*axis B is 1 here but 3 in semantic_features",
+    ),
+    "pasts that disagree": (
+        LANGUAGE,
+        lambda feeds: feeds.update(past_values=feeds["past_values"][:, :, :, :1]),
+        r"past_values float32 .*axis K is 1 here but 4 in past_keys",
+    ),
+    "missing": (SPAM, lambda feeds: feeds.pop("pixel_embeddings"), "input pixel_embeddings is missing"),
+    "unknown": (SPAM, lambda feeds: feeds.update(pixels=feeds["pixel_embeddings"]), "unknown input pixels"),
+}
+
+
+@pytest.mark.parametrize("engine", HERE)
+@pytest.mark.parametrize("case", WRONG)
+def test_a_wrong_input_is_named_with_what_was_expected_and_given(engine: str, case: str, tiny_bundle: Path) -> None:
+    spec, spoil, message = WRONG[case]
+    feeds = feeds_for(tiny_bundle, spec.name)
+    spoil(feeds)
+    with pytest.raises(TensorMismatch, match=message) as caught:
+        opened(tiny_bundle, spec, engine).run(feeds)
+    assert f"stage {spec.name}" in str(caught.value)
+
+
+@pytest.mark.parametrize("engine", HERE)
+def test_a_size_that_only_the_graph_knows_fails_in_the_stages_name(engine: str, tiny_bundle: Path) -> None:
+    feeds = feeds_for(tiny_bundle, "pixel_encoder")
+    feeds["pixel_image"] = feeds["pixel_image"][..., :48, :48]
+    with pytest.raises(EngineFailed, match=f"{engine} failed in stage pixel_encoder"):
+        opened(tiny_bundle, PIXEL_ENCODER, engine).run(feeds)
+
+
+# The numbers
+
+
+@pytest.mark.parametrize("engine", HERE)
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("batch", [1, 3])
+def test_every_stage_gives_the_references_numbers(
+    engine: str, stage: str, batch: int, tiny_bundle: Path, tiny_model: AGVAS
+) -> None:
+    feeds = feeds_for(tiny_bundle, stage, B=batch)
+    assert_same(opened(tiny_bundle, STAGES[stage], engine).run(feeds), torch_stages(tiny_model)[stage].run(feeds))
+
+
+@pytest.mark.parametrize("engine", HERE)
+@pytest.mark.parametrize(("tokens", "past", "rows"), [(50, 0, 8), (1, 50, 1), (37, 5, 3)])
+def test_one_language_graph_takes_any_batch_past_and_rows(
+    engine: str, tokens: int, past: int, rows: int, tiny_bundle: Path, tiny_model: AGVAS
+) -> None:
+    feeds = feeds_for(tiny_bundle, "language", B=2, N=tokens, K=past, R=rows)
+    # Neither in order nor at the end: rows are positions, not a count.
+    feeds["rows"] = np.random.default_rng(0).permutation(tokens)[:rows].astype(np.int64)
+    ours = opened(tiny_bundle, LANGUAGE, engine).run(feeds)
+    assert ours["states"].shape[:2] == (2, rows) and ours["present_keys"].shape[3] == past + tokens
+    assert_same(ours, torch_stages(tiny_model)["language"].run(feeds))
+
+
+@pytest.mark.parametrize("engine", HERE)
+def test_two_calls_over_a_past_are_one_call_over_all(engine: str, tiny_bundle: Path) -> None:
+    language = opened(tiny_bundle, LANGUAGE, engine)
+    feeds = feeds_for(tiny_bundle, "language", B=1, N=40, K=0, R=1)
+    whole = language.run(feeds | {"rows": np.array([20, 39])})
+    first = language.run(
+        feeds
+        | {"input_embeddings": feeds["input_embeddings"][:, :29], "positions": feeds["positions"][:, :29]}
+        | {"rows": np.array([20])}
+    )
+    second = language.run(
+        {
+            "input_embeddings": feeds["input_embeddings"][:, 29:],
+            "positions": feeds["positions"][:, 29:],
+            "past_keys": first["present_keys"],
+            "past_values": first["present_values"],
+            "rows": np.array([10]),
+        }
+    )
+    np.testing.assert_allclose(np.concatenate([first["states"], second["states"]], axis=1), whole["states"], **SAME)
+    np.testing.assert_allclose(second["present_values"], whole["present_values"], **SAME)
+
+
+@pytest.mark.parametrize("engine", HERE)
+def test_feeds_need_not_be_contiguous(engine: str, tiny_bundle: Path) -> None:
+    spam = opened(tiny_bundle, SPAM, engine)
+    feeds = feeds_for(tiny_bundle, "spam")
+    turned = {name: np.asfortranarray(array) for name, array in feeds.items()}
+    assert not turned["pixel_embeddings"].flags.c_contiguous
+    assert_same(spam.run(turned), spam.run(feeds))
+
+
+@pytest.mark.parametrize("engine", HERE)
+def test_a_result_is_the_callers_own(engine: str, tiny_bundle: Path) -> None:
+    spam = opened(tiny_bundle, SPAM, engine)
+    first = spam.run(feeds_for(tiny_bundle, "spam", seed=1))["aligned_embeddings"]
+    kept = first.copy()
+    spam.run(feeds_for(tiny_bundle, "spam", seed=2))
+    np.testing.assert_array_equal(first, kept)
+
+
+@pytest.mark.parametrize("engine", HERE)
+def test_threads_at_once_get_what_one_after_the_other_gets(engine: str, tiny_bundle: Path) -> None:
+    language = opened(tiny_bundle, LANGUAGE, engine, threads=1)
+    # Another length in every thread, so that a shared tensor would show in the shapes too.
+    requests = [feeds_for(tiny_bundle, "language", seed=i, B=1, N=10 + i, K=i, R=2) for i in range(6)]
+    alone = [language.run(feeds) for feeds in requests]
+    start, wrong = threading.Barrier(len(requests)), list[str]()
+
+    def work(index: int) -> None:
+        start.wait()
+        try:
+            for _ in range(20):
+                assert_same(language.run(requests[index]), alone[index])
+        except Exception as error:  # AssertionError too: in a thread it would go unseen
+            wrong.append(f"{index}: {error}")
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(requests))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
