@@ -43,15 +43,19 @@ def load(checkpoint: str | Path = "nano", dtype: torch.dtype = torch.float32) ->
     """The model, on the CPU, in evaluation mode, in `dtype`.
 
     Raises:
-        CheckpointError: missing files, a config that is none, tensors missing, unexpected or of another shape.
+        CheckpointError: missing files, a config or tokenizer that is none, tensors missing, unexpected or of another shape.
     """
     folder = checkpoint_folder(checkpoint)
     try:
         config = AGVASConfig.from_json((folder / "config.json").read_text())
     except ValueError as error:
         raise CheckpointError(f"{folder / 'config.json'}: {error}") from error
+    try:
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    except Exception as error:  # the library raises nothing narrower
+        raise CheckpointError(f"{folder / 'tokenizer.json'} cannot be read: {error}; copy the file again") from error
     with torch.device("meta"):
-        model = AGVAS(config, Tokenizer.from_file(str(folder / "tokenizer.json")))
+        model = AGVAS(config, tokenizer)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     try:
         with safe_open(folder / "model.safetensors", framework="pt") as file:

@@ -121,7 +121,7 @@ class AGVASConfig:
         }
         try:
             return cls(**{key: _build(parts[key], value) if key in parts else value for key, value in fields.items()})
-        except TypeError as error:
+        except (AttributeError, TypeError) as error:  # the first where a value is no object
             raise ValueError(f"config.json does not describe an AG-VAS: {error}") from error
 
 

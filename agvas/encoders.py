@@ -37,7 +37,8 @@ def pixel_encoder(config: PixelEncoderConfig) -> SamVisionEncoder:
                 global_attn_indexes=list(config.global_layers),
                 mlp_dim=config.mlp_width,
                 num_pos_feats=config.output_width // 2,
-                initializer_range=0.02,  # SAM's own 1e-10 supposes pretrained weights and would never train
+                # SAM's own 1e-10 supposes pretrained weights and would never train; the usual 0.02 suits widths above 1000.
+                initializer_range=config.width**-0.5,
             )
         )
     )
@@ -59,6 +60,7 @@ def language_model(config: LanguageConfig) -> Qwen2ForCausalLM:
                 rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
                 tie_word_embeddings=config.tied_head,
                 use_sliding_window=False,
+                initializer_range=config.width**-0.5,
             )
         )
     )

@@ -72,6 +72,6 @@ def _provider(device: str) -> tuple[str, dict[str, Any]]:
 
 def _reason(error: Exception) -> str:
     text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    if "bfloat16" in text:
-        return f"{text} (the CPU provider has no bfloat16 kernels: use engine openvino, or a bundle of fp32 or fp16)"
+    if "bfloat16" in text or "NOT_IMPLEMENTED" in text:  # a missing kernel is told by operator and node, never by type
+        return f"{text} (the CPU provider has no bfloat16 kernels: for a bf16 bundle use engine openvino, or export fp32 or fp16)"
     return text

@@ -25,7 +25,7 @@ from export.adapters import axis_sizes
 from export.onnx_writer import export_stage, stage_module, write
 from export.parity import ParityReport, measure
 from export.passes import lower_precision
-from export.pictures import parity_pictures
+from export.pictures import Pictures, parity_pictures
 from export.progress import Progress
 from runtime.bundle import EMBEDDINGS, GOLDEN, MANIFEST, PARITY, SCHEMA_VERSION, TOKENIZER, Bundle, FileRecord, Manifest, sha256_of
 from runtime.contract import CONTRACT_VERSION, STAGES
@@ -68,6 +68,7 @@ def export_bundle(settings: ExportSettings, progress: Progress) -> tuple[Bundle,
         EngineUnavailable: no engine here can run graphs of this precision to verify them.
     """
     _check_output(settings.output)
+    pictures = parity_pictures(settings.images, settings.pictures)  # first: a wrong folder should not be told after the export
     progress.begin("load checkpoint")
     model = load(settings.checkpoint)
     _check_space(settings.output, model, settings.precision)
@@ -84,7 +85,7 @@ def export_bundle(settings: ExportSettings, progress: Progress) -> tuple[Bundle,
         model.tokenizer.save(str(folder / TOKENIZER))
         np.savez_compressed(folder / GOLDEN)  # filled below, once the bundle can be opened
         _write_manifest(folder, _manifest(model, settings.precision))
-        report = _verify(folder, model, settings, progress)
+        report = _verify(folder, model, settings.precision, pictures, progress)
         if report.failures and settings.strict:
             raise ParityFailed(
                 f"the exported masks are not the reference's: {'; '.join(report.failures)}. No bundle was written; "
@@ -98,11 +99,10 @@ def verification_engine(precision: str) -> str:
     return "openvino" if precision == "bf16" else "onnxruntime"
 
 
-def _verify(folder: Path, model: AGVAS, settings: ExportSettings, progress: Progress) -> ParityReport:
+def _verify(folder: Path, model: AGVAS, precision: str, pictures: Pictures, progress: Progress) -> ParityReport:
     bundle, options = Bundle(folder), EngineOptions()
-    engine = verification_engine(settings.precision)
+    engine = verification_engine(precision)
     exported = open_pipeline(bundle, engine, options)
-    pictures = parity_pictures(settings.images, settings.pictures)
     progress.begin("compare with the reference", len(pictures))
     report, golden = measure(model, exported, engine, pictures, GATES[gates_for(bundle, options)], GATES["fp32"], progress.advance)
     np.savez_compressed(folder / GOLDEN, **golden)  # type: ignore[arg-type]

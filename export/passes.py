@@ -19,13 +19,18 @@ FP32_OPERATORS = frozenset(
     {
         "LayerNormalization",
         "RMSNormalization",
+        "InstanceNormalization",
+        "GroupNormalization",
         "ReduceMean",
         "ReduceSum",
+        "ReduceSumSquare",
+        "ReduceL2",
         "Pow",
         "Sqrt",
         "Reciprocal",
         "Exp",
         "Softmax",
+        "LogSoftmax",
         "Sigmoid",
         "Sin",
         "Cos",
@@ -34,7 +39,8 @@ FP32_OPERATORS = frozenset(
 ELEMENTWISE = frozenset({"Add", "Sub", "Mul", "Div"})
 # Of an elementwise operator's inputs, one of these makes it part of the norm or probability being computed. (Sin and Cos are not:
 # their values are bounded and what they are multiplied with is not theirs.)
-FP32_REACH = frozenset({"ReduceMean", "ReduceSum", "Pow", "Sqrt", "Reciprocal", "Sigmoid"})
+FP32_REACH = frozenset({"ReduceMean", "ReduceSum", "ReduceSumSquare", "ReduceL2", "Pow", "Sqrt", "Reciprocal", "Sigmoid"})
+ANGLES = frozenset({"Sin", "Cos"})
 
 
 def lower_precision(model: ir.Model, precision: str) -> ir.Model:
@@ -42,8 +48,10 @@ def lower_precision(model: ir.Model, precision: str) -> ir.Model:
 
     Rule: every float operator works in the low type, except (1) `FP32_OPERATORS`, (2) an elementwise operator that reads the
     output of one of `FP32_REACH`, which covers the epsilon and the scaling of a norm written out in parts, and the fusion
-    of probabilities, and (3) operators that ONNX does not define in the low type at this opset (convolutions in bf16). A cast
-    stands at each border, once per value and direction. Constants are stored in the type of the operator that reads them.
+    of probabilities, (3) a value multiplied with itself, which is a square written out, (4) whatever only `ANGLES` read: bf16
+    counts positions to 256, and an angle of 100 would be off by up to 0.25 in it, and (5) operators and inputs that ONNX does
+    not define in the low type at this opset (convolutions in bf16, the scales of a Resize). A cast stands at each border, once
+    per value and direction. Constants are stored in the type of the operator that reads them.
 
     Args:
         precision: "fp16" or "bf16".
@@ -61,9 +69,11 @@ class _Lowering:
         self.opset = model.opset_imports[""]
         self.low = low
         self.casts: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
+        self.angles: set[ir.Node] = set()
 
     def run(self) -> None:
         nodes = list(self.graph)
+        self.angles = self._read_by_angles(nodes)
         wanted = {node: self._type_of(node) for node in nodes}
         floats = {value for value in self._values(nodes) if value.dtype == ir.DataType.FLOAT}
         for node in nodes:
@@ -77,7 +87,8 @@ class _Lowering:
         for node in nodes:
             for index, value in enumerate(node.inputs):
                 if value in floats and value is not None and node.op_type != "Cast":
-                    node.replace_input_with(index, self._as(value, wanted[node]))
+                    allowed = _defined_in(node.op_type, self.opset, self.low, index)
+                    node.replace_input_with(index, self._as(value, wanted[node] if allowed else ir.DataType.FLOAT))
         for index, output in enumerate(self.graph.outputs):
             if output in floats and output.dtype != ir.DataType.FLOAT:
                 self._keep_output(index, output)
@@ -86,12 +97,25 @@ class _Lowering:
                 del self.graph.initializers[name]
 
     def _type_of(self, node: ir.Node) -> ir.DataType:
-        if node.op_type in FP32_OPERATORS or not _defined_in(node.op_type, self.opset, self.low):
+        if node.op_type in FP32_OPERATORS or node in self.angles or not _defined_in(node.op_type, self.opset, self.low):
+            return ir.DataType.FLOAT
+        if node.op_type == "Mul" and node.inputs[0] is node.inputs[1]:
             return ir.DataType.FLOAT
         reached = (
             value is not None and (producer := value.producer()) is not None and producer.op_type in FP32_REACH for value in node.inputs
         )
         return ir.DataType.FLOAT if node.op_type in ELEMENTWISE and any(reached) else self.low
+
+    @staticmethod
+    def _read_by_angles(nodes: list[ir.Node]) -> set[ir.Node]:
+        """`ANGLES`, and every node that nothing but they read, directly or through one another."""
+        angles: set[ir.Node] = set()
+        for node in reversed(nodes):
+            readers = [use.node for output in node.outputs for use in output.uses()]
+            read_elsewhere = not readers or any(output.is_graph_output() for output in node.outputs)
+            if node.op_type in ANGLES or (not read_elsewhere and angles.issuperset(readers)):
+                angles.add(node)
+        return angles
 
     def _values(self, nodes: list[ir.Node]) -> list[ir.Value]:
         values = [*self.graph.inputs, *self.graph.initializers.values()]
@@ -131,9 +155,9 @@ class _Lowering:
 
 
 @functools.cache
-def _defined_in(operator: str, opset: int, dtype: ir.DataType) -> bool:
-    """Whether ONNX lets the operator's first input be of this type at this opset."""
+def _defined_in(operator: str, opset: int, dtype: ir.DataType, index: int = 0) -> bool:
+    """Whether ONNX lets the operator's input at `index` be of this type at this opset."""
     schema = onnx.defs.get_schema(operator, opset)
     if not schema.inputs:
         return True
-    return f"tensor({dtype.name.lower()})" in schema.inputs[0].types
+    return f"tensor({dtype.name.lower()})" in schema.inputs[min(index, len(schema.inputs) - 1)].types  # the last may repeat

@@ -118,14 +118,18 @@ def _exposed(rng, image):
     return image * min(wanted / max(level, 0.02), 6.0)
 
 
+PLAIN_EXTRAS = ((_vignette, 0.25), (_slow_tone, 0.25))
 EXTRAS = ((_soft_shadow, 0.15), (_glare, 0.12), (_seams, 0.10), (_fixtures, 0.07), (_writing, 0.07), (_paint_line, 0.06),
           (_patchwork, 0.07), (_vignette, 0.25), (_slow_tone, 0.25))
 
 
-def background_and_region(rng: np.random.Generator, height: int, width: int, materials=()) -> tuple[np.ndarray, np.ndarray]:
+def background_and_region(
+    rng: np.random.Generator, height: int, width: int, materials=(), plain: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
     """A normal image, uint8 RGB [H, W, 3], and where its object is, bool [H, W] (everywhere for a surface).
 
     materials: functions of surfaces.py to draw a surface from; none given, it may be any surface or any view of parts.
+    plain: leave out what imitates defects (seams, glare, writing, ...); uneven light stays.
     """
     if not materials and chance(rng, PART_SHARE):
         image, region = any_part(rng, height, width)
@@ -134,7 +138,7 @@ def background_and_region(rng: np.random.Generator, height: int, width: int, mat
         image, region = draw(rng, height, width), np.ones((height, width), bool)
         if chance(rng, 0.12):
             image = _tilted(rng, image)
-    for extra, probability in EXTRAS:
+    for extra, probability in PLAIN_EXTRAS if plain else EXTRAS:
         if chance(rng, probability):
             image = extra(rng, image)
     image = _exposed(rng, image)

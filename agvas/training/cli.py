@@ -29,7 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.batch is not None:
         settings = replace(settings, batch=options.batch)
     if options.samples is not None:
-        settings = replace(settings, pool=replace(settings.pool, samples=options.samples))
+        settings = replace(settings, pool=replace(settings.pool, samples=options.samples, plain=options.samples * 2 // 5))
     try:
         train(settings, options.output, options.device, options.workers)
     except (ValueError, Diverged, OSError) as error:

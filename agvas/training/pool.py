@@ -8,6 +8,7 @@ an uninterrupted one would have drawn.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -17,16 +18,17 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from agvas.training.procedural import make_samples
+from agvas.training.procedural import Sample, make_samples
 from runtime import preprocess
 from runtime.preprocess import Preprocessing
 
 
 @dataclass(frozen=True)
 class PoolSettings:
-    """How many samples, their side in pixels, and the first seed (sample i has seed `seed + i`)."""
+    """How many samples, how many of them plain (they come first), their side in pixels, and the first seed (sample i: `seed + i`)."""
 
     samples: int = 10_000
+    plain: int = 4_000
     side: int = 320
     seed: int = 1_000_000
 
@@ -57,9 +59,8 @@ class SamplePool:
             mode = "r+" if made else "w+"
             images = np.lib.format.open_memmap(folder / "images.npy", mode, np.uint8, (*shape, 3))
             masks = np.lib.format.open_memmap(folder / "masks.npy", mode, np.bool_, shape)
-            seeds = range(settings.seed + made, settings.seed + settings.samples)
             bar = tqdm(total=settings.samples, initial=made, desc="procedural samples", unit="image")
-            for sample in make_samples(seeds, settings.side, settings.side, workers):
+            for sample in _samples(settings, made, workers):
                 images[made], masks[made] = sample.image, sample.mask
                 made += 1
                 bar.update()
@@ -69,6 +70,13 @@ class SamplePool:
                     progress_file.write_text(json.dumps({"settings": asdict(settings), "made": made}))
             bar.close()
         return cls(folder, settings)
+
+
+def _samples(settings: PoolSettings, made: int, workers: int) -> Iterator[Sample]:
+    """Samples from number `made` on, the plain ones first."""
+    side, first = settings.side, settings.seed
+    yield from make_samples(range(first + made, first + settings.plain), side, side, workers, plain=True)
+    yield from make_samples(range(first + max(made, settings.plain), first + settings.samples), side, side, workers)
 
 
 @dataclass(frozen=True)
@@ -81,16 +89,18 @@ class Batch:
     valid: Tensor  # [B, M, M] 1 inside the picture
 
 
-def draw_batch(pool: SamplePool, settings: Preprocessing, map_side: int, size: int, rng: np.random.Generator) -> Batch:
-    """`size` augmented samples, preprocessed exactly as the runtime preprocesses a picture."""
-    rows = [_draw(pool, settings, map_side, rng) for _ in range(size)]
+def draw_batch(
+    pool: SamplePool, settings: Preprocessing, map_side: int, size: int, rng: np.random.Generator, among: int | None = None
+) -> Batch:
+    """`size` augmented samples, from the first `among` of the pool or all, preprocessed exactly as the runtime does."""
+    rows = [_draw(pool, settings, map_side, rng, among or len(pool.images)) for _ in range(size)]
     return Batch(*(torch.from_numpy(np.stack(column)) for column in zip(*rows, strict=True)))
 
 
 def _draw(
-    pool: SamplePool, settings: Preprocessing, map_side: int, rng: np.random.Generator
+    pool: SamplePool, settings: Preprocessing, map_side: int, rng: np.random.Generator, among: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    index = int(rng.integers(len(pool.images)))
+    index = int(rng.integers(among))
     image, mask = _turn(*_crop(pool.images[index], pool.masks[index], rng), rng)
     image = _recolour(image, rng)
     pixel, frame = preprocess.pixel_image(image, settings)

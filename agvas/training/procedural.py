@@ -18,6 +18,12 @@ from agvas.training.backgrounds import background_and_region
 from agvas.training.defects import add_defect
 from agvas.training.noise import blur, chance, grain, log_uniform, pick, rgb
 
+# One simple material, even light and a defect that shows: what a model from scratch learns first. On the full variety alone it stays at
+# the constant answer for hundreds of steps.
+PLAIN_MATERIALS = (surfaces.mottled, surfaces.smooth, surfaces.smooth, surfaces.granular, surfaces.brushed, surfaces.orange_peel,
+                   surfaces.ground_ceramic, surfaces.leather, surfaces.road, surfaces.woven)
+PLAIN_KINDS = ("scratch", "crack", "crack_net", "hole", "large_patch", "stain", "spalling", "corrosion", "inclusion", "cut", "dent",
+               "burn", "contamination", "extra_part", "fibre")
 NORMAL_SHARE = 1 / 3
 THEMED_SHARE = 0.3
 # Materials and the defects they are known for. Most samples mix anything with anything; these keep the likely pairs from being rare.
@@ -73,11 +79,17 @@ def _photographed(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return np.repeat(out[..., 1:2], 3, axis=2) if grey else out
 
 
-def make_sample(seed: int, height: int, width: int) -> Sample:
-    """The sample of that seed: a third normal; else one to three defects, mostly of one kind. Sizes are in pixels."""
+def make_sample(seed: int, height: int, width: int, plain: bool = False) -> Sample:
+    """The sample of that seed: a third normal; else one to three defects, mostly of one kind. Sizes are in pixels.
+
+    plain: a simple material and kinds of defect that show, see PLAIN_MATERIALS.
+    """
     rng = np.random.default_rng([seed, height, width])
-    materials, kinds = THEMES[rng.integers(len(THEMES))] if chance(rng, THEMED_SHARE) else ((), (None,))
-    image, region = background_and_region(rng, height, width, materials)
+    if plain:
+        materials, kinds = PLAIN_MATERIALS, PLAIN_KINDS
+    else:
+        materials, kinds = THEMES[rng.integers(len(THEMES))] if chance(rng, THEMED_SHARE) else ((), (None,))
+    image, region = background_and_region(rng, height, width, materials, plain)
     mask, first = np.zeros((height, width), bool), ""
     if not chance(rng, NORMAL_SHARE):
         for _ in range(int(rng.choice([1, 2, 3], p=[0.65, 0.2, 0.15]))):
@@ -92,15 +104,15 @@ def _one_thread() -> None:
     cv2.setNumThreads(0)
 
 
-def make_samples(seeds: Iterable[int], height: int, width: int, workers: int) -> Iterator[Sample]:
+def make_samples(seeds: Iterable[int], height: int, width: int, workers: int, plain: bool = False) -> Iterator[Sample]:
     """Samples in the order of the seeds (which may be endless), made by `workers` processes; 0 makes them in this one."""
     if workers == 0:
-        yield from (make_sample(seed, height, width) for seed in seeds)
+        yield from (make_sample(seed, height, width, plain) for seed in seeds)
         return
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_one_thread) as pool:
         waiting: deque[Future[Sample]] = deque()
         for seed in seeds:
-            waiting.append(pool.submit(make_sample, seed, height, width))
+            waiting.append(pool.submit(make_sample, seed, height, width, plain))
             if len(waiting) > 4 * workers:
                 yield waiting.popleft().result()
         while waiting:

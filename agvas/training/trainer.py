@@ -1,7 +1,7 @@
 """Trains a small AG-VAS from nothing on procedural samples: one loop, deterministic by step, resumable at any time.
 
-BCE leads until `paper_weights_from` of the steps and the paper's 0.5 / 2.0 weights end it: from scratch, Dice alone stalls before
-there is anything to overlap. The weights kept are an exponential moving average. State is safetensors and JSON, no pickle.
+Plain samples come alone until `plain_until` of the steps. BCE leads until `paper_weights_from` and the paper's 0.5 / 2.0 weights end
+it: from scratch, Dice alone stalls before there is anything to overlap. The weights kept are an exponential moving average. State is safetensors and JSON, no pickle.
 It trains every parameter; LoRA on a pretrained language model is another job.
 """
 
@@ -35,9 +35,9 @@ class TrainSettings:
     """One training run; kept as settings.json beside its state."""
 
     config: str = "nano"
-    steps: int = 2000
+    steps: int = 2400
     batch: int = 8
-    learning_rate: float = 8e-4
+    learning_rate: float = 1e-3
     weight_decay: float = 0.02
     warmup_steps: int = 100
     clip_norm: float = 1.0
@@ -46,6 +46,7 @@ class TrainSettings:
     early_weights: MaskLossWeights = field(default_factory=lambda: MaskLossWeights(bce=4.0, dice=0.25))
     late_weights: MaskLossWeights = field(default_factory=MaskLossWeights)
     paper_weights_from: float = 0.7
+    plain_until: float = 0.25
     seed: int = 0
     save_every: int = 100
     pool: PoolSettings = field(default_factory=PoolSettings)
@@ -190,7 +191,8 @@ def _batches(pool: SamplePool, model: AGVAS, settings: TrainSettings, first: int
 
     def draw(step: int) -> Batch:
         rng = np.random.default_rng([settings.seed, step, 0])
-        return draw_batch(pool, config.preprocessing, 4 * config.pixel.grid, settings.batch, rng)
+        among = settings.pool.plain if step < settings.plain_until * settings.steps else None
+        return draw_batch(pool, config.preprocessing, 4 * config.pixel.grid, settings.batch, rng, among)
 
     with ThreadPoolExecutor(1) as threads:
         ahead = [threads.submit(draw, step) for step in range(first, min(first + 2, settings.steps))]

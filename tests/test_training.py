@@ -1,0 +1,400 @@
+"""Training: losses against slow loops, batches whose targets lie on their images, and runs that can be stopped at any time."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import picture
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from agvas import AGVAS, load
+from agvas.config import nano
+from agvas.mask_decoder import Maps
+from agvas.training import cli, trainer
+from agvas.training import pool as pool_module
+from agvas.training.losses import MaskLossWeights, mask_loss, text_loss
+from agvas.training.pool import Batch, PoolSettings, SamplePool, draw_batch
+from agvas.training.trainer import Diverged, TrainSettings, new_model, train, warmup_decay
+
+# --- losses ---
+
+
+def random_maps(batch: int = 2, side: int = 5, seed: int = 0) -> tuple[Maps, Tensor, Tensor]:
+    """Maps, targets with fractions, and a picture that fills a part of each square."""
+    generator = torch.Generator().manual_seed(seed)
+    absolute = 3 * torch.randn(batch, side, side, generator=generator)
+    relative = 3 * torch.randn(batch, 2, side, side, generator=generator)
+    probabilities = relative.softmax(1)
+    maps = Maps(absolute, relative, absolute.sigmoid(), probabilities, probabilities[:, 1])
+    target = (torch.rand(batch, side, side, generator=generator) * 2 - 0.5).clamp(0, 1)
+    valid = torch.zeros(batch, side, side)
+    valid[0, :3] = 1
+    valid[1:, :, :4] = 1
+    return maps, target * valid, valid
+
+
+def slow_mask_loss(maps: Maps, target: Tensor, valid: Tensor, bce_weight: float, dice_weight: float) -> float:
+    """Equation 10 cell by cell, in double precision, from probabilities."""
+    total = 0.0
+    batch, side, _ = target.shape
+    for b in range(batch):
+        for anchor in ("NOR", "ANO", "SEG"):
+            bce = overlap = said = wanted = cells = 0.0
+            for row in range(side):
+                for column in range(side):
+                    if not valid[b, row, column]:
+                        continue
+                    normal, anomalous = (math.exp(float(x)) for x in maps.logit_relative[b, :, row, column])
+                    t = float(target[b, row, column])
+                    if anchor == "SEG":
+                        p = 1 / (1 + math.exp(-float(maps.logit_absolute[b, row, column])))
+                    elif anchor == "ANO":
+                        p = anomalous / (normal + anomalous)
+                    else:
+                        p, t = normal / (normal + anomalous), 1 - t
+                    bce -= t * math.log(p) + (1 - t) * math.log(1 - p)
+                    overlap, said, wanted, cells = overlap + p * t, said + p, wanted + t, cells + 1
+            total += bce_weight * bce / cells + dice_weight * (1 - (2 * overlap + 1) / (said + wanted + 1))
+    return total / batch
+
+
+@pytest.mark.parametrize(("bce", "dice"), [(0.5, 2.0), (1.0, 0.0), (0.0, 1.0)])
+def test_the_mask_loss_is_the_papers_cell_by_cell(bce: float, dice: float) -> None:
+    maps, target, valid = random_maps()
+    got = mask_loss(maps, target, valid, MaskLossWeights(bce, dice))
+    assert float(got) == pytest.approx(slow_mask_loss(maps, target, valid, bce, dice), rel=1e-5)
+
+
+def test_the_default_weights_are_the_papers() -> None:
+    assert MaskLossWeights() == MaskLossWeights(bce=0.5, dice=2.0)
+    assert TrainSettings().late_weights == MaskLossWeights(bce=0.5, dice=2.0)
+
+
+def test_padding_changes_no_loss_and_gets_no_gradient() -> None:
+    maps, target, valid = random_maps()
+    before = mask_loss(maps, target, valid, MaskLossWeights())
+    padding = valid == 0
+    absolute = torch.where(padding, 50.0, maps.logit_absolute).requires_grad_()
+    relative = torch.where(padding[:, None], torch.tensor([-30.0, 20.0])[:, None, None], maps.logit_relative).requires_grad_()
+    changed = maps._replace(logit_absolute=absolute, logit_relative=relative)
+    after = mask_loss(changed, torch.where(padding, 1.0, target), valid, MaskLossWeights())
+    torch.testing.assert_close(before, after)
+    after.backward()
+    assert absolute.grad is not None and relative.grad is not None
+    assert (absolute.grad[padding] == 0).all() and (absolute.grad[~padding] != 0).all()
+    assert (relative.grad[:, 1][padding] == 0).all() and (relative.grad[:, 1][~padding] != 0).all()
+
+
+def test_a_large_picture_weighs_no_more_than_a_small_one() -> None:
+    maps, target, valid = random_maps()
+    alone = [mask_loss(Maps(*(part[b : b + 1] for part in maps)), target[b : b + 1], valid[b : b + 1], MaskLossWeights()) for b in (0, 1)]
+    torch.testing.assert_close(mask_loss(maps, target, valid, MaskLossWeights()), torch.stack(alone).mean())
+
+
+def test_an_empty_target_asks_for_an_empty_map() -> None:
+    valid = torch.ones(1, 8, 8)
+    dice = MaskLossWeights(bce=0, dice=1)
+
+    def loss(anomalous: float) -> float:
+        absolute = torch.full((1, 8, 8), anomalous)
+        relative = torch.stack([-absolute, absolute], dim=1)
+        maps = Maps(absolute, relative, absolute, relative, absolute)
+        return float(mask_loss(maps, torch.zeros(1, 8, 8), valid, dice))
+
+    assert loss(-20) == pytest.approx(0, abs=1e-5)
+    assert loss(20) == pytest.approx(3 * (1 - 1 / 65), abs=1e-4)  # 64 cells said, none wanted, and one of smoothing
+    assert loss(-20) < loss(-2) < loss(0) < loss(20)
+
+
+def test_the_text_loss_is_the_mean_cross_entropy_of_every_answer_token() -> None:
+    logits = 3 * torch.randn(2, 3, 7, generator=torch.Generator().manual_seed(0))
+    answer = (4, 0, 6)
+    expected = 0.0
+    for b in range(2):
+        for place, token in enumerate(answer):
+            row = [math.exp(float(logit)) for logit in logits[b, place]]
+            expected -= math.log(row[token] / sum(row)) / 6
+    assert float(text_loss(logits, answer)) == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_learning_rate_warms_up_and_falls_to_zero() -> None:
+    rates = [warmup_decay(step, 4, 10) for step in range(11)]
+    assert rates == pytest.approx([0.25, 0.5, 0.75, 1, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6, 0])
+    assert warmup_decay(0, 0, 1) == 1
+    assert [warmup_decay(step, 100, 2) for step in range(2)] == [0.01, 0.02]  # a run shorter than its warm-up
+
+
+# --- pool and batches ---
+
+
+def l_shape(side: int) -> np.ndarray:
+    """No turn and no mirror of it is itself."""
+    mask = np.zeros((side, side), bool)
+    mask[side // 4 : 7 * side // 8, side // 4 : side // 2] = True
+    mask[5 * side // 8 : 7 * side // 8, side // 4 : 13 * side // 16] = True
+    return mask
+
+
+@pytest.fixture(scope="module")
+def bright_pool(tmp_path_factory: pytest.TempPathFactory) -> SamplePool:
+    """Two samples whose defect is what is bright."""
+    folder, side = tmp_path_factory.mktemp("pool"), 160
+    masks = np.stack([l_shape(side), l_shape(side)[::-1]])
+    np.save(folder / "masks.npy", masks)
+    np.save(folder / "images.npy", np.where(masks[..., None], 190, 60).astype(np.uint8) + np.zeros(3, np.uint8))
+    return SamplePool(folder, PoolSettings(2, side, 0))
+
+
+MAP_SIDE = 4 * nano().pixel.grid
+
+
+@pytest.fixture(scope="module")
+def bright_batch(bright_pool: SamplePool) -> Batch:
+    return draw_batch(bright_pool, nano().preprocessing, MAP_SIDE, 24, np.random.default_rng(1))
+
+
+def test_a_batch_has_the_models_shapes(bright_batch: Batch) -> None:
+    config = nano()
+    pixel, semantic = config.preprocessing.pixel_size, config.preprocessing.semantic_size
+    assert [tuple(part.shape) for part in vars(bright_batch).values()] == [
+        (24, 3, pixel, pixel),
+        (24, 3, semantic, semantic),
+        (24, MAP_SIDE, MAP_SIDE),
+        (24, MAP_SIDE, MAP_SIDE),
+    ]
+    assert {part.dtype for part in vars(bright_batch).values()} == {torch.float32}
+
+
+def test_the_same_generator_draws_the_same_batch(bright_pool: SamplePool, bright_batch: Batch) -> None:
+    again = draw_batch(bright_pool, nano().preprocessing, MAP_SIDE, 24, np.random.default_rng(1))
+    other = draw_batch(bright_pool, nano().preprocessing, MAP_SIDE, 24, np.random.default_rng(2))
+    assert all(torch.equal(a, b) for a, b in zip(vars(bright_batch).values(), vars(again).values()))
+    assert not torch.equal(bright_batch.pixel_image, other.pixel_image)
+
+
+def shrunk(picture: np.ndarray, height: int, width: int) -> np.ndarray:
+    return np.asarray(Image.fromarray(picture.astype(np.float32)).resize((width, height), Image.Resampling.BOX))
+
+
+def test_targets_lie_on_what_is_bright_through_every_crop_and_turn(bright_batch: Batch) -> None:
+    compared = 0
+    for pixel, semantic, target, valid in zip(*(part.numpy() for part in vars(bright_batch).values())):
+        rows, columns = int(valid[:, 0].sum()), int(valid[0].sum())
+        inside = target[:rows, :columns]
+        if not 0.05 < inside.mean() < 0.95:
+            continue
+        compared += 1
+        seen = shrunk(pixel.mean(0), MAP_SIDE, MAP_SIDE)[:rows, :columns]
+        squashed = shrunk(inside, 40, 40)
+        assert np.corrcoef(seen.ravel(), inside.ravel())[0, 1] > 0.97
+        assert np.corrcoef(shrunk(semantic.mean(0), 40, 40).ravel(), squashed.ravel())[0, 1] > 0.97
+    assert compared >= 12
+
+
+def test_what_is_valid_is_where_the_picture_is(bright_batch: Batch) -> None:
+    scale = nano().preprocessing.pixel_size / MAP_SIDE
+    shapes = set()
+    for pixel, _, target, valid in zip(*(part.numpy() for part in vars(bright_batch).values())):
+        assert set(np.unique(valid)) <= {0, 1}
+        rows, columns = int(valid[:, 0].sum()), int(valid[0].sum())
+        assert valid.sum() == rows * columns
+        assert not target[valid == 0].any()
+        assert 0 <= target.min() <= target.max() <= 1
+        drawn = (pixel != 0).any(axis=0)
+        height, width = drawn.any(axis=1).sum(), drawn.any(axis=0).sum()
+        assert abs(rows * scale - height) <= scale / 2
+        assert abs(columns * scale - width) <= scale / 2
+        shapes.add(int(np.sign(int(height) - int(width))))
+    assert shapes == {-1, 0, 1}  # tall, square and wide
+
+
+def test_every_turn_and_mirror_is_drawn(bright_pool: SamplePool) -> None:
+    """Of the whole picture: eight ways to lie, told apart by where the L's mass is."""
+    batch = draw_batch(bright_pool, nano().preprocessing, 8, 150, np.random.default_rng(3))
+    seen = {tuple(np.round(shrunk(target, 4, 4) > 0.4).ravel().tolist()) for target in batch.target.numpy()}
+    masks = [np.rot90(m, k) for m in (l_shape(160), l_shape(160)[:, ::-1]) for k in range(4)]
+    assert {tuple((shrunk(m, 4, 4) > 0.4).ravel().tolist()) for m in masks} <= seen
+
+
+def stand_in_samples(seeds: Iterable[int], height: int, width: int, workers: int) -> Iterator[SimpleNamespace]:
+    for seed in seeds:
+        rng = np.random.default_rng(seed)
+        yield SimpleNamespace(image=rng.integers(0, 256, (height, width, 3), np.uint8), mask=rng.random((height, width)) < 0.5)
+
+
+def test_an_interrupted_pool_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = PoolSettings(samples=230, side=6, seed=40)
+    monkeypatch.setattr(pool_module, "make_samples", stand_in_samples)
+    whole = SamplePool.make(tmp_path / "whole", settings, 0)
+    begun: list[int] = []
+
+    def interrupted(seeds: Iterable[int], *size: int) -> Iterator[SimpleNamespace]:
+        seeds = list(seeds)
+        begun.append(seeds[0])
+        for sample, _ in zip(stand_in_samples(seeds, *size), range(160 if len(begun) == 1 else 1000)):
+            yield sample
+        if len(begun) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(pool_module, "make_samples", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        SamplePool.make(tmp_path / "parts", settings, 0)
+    parts = SamplePool.make(tmp_path / "parts", settings, 0)
+    assert begun == [40, 140]  # the first hundred were on record
+    np.testing.assert_array_equal(parts.images, whole.images)
+    np.testing.assert_array_equal(parts.masks, whole.masks)
+    SamplePool.make(tmp_path / "parts", settings, 0)
+    assert len(begun) == 2  # a finished pool is only opened
+
+
+def test_a_pool_of_other_settings_is_not_reused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool_module, "make_samples", stand_in_samples)
+    settings = PoolSettings(samples=3, side=6, seed=40)
+    SamplePool.make(tmp_path, settings, 0)
+    for other in (replace(settings, samples=4), replace(settings, side=7), replace(settings, seed=41)):
+        with pytest.raises(ValueError, match="holds another pool"):
+            SamplePool.make(tmp_path, other, 0)
+    with pytest.raises(ValueError, match="remove the folder"):
+        SamplePool(tmp_path, replace(settings, samples=4))
+
+
+# --- the trainer ---
+
+SETTINGS = TrainSettings(config="tiny", steps=7, batch=2, warmup_steps=2, save_every=3, pool=PoolSettings(8, 64, 5))
+
+
+@pytest.fixture(scope="module")
+def small_pool(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("small") / "pool"
+    SamplePool.make(folder, SETTINGS.pool, 0)
+    return folder
+
+
+@pytest.fixture
+def run_folder(small_pool: Path, tmp_path: Path) -> Path:
+    """A run's folder whose pool is already made."""
+    shutil.copytree(small_pool, tmp_path / "run" / "pool")
+    return tmp_path / "run"
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(small_pool: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    shutil.copytree(small_pool, folder / "pool")
+    return train(SETTINGS, folder, workers=0).state_dict()
+
+
+def failing_after(calls: int, monkeypatch: pytest.MonkeyPatch, failure: BaseException | float) -> None:
+    """The mask loss raises, or is, `failure` from the call numbered `calls` on."""
+    count = 0
+
+    def wrapped(*arguments: object) -> Tensor:
+        nonlocal count
+        count += 1
+        loss = mask_loss(*arguments)  # type: ignore[arg-type]
+        if count <= calls:
+            return loss
+        if isinstance(failure, BaseException):
+            raise failure
+        return loss * failure
+
+    monkeypatch.setattr(trainer, "mask_loss", wrapped)
+
+
+def assert_same_weights(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert got.keys() == expected.keys()
+    for name, tensor in got.items():
+        # One thread, one order of summation; the slack is a hundredth of the smallest step's.
+        torch.testing.assert_close(tensor, expected[name], atol=1e-6, rtol=0, msg=name)
+
+
+@pytest.mark.parametrize("step", [1, 5, 6])
+def test_a_stopped_run_ends_where_an_uninterrupted_one_does(
+    run_folder: Path, uninterrupted: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    failing_after(step, monkeypatch, KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        train(SETTINGS, run_folder, workers=0)
+    assert (run_folder / "state.safetensors").exists() == (step >= 3)
+    assert not (run_folder / "checkpoint").exists()
+    monkeypatch.setattr(trainer, "mask_loss", mask_loss)
+    steps: dict[int, None] = {}
+    monkeypatch.setattr(trainer, "warmup_decay", lambda step, *rest: steps.setdefault(step) or warmup_decay(step, *rest))
+    assert_same_weights(train(SETTINGS, run_folder, workers=0).state_dict(), uninterrupted)
+    assert list(steps) == list(range(step // 3 * 3, 7))  # it went on from the last save, not from the start
+
+
+def test_training_moves_every_part_of_the_model(uninterrupted: dict[str, Tensor]) -> None:
+    start = new_model("tiny", SETTINGS.seed).state_dict()
+    unmoved = [name for name, tensor in uninterrupted.items() if torch.equal(tensor, start[name])]
+    assert unmoved == ["mask_decoder.frequencies"]  # SAM's random frequencies are drawn once
+
+
+def test_a_few_steps_lower_both_losses(run_folder: Path) -> None:
+    settings = replace(SETTINGS, steps=40, batch=4, warmup_steps=5, learning_rate=4e-3, save_every=1000)
+    before = new_model("tiny", settings.seed).eval()
+    after = train(settings, run_folder, workers=0)
+    batch = draw_batch(
+        SamplePool(run_folder / "pool", settings.pool), before.config.preprocessing, 28, 8, np.random.default_rng(9)
+    )
+
+    @torch.no_grad()
+    def losses(model: AGVAS) -> tuple[float, float]:
+        prompt = model.prompt_encoder.encode()
+        assert prompt.draft is not None
+        output = model(batch.pixel_image, batch.semantic_image, prompt, prompt.draft)
+        return (
+            float(text_loss(output.logits, prompt.draft)),
+            float(mask_loss(output.maps, batch.target, batch.valid, settings.early_weights)),
+        )
+
+    (text_before, mask_before), (text_after, mask_after) = losses(before), losses(after)
+    assert text_after < 0.7 * text_before
+    assert mask_after < 0.95 * mask_before
+    assert not after.training
+    on_disk = load(run_folder / "checkpoint").state_dict()
+    assert all(torch.equal(tensor.half().float(), on_disk[name]) for name, tensor in after.state_dict().items())
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run_and_leaves_the_last_save(
+    run_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing_after(4, monkeypatch, math.nan)
+    with pytest.raises(Diverged, match="nan at step 4"):
+        train(SETTINGS, run_folder, workers=0)
+    with safe_open(run_folder / "state.safetensors", "pt") as file:
+        assert file.metadata() == {"step": "3"}
+    assert all(torch.isfinite(tensor).all() for tensor in load_file(run_folder / "state.safetensors").values())
+    assert not (run_folder / "checkpoint").exists()
+
+
+def test_a_folder_holds_one_run(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    failing_after(0, monkeypatch, KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        train(SETTINGS, run_folder, workers=0)
+    for other in (replace(SETTINGS, seed=1), replace(SETTINGS, steps=8), replace(SETTINGS, text_weight=0.2)):
+        with pytest.raises(ValueError, match="describes another run"):
+            train(other, run_folder, workers=0)
+
+
+def test_agvas_train_makes_a_checkpoint_that_segments(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "run"
+    arguments = ["--config", "tiny", "--steps", "2", "--batch", "2", "--samples", "4", "--workers", "0", "--output", str(output)]
+    assert cli.main(arguments) == 0
+    assert capsys.readouterr().out == f"saved {output / 'checkpoint'}\n"
+    result = load(output / "checkpoint").segment(picture())
+    assert result.mask.shape == picture().shape[:2]
+    arguments[3] = "3"
+    assert cli.main(arguments) == 1
+    assert capsys.readouterr().err.splitlines()[-1].startswith("agvas-train: ")
