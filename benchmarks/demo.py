@@ -28,7 +28,8 @@ from PIL import Image, ImageDraw
 
 from engines import EngineError
 from runtime import Segmentation, Segmenter
-from runtime.cli.segment import Progress, json_line, output_stems
+from runtime.cli.common import Progress, json_line
+from runtime.cli.segment import output_stems
 from runtime.cli.verify import verify_bundle
 from runtime.errors import AgvasError, RequestError
 from runtime.images import find_images, read_image
@@ -215,7 +216,8 @@ def _clear(output: Path) -> None:
     """Remove what an earlier demo wrote but the bundle, which export replaces: nothing old beside the new summary."""
     if output.exists() and not output.is_dir():
         raise RequestError(f"--output {output}: expected a folder, got a file; choose another")
-    if not output.exists() or not any(output.iterdir()):
+    # Hidden names are what a killed export leaves.
+    if not output.exists() or all(path.name.startswith(".") for path in output.iterdir()):
         return
     if not ((output / "summary.json").is_file() or (output / "bundle" / "manifest.json").is_file()):
         raise RequestError(f"--output {output}: expected an earlier demo or an empty folder, got other files; choose another")

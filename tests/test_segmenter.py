@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import threading
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -131,7 +130,7 @@ def test_the_threshold_is_the_bundles_unless_given(copy_of_bundle: Callable[[], 
     assert masks[1] > masks[2] > 0
 
 
-@pytest.mark.parametrize("threshold", [0, 1, 0.0, 1.0])
+@pytest.mark.parametrize("threshold", [0, 1.0])
 def test_both_ends_are_thresholds(threshold: float, tiny_bundle: Path) -> None:
     assert Segmenter(tiny_bundle, engine="onnxruntime", threshold=threshold).threshold == threshold
 
@@ -217,17 +216,18 @@ def spoil(monkeypatch: pytest.MonkeyPatch, stage: str, output: str, bad: float, 
     monkeypatch.setattr(verification, "open_engine", spoiling)
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf])
 @pytest.mark.parametrize(
-    ("stage", "output"),
+    ("stage", "output", "bad"),
     [
-        ("pixel_encoder", "pixel_embeddings"),
-        ("semantic_encoder", "semantic_features"),
-        ("semantic_encoder", "image_embeddings"),
-        ("spam", "aligned_embeddings"),
-        ("language", "states"),
-        ("language", "logits"),
-        ("mask_decoder", "anomaly_map"),
+        ("pixel_encoder", "pixel_embeddings", np.nan),
+        ("pixel_encoder", "pixel_embeddings", np.inf),
+        ("semantic_encoder", "semantic_features", np.nan),
+        ("semantic_encoder", "image_embeddings", np.nan),
+        ("spam", "aligned_embeddings", np.nan),
+        ("language", "states", np.nan),
+        ("language", "logits", np.nan),
+        ("mask_decoder", "anomaly_map", np.nan),
+        ("mask_decoder", "anomaly_map", np.inf),
     ],
 )
 def test_nan_in_a_stage_is_an_error_and_never_an_ok(
@@ -240,6 +240,7 @@ def test_nan_in_a_stage_is_an_error_and_never_an_ok(
     assert stage in str(caught.value) or "agvas-verify tells in which stage" in str(caught.value)
 
 
+@pytest.mark.usefixtures("graph_candidates")
 def test_auto_rejects_an_engine_that_computes_nan(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spoil(monkeypatch, "mask_decoder", "anomaly_map", np.nan, ("openvino",))
     opened = Segmenter(tiny_bundle)
@@ -264,8 +265,14 @@ def verified(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     yield seen
 
 
+@pytest.fixture
+def graph_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """bf16 left out: not every CPU has it, and a CPU that has it takes a third longer to choose."""
+    monkeypatch.setattr(selection, "CPU_CANDIDATES", (("openvino", "graph"), ("onnxruntime", "graph")))
+
+
 def slow(monkeypatch: pytest.MonkeyPatch, slow_engine: str) -> None:
-    """Make one engine take 60 ms more a picture."""
+    """Make one engine take a second more a picture, by its own account."""
     original = selection.open_pipeline
 
     def opening(bundle: Bundle, engine: str, options: EngineOptions) -> Pipeline:
@@ -275,9 +282,8 @@ def slow(monkeypatch: pytest.MonkeyPatch, slow_engine: str) -> None:
         run = pipeline.run
 
         def delayed(image: np.ndarray, prompt: Any) -> Trace:
-            time.sleep(0.06)
             trace = run(image, prompt)
-            trace.timings["total"] += 60
+            trace.timings["total"] += 1000
             return trace
 
         monkeypatch.setattr(pipeline, "run", delayed)
@@ -286,6 +292,7 @@ def slow(monkeypatch: pytest.MonkeyPatch, slow_engine: str) -> None:
     monkeypatch.setattr(selection, "open_pipeline", opening)
 
 
+@pytest.mark.usefixtures("graph_candidates")
 @pytest.mark.parametrize(("slower", "faster"), [("openvino", "onnxruntime"), ("onnxruntime", "openvino")])
 def test_auto_takes_the_faster_of_those_that_pass_and_says_why(
     slower: str, faster: str, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
@@ -299,12 +306,13 @@ def test_auto_takes_the_faster_of_those_that_pass_and_says_why(
     assert_same(opened(picture()), Segmenter(tiny_bundle, engine=slower)(picture()))
 
 
+@pytest.mark.usefixtures("graph_candidates")
 def test_auto_remembers_its_choice_and_measures_again_only_when_something_changed(
     tiny_bundle: Path, tmp_path: Path, verified: list[str]
 ) -> None:
     first = Segmenter(tiny_bundle)
     measured = len(verified)
-    assert measured >= 2
+    assert measured == 2
     second = Segmenter(tiny_bundle)
     assert len(verified) == measured, "it measured again"
     assert second.choice == first.choice and second.engine == first.engine
@@ -392,12 +400,10 @@ def test_an_engine_that_cannot_be_had_is_never_replaced(
 
 @pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
 def test_a_named_engine_is_used_whatever_auto_would_choose(
-    engine: str, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, verified: list[str]
+    engine: str, tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verified: list[str]
 ) -> None:
     slow(monkeypatch, engine)
-    assert Segmenter(tiny_bundle).engine != engine
-    measured = len(verified)
     opened = Segmenter(tiny_bundle, engine=engine)
     assert (opened.engine, opened.inference_precision, opened.choice) == (engine, "graph", None)
     assert type(opened._pipeline.stages["spam"]).__module__ == f"engines.{engine}"
-    assert len(verified) == measured
+    assert not verified and not (tmp_path / "cache").exists()

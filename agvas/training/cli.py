@@ -11,7 +11,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="agvas-train", description=__doc__)
     parser.add_argument("--config", default="nano", choices=("nano", "tiny"), help="named size to train (default nano)")
     parser.add_argument("--output", type=Path, default=Path("training-run"), help="folder of pool, state and checkpoint")
-    parser.add_argument("--steps", type=int, default=None, help="optimiser steps (default: the recipe's)")
+    parser.add_argument("--steps", type=int, default=None, help="optimiser steps of each of the two phases (default: the recipe's)")
     parser.add_argument("--batch", type=int, default=None, help="images per step (default: the recipe's)")
     parser.add_argument("--samples", type=int, default=None, help="procedural samples in the pool (default: the recipe's)")
     parser.add_argument("--seed", type=int, default=0)
@@ -25,7 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     settings = TrainSettings(config=options.config, seed=options.seed)
     if options.steps is not None:
-        settings = replace(settings, steps=options.steps)
+        settings = replace(settings, steps=options.steps, encoder_steps=options.steps, plain_until=options.steps // 3)
     if options.batch is not None:
         settings = replace(settings, batch=options.batch)
     if options.samples is not None:

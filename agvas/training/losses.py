@@ -37,10 +37,12 @@ def mask_loss(maps: Maps, target: Tensor, valid: Tensor, weights: MaskLossWeight
     """
     contrast = maps.logit_relative[:, 1] - maps.logit_relative[:, 0]  # softmax over two is a sigmoid of their difference
     anchors = ((contrast, target), (-contrast, 1 - target), (maps.logit_absolute, target))  # ANO, NOR, SEG
-    return torch.stack([_anchor_loss(logit.float(), wanted, valid, weights) for logit, wanted in anchors]).sum()
+    return torch.stack([anchor_loss(logit, wanted, valid, weights) for logit, wanted in anchors]).sum()
 
 
-def _anchor_loss(logit: Tensor, target: Tensor, valid: Tensor, weights: MaskLossWeights) -> Tensor:
+def anchor_loss(logit: Tensor, target: Tensor, valid: Tensor, weights: MaskLossWeights) -> Tensor:
+    """Weighted BCE and Dice of one logit map [B, M, M]."""
+    logit = logit.float()
     area = valid.sum(dim=(1, 2))
     bce = (F.binary_cross_entropy_with_logits(logit, target, reduction="none") * valid).sum(dim=(1, 2)) / area
     probability = logit.sigmoid() * valid

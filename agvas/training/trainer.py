@@ -1,8 +1,10 @@
 """Trains a small AG-VAS from nothing on procedural samples: one loop, deterministic by step, resumable at any time.
 
-Plain samples come alone until `plain_until` of the steps. BCE leads until `paper_weights_from` and the paper's 0.5 / 2.0 weights end
-it: from scratch, Dice alone stalls before there is anything to overlap. The weights kept are an exponential moving average. State is safetensors and JSON, no pickle.
-It trains every parameter; LoRA on a pretrained language model is another job.
+Two phases. First the pixel encoder alone under a small upsampling head that is thrown away: the paper starts from a pretrained SAM,
+and a mask decoder on embeddings that say nothing yet stays at the constant answer. Then everything together. Plain samples come alone
+until step `plain_until`. BCE leads until `paper_weights_from` of the second phase and the paper's 0.5 / 2.0 weights end it: from scratch,
+Dice alone stalls before there is anything to overlap. The weights kept are an exponential moving average. State is safetensors and
+JSON, no pickle. It trains every parameter; LoRA on a pretrained language model is another job.
 """
 
 from __future__ import annotations
@@ -17,8 +19,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from agvas.checkpoint import save
@@ -26,18 +29,27 @@ from agvas.config import ANSWER, NAMED
 from agvas.model import AGVAS
 from agvas.tokenizer import train_tokenizer
 from agvas.training.instructions import all_instructions, sample_instruction
-from agvas.training.losses import MaskLossWeights, mask_loss, text_loss
+from agvas.training.losses import MaskLossWeights, anchor_loss, mask_loss, text_loss
 from agvas.training.pool import Batch, PoolSettings, SamplePool, draw_batch
 
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """One training run; kept as settings.json beside its state."""
+    """One training run; kept as settings.json beside its state.
+
+    Attributes:
+        encoder_steps, encoder_learning_rate: first phase, the pixel encoder alone under a small head.
+        steps, learning_rate: second phase, the whole model.
+        head_weight: weight of that head's loss in the second phase.
+    """
 
     config: str = "nano"
-    steps: int = 2400
+    encoder_steps: int = 1200
+    encoder_learning_rate: float = 1e-3
+    steps: int = 900
     batch: int = 8
-    learning_rate: float = 1e-3
+    learning_rate: float = 5e-4
+    head_weight: float = 2.0
     weight_decay: float = 0.02
     warmup_steps: int = 100
     clip_norm: float = 1.0
@@ -46,10 +58,13 @@ class TrainSettings:
     early_weights: MaskLossWeights = field(default_factory=lambda: MaskLossWeights(bce=4.0, dice=0.25))
     late_weights: MaskLossWeights = field(default_factory=MaskLossWeights)
     paper_weights_from: float = 0.7
-    plain_until: float = 0.25
+    plain_until: int = 400
     seed: int = 0
     save_every: int = 100
     pool: PoolSettings = field(default_factory=PoolSettings)
+
+
+HEAD_WEIGHTS = MaskLossWeights(bce=1.0, dice=0.1)
 
 
 class Diverged(RuntimeError):
@@ -81,7 +96,8 @@ def train(settings: TrainSettings, folder: Path, device: str = "cpu", workers: i
     model = new_model(settings.config, settings.seed).to(device).train()
     run = _Run(model, settings, folder)
     first = run.resume()
-    bar = tqdm(range(first, settings.steps), initial=first, total=settings.steps, desc="training", unit="step")
+    total = settings.encoder_steps + settings.steps
+    bar = tqdm(range(first, total), initial=first, total=total, desc="training", unit="step")
     started = time.monotonic()
     for step, batch in zip(bar, _batches(pool, model, settings, first), strict=True):
         losses = run.step(step, batch)
@@ -101,9 +117,11 @@ class _Run:
 
     def __init__(self, model: AGVAS, settings: TrainSettings, folder: Path) -> None:
         self.model, self.settings, self.folder = model, settings, folder
+        self.head = PixelHead(model.config.pixel.output_width).to(next(model.parameters()).device)
+        self.parts = nn.ModuleDict({"model": model, "head": self.head})
         self.average = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-        decayed = [p for p in model.parameters() if p.ndim > 1]
-        others = [p for p in model.parameters() if p.ndim <= 1]
+        decayed = [p for p in self.parts.parameters() if p.ndim > 1]
+        others = [p for p in self.parts.parameters() if p.ndim <= 1]
         self.optimizer = torch.optim.AdamW(
             [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}],
             lr=settings.learning_rate,
@@ -111,35 +129,47 @@ class _Run:
         )
 
     def step(self, step: int, batch: Batch) -> dict[str, float]:
-        settings, model = self.settings, self.model
+        settings = self.settings
         for group in self.optimizer.param_groups:
-            group["lr"] = settings.learning_rate * warmup_decay(step, settings.warmup_steps, settings.steps)
-        late = step >= settings.paper_weights_from * settings.steps
+            group["lr"] = learning_rate(step, settings)
+        losses = self._encoder_losses(batch) if step < settings.encoder_steps else self._losses(step, batch)
+        loss = torch.stack(list(losses.values())).sum()
+        if not torch.isfinite(loss):
+            raise Diverged(f"loss is {loss.item()} at step {step}; the state of the last save is in {self.folder}")
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.parts.parameters(), settings.clip_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        # A young average must not remember the random start: its memory grows with the steps taken.
+        decay = min(settings.average_decay, (1 + step) / (10 + step))
+        for name, tensor in self.model.state_dict().items():
+            self.average[name].lerp_(tensor, 1 - decay)
+        return {name: value.item() for name, value in losses.items()} | {"norm": norm.item()}
+
+    def _encoder_losses(self, batch: Batch) -> dict[str, Tensor]:
+        device = next(self.model.parameters()).device
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            embeddings = self.model.pixel_encoder(batch.pixel_image.to(device)).last_hidden_state
+            logit = self.head(embeddings)
+        return {"head": anchor_loss(logit, batch.target.to(device), batch.valid.to(device), HEAD_WEIGHTS)}
+
+    def _losses(self, step: int, batch: Batch) -> dict[str, Tensor]:
+        settings, model = self.settings, self.model
+        late = step - settings.encoder_steps >= settings.paper_weights_from * settings.steps
         device = next(model.parameters()).device
         instruction = sample_instruction(np.random.default_rng([settings.seed, step, 1]))
         prompt = model.prompt_encoder.encode(instruction)
         assert prompt.draft is not None
         with torch.autocast(device.type, dtype=torch.bfloat16):
             output = model(batch.pixel_image.to(device), batch.semantic_image.to(device), prompt, prompt.draft)
-        text = text_loss(output.logits, prompt.draft)
-        mask = mask_loss(
-            output.maps,
-            batch.target.to(device),
-            batch.valid.to(device),
-            settings.late_weights if late else settings.early_weights,
-        )
-        loss = settings.text_weight * text + mask
-        if not torch.isfinite(loss):
-            raise Diverged(f"loss is {loss.item()} at step {step}; the state of the last save is in {self.folder}")
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        # A young average must not remember the random start: its memory grows with the steps taken.
-        decay = min(settings.average_decay, (1 + step) / (10 + step))
-        for name, tensor in model.state_dict().items():
-            self.average[name].lerp_(tensor, 1 - decay)
-        return {"text": text.item(), "mask": mask.item(), "norm": norm.item()}
+            logit = self.head(output.pixel_embeddings)
+        target, valid = batch.target.to(device), batch.valid.to(device)
+        weights = settings.late_weights if late else settings.early_weights
+        return {
+            "text": settings.text_weight * text_loss(output.logits, prompt.draft),
+            "mask": mask_loss(output.maps, target, valid, weights),
+            "head": settings.head_weight * anchor_loss(logit, target, valid, HEAD_WEIGHTS),
+        }
 
     def averaged_model(self) -> AGVAS:
         model = AGVAS(self.model.config, self.model.tokenizer)
@@ -147,9 +177,9 @@ class _Run:
         return model.eval()
 
     def save(self, step: int) -> None:
-        state: dict[str, Tensor] = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
+        state: dict[str, Tensor] = {f"parts.{name}": tensor for name, tensor in self.parts.state_dict().items()}
         state |= {f"average.{name}": tensor for name, tensor in self.average.items()}
-        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        names = {id(parameter): name for name, parameter in self.parts.named_parameters()}
         for parameter, slots in self.optimizer.state.items():
             state |= {f"optimizer.{slot}.{names[id(parameter)]}": tensor for slot, tensor in slots.items()}
         partial = self.folder / "state.partial"
@@ -162,20 +192,39 @@ class _Run:
         path = self.folder / "state.safetensors"
         if not path.exists():
             return 0
-        state = load_file(path)
-        parts: dict[str, dict[str, Tensor]] = {"model": {}, "average": {}, "optimizer": {}}
-        for name, tensor in state.items():
-            part, rest = name.split(".", 1)
-            parts[part][rest] = tensor
-        self.model.load_state_dict(parts["model"])
+        groups: dict[str, dict[str, Tensor]] = {"parts": {}, "average": {}, "optimizer": {}}
+        for name, tensor in load_file(path).items():
+            group, rest = name.split(".", 1)
+            groups[group][rest] = tensor
+        self.parts.load_state_dict(groups["parts"])
         for name, tensor in self.average.items():
-            tensor.copy_(parts["average"][name])
-        parameters = dict(self.model.named_parameters())
-        for name, tensor in parts["optimizer"].items():
+            tensor.copy_(groups["average"][name])
+        parameters = dict(self.parts.named_parameters())
+        for name, tensor in groups["optimizer"].items():
             slot, parameter = name.split(".", 1)
             place = torch.device("cpu") if slot == "step" else parameters[parameter].device
             self.optimizer.state[parameters[parameter]][slot] = tensor.to(place)
-        return int(parts["optimizer"][f"step.{next(iter(parameters))}"].item())
+        with safe_open(path, framework="pt") as file:
+            return int(file.metadata()["step"])
+
+
+class PixelHead(nn.Sequential):
+    """Pixel embeddings [B, P, G, G] to one logit map [B, 4 G, 4 G]: what the pixel encoder is first trained under."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(
+            nn.ConvTranspose2d(width, width // 4, kernel_size=2, stride=2),
+            nn.GELU(),
+            nn.ConvTranspose2d(width // 4, 1, kernel_size=2, stride=2),
+            nn.Flatten(1, 2),
+        )
+
+
+def learning_rate(step: int, settings: TrainSettings) -> float:
+    """Each phase warms up and decays on its own."""
+    if step < settings.encoder_steps:
+        return settings.encoder_learning_rate * warmup_decay(step, settings.warmup_steps, settings.encoder_steps)
+    return settings.learning_rate * warmup_decay(step - settings.encoder_steps, settings.warmup_steps, settings.steps)
 
 
 def warmup_decay(step: int, warmup_steps: int, steps: int) -> float:
@@ -191,14 +240,15 @@ def _batches(pool: SamplePool, model: AGVAS, settings: TrainSettings, first: int
 
     def draw(step: int) -> Batch:
         rng = np.random.default_rng([settings.seed, step, 0])
-        among = settings.pool.plain if step < settings.plain_until * settings.steps else None
+        among = settings.pool.plain if step < settings.plain_until else None
         return draw_batch(pool, config.preprocessing, 4 * config.pixel.grid, settings.batch, rng, among)
 
     with ThreadPoolExecutor(1) as threads:
-        ahead = [threads.submit(draw, step) for step in range(first, min(first + 2, settings.steps))]
-        for step in range(first, settings.steps):
+        total = settings.encoder_steps + settings.steps
+        ahead = [threads.submit(draw, step) for step in range(first, min(first + 2, total))]
+        for step in range(first, total):
             batch = ahead.pop(0).result()
-            if step + 2 < settings.steps:
+            if step + 2 < total:
                 ahead.append(threads.submit(draw, step + 2))
             yield batch
 
