@@ -35,7 +35,6 @@ class ForwardOutput(NamedTuple):
 
     logits: Tensor  # [B, A, V]: position i predicts answer token i
     anchor_states: Tensor  # [B, 3, D]
-    pixel_embeddings: Tensor  # [B, P, G, G]
     maps: Maps
 
 
@@ -109,7 +108,7 @@ class AGVAS(nn.Module):
         first = embeddings.shape[1] - len(answer)  # position of the answer's first token
         logits = self.language.lm_head(states[:, first - 1 : -1])  # [B, A, V]
         anchor_states = states[:, [first + i + self.prompt_encoder.state_shift for i in anchors]]  # [B, 3, D]
-        return ForwardOutput(logits, anchor_states, vision.pixel_embeddings, self.mask_decoder(anchor_states, vision.pixel_embeddings))
+        return ForwardOutput(logits, anchor_states, self.mask_decoder(anchor_states, vision.pixel_embeddings))
 
     @torch.inference_mode()
     def segment(self, image: np.ndarray, instruction: str | None = None, mode: str = DIRECT) -> Segmented:

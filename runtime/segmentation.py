@@ -1,7 +1,7 @@
 """What the model found in one picture: mask, map, verdict, and the forms a line needs them in (JSON, polygons, files).
 
 The outline is traced here along pixel edges, so that the runtime needs neither OpenCV nor SciPy and the polygons give
-back the mask exactly. How a map is made from the decoder's output stands in postprocess.py; nothing here runs a model.
+back the mask exactly. How a map is brought back to the picture's size stands in preprocess.py (`restore`); nothing here runs a model.
 """
 
 from __future__ import annotations

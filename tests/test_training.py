@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,9 +24,9 @@ from agvas.config import nano
 from agvas.mask_decoder import Maps
 from agvas.training import cli, trainer
 from agvas.training import pool as pool_module
-from agvas.training.losses import MaskLossWeights, mask_loss, text_loss
+from agvas.training.losses import MaskLossWeights, anchor_loss, mask_loss, text_loss
 from agvas.training.pool import Batch, PoolSettings, SamplePool, draw_batch
-from agvas.training.trainer import Diverged, TrainSettings, new_model, train, warmup_decay
+from agvas.training.trainer import Diverged, TrainSettings, learning_rate, new_model, train, warmup_decay
 
 # --- losses ---
 
@@ -135,6 +136,11 @@ def test_the_learning_rate_warms_up_and_falls_to_zero() -> None:
     assert [warmup_decay(step, 100, 2) for step in range(2)] == [0.01, 0.02]  # a run shorter than its warm-up
 
 
+def test_each_phase_warms_up_and_falls_on_its_own() -> None:
+    settings = TrainSettings(encoder_steps=4, encoder_learning_rate=8.0, steps=5, learning_rate=1.0, warmup_steps=2)
+    assert [learning_rate(step, settings) for step in range(9)] == pytest.approx([4, 8, 8, 4, 0.5, 1, 1, 2 / 3, 1 / 3])
+
+
 # --- pool and batches ---
 
 
@@ -153,7 +159,7 @@ def bright_pool(tmp_path_factory: pytest.TempPathFactory) -> SamplePool:
     masks = np.stack([l_shape(side), l_shape(side)[::-1]])
     np.save(folder / "masks.npy", masks)
     np.save(folder / "images.npy", np.where(masks[..., None], 190, 60).astype(np.uint8) + np.zeros(3, np.uint8))
-    return SamplePool(folder, PoolSettings(2, side, 0))
+    return SamplePool(folder, PoolSettings(2, 1, side, 0))
 
 
 MAP_SIDE = 4 * nano().pixel.grid
@@ -227,51 +233,84 @@ def test_every_turn_and_mirror_is_drawn(bright_pool: SamplePool) -> None:
     assert {tuple((shrunk(m, 4, 4) > 0.4).ravel().tolist()) for m in masks} <= seen
 
 
-def stand_in_samples(seeds: Iterable[int], height: int, width: int, workers: int) -> Iterator[SimpleNamespace]:
+def test_early_batches_are_of_the_first_samples_alone(tmp_path: Path) -> None:
+    masks = np.zeros((3, 32, 32), bool)
+    masks[2] = True
+    np.save(tmp_path / "masks.npy", masks)
+    np.save(tmp_path / "images.npy", np.full((3, 32, 32, 3), 99, np.uint8))
+    pool = SamplePool(tmp_path, PoolSettings(3, 2, 32, 0))
+    for among, marked in ((2, False), (None, True)):
+        batch = draw_batch(pool, nano().preprocessing, 8, 30, np.random.default_rng(0), among)
+        assert bool(batch.target.any()) == marked
+        assert not batch.target.amax(dim=(1, 2)).all()  # the unmarked ones are drawn in both
+
+
+def stand_in_samples(seeds: Iterable[int], height: int, width: int, workers: int, plain: bool = False) -> Iterator[SimpleNamespace]:
     for seed in seeds:
-        rng = np.random.default_rng(seed)
+        rng = np.random.default_rng([seed, plain])
         yield SimpleNamespace(image=rng.integers(0, 256, (height, width, 3), np.uint8), mask=rng.random((height, width)) < 0.5)
 
 
-def test_an_interrupted_pool_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = PoolSettings(samples=230, side=6, seed=40)
+def test_plain_samples_come_first_in_a_pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool_module, "make_samples", stand_in_samples)
+    pool = SamplePool.make(tmp_path, PoolSettings(samples=5, plain=2, side=6, seed=40), 0)
+    for index in range(5):
+        (expected,) = stand_in_samples([40 + index], 6, 6, 0, plain=index < 2)
+        np.testing.assert_array_equal(pool.images[index], expected.image)
+        np.testing.assert_array_equal(pool.masks[index], expected.mask)
+
+
+@pytest.mark.parametrize("plain", [120, 60])
+def test_an_interrupted_pool_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plain: int) -> None:
+    settings = PoolSettings(samples=230, plain=plain, side=6, seed=40)
     monkeypatch.setattr(pool_module, "make_samples", stand_in_samples)
     whole = SamplePool.make(tmp_path / "whole", settings, 0)
-    begun: list[int] = []
+    made: list[int] = []
 
-    def interrupted(seeds: Iterable[int], *size: int) -> Iterator[SimpleNamespace]:
-        seeds = list(seeds)
-        begun.append(seeds[0])
-        for sample, _ in zip(stand_in_samples(seeds, *size), range(160 if len(begun) == 1 else 1000)):
+    def interrupted(seeds: Iterable[int], *size: int, plain: bool = False) -> Iterator[SimpleNamespace]:
+        for seed, sample in zip(seeds, stand_in_samples(seeds, *size, plain=plain)):
+            if len(made) == 160:
+                made.append(-1)
+                raise KeyboardInterrupt
+            made.append(seed)
             yield sample
-        if len(begun) == 1:
-            raise KeyboardInterrupt
 
     monkeypatch.setattr(pool_module, "make_samples", interrupted)
     with pytest.raises(KeyboardInterrupt):
         SamplePool.make(tmp_path / "parts", settings, 0)
     parts = SamplePool.make(tmp_path / "parts", settings, 0)
-    assert begun == [40, 140]  # the first hundred were on record
+    # The first hundred were on record, the next sixty were not.
+    assert made == [*range(40, 200), -1, *range(140, 270)]
     np.testing.assert_array_equal(parts.images, whole.images)
     np.testing.assert_array_equal(parts.masks, whole.masks)
     SamplePool.make(tmp_path / "parts", settings, 0)
-    assert len(begun) == 2  # a finished pool is only opened
+    assert len(made) == 160 + 1 + 130  # a finished pool is only opened
 
 
 def test_a_pool_of_other_settings_is_not_reused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pool_module, "make_samples", stand_in_samples)
-    settings = PoolSettings(samples=3, side=6, seed=40)
+    settings = PoolSettings(samples=3, plain=1, side=6, seed=40)
     SamplePool.make(tmp_path, settings, 0)
-    for other in (replace(settings, samples=4), replace(settings, side=7), replace(settings, seed=41)):
+    for change in ({"samples": 4}, {"plain": 2}, {"side": 7}, {"seed": 41}):
         with pytest.raises(ValueError, match="holds another pool"):
-            SamplePool.make(tmp_path, other, 0)
+            SamplePool.make(tmp_path, replace(settings, **change), 0)
     with pytest.raises(ValueError, match="remove the folder"):
         SamplePool(tmp_path, replace(settings, samples=4))
 
 
 # --- the trainer ---
 
-SETTINGS = TrainSettings(config="tiny", steps=7, batch=2, warmup_steps=2, save_every=3, pool=PoolSettings(8, 64, 5))
+SETTINGS = TrainSettings(
+    config="tiny",
+    encoder_steps=3,
+    steps=4,
+    batch=2,
+    warmup_steps=2,
+    plain_until=2,
+    save_every=2,
+    pool=PoolSettings(samples=8, plain=3, side=64, seed=5),
+)
+STEPS = SETTINGS.encoder_steps + SETTINGS.steps
 
 
 @pytest.fixture(scope="module")
@@ -295,21 +334,21 @@ def uninterrupted(small_pool: Path, tmp_path_factory: pytest.TempPathFactory) ->
     return train(SETTINGS, folder, workers=0).state_dict()
 
 
-def failing_after(calls: int, monkeypatch: pytest.MonkeyPatch, failure: BaseException | float) -> None:
-    """The mask loss raises, or is, `failure` from the call numbered `calls` on."""
+def failing_after(steps: int, monkeypatch: pytest.MonkeyPatch, failure: BaseException | float) -> None:
+    """The pixel head's loss, asked for once a step, raises, or is, `failure` after that many steps."""
     count = 0
 
-    def wrapped(*arguments: object) -> Tensor:
+    def wrapped(*arguments: Any) -> Tensor:
         nonlocal count
         count += 1
-        loss = mask_loss(*arguments)  # type: ignore[arg-type]
-        if count <= calls:
+        loss = anchor_loss(*arguments)
+        if count <= steps:
             return loss
         if isinstance(failure, BaseException):
             raise failure
         return loss * failure
 
-    monkeypatch.setattr(trainer, "mask_loss", wrapped)
+    monkeypatch.setattr(trainer, "anchor_loss", wrapped)
 
 
 def assert_same_weights(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -319,20 +358,40 @@ def assert_same_weights(got: dict[str, Tensor], expected: dict[str, Tensor]) -> 
         torch.testing.assert_close(tensor, expected[name], atol=1e-6, rtol=0, msg=name)
 
 
-@pytest.mark.parametrize("step", [1, 5, 6])
+@pytest.mark.parametrize("step", [1, 2, 5, 6])
 def test_a_stopped_run_ends_where_an_uninterrupted_one_does(
     run_folder: Path, uninterrupted: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:
+    """Before the first save, in the first phase, in the second, and right after a save."""
     failing_after(step, monkeypatch, KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
         train(SETTINGS, run_folder, workers=0)
-    assert (run_folder / "state.safetensors").exists() == (step >= 3)
+    assert (run_folder / "state.safetensors").exists() == (step >= 2)
     assert not (run_folder / "checkpoint").exists()
-    monkeypatch.setattr(trainer, "mask_loss", mask_loss)
+    monkeypatch.setattr(trainer, "anchor_loss", anchor_loss)
     steps: dict[int, None] = {}
-    monkeypatch.setattr(trainer, "warmup_decay", lambda step, *rest: steps.setdefault(step) or warmup_decay(step, *rest))
+    monkeypatch.setattr(trainer, "learning_rate", lambda step, settings: steps.setdefault(step) or learning_rate(step, settings))
     assert_same_weights(train(SETTINGS, run_folder, workers=0).state_dict(), uninterrupted)
-    assert list(steps) == list(range(step // 3 * 3, 7))  # it went on from the last save, not from the start
+    assert list(steps) == list(range(step // 2 * 2, STEPS))  # it went on from the last save, not from the start
+
+
+def test_the_first_phase_moves_the_pixel_encoder_alone(run_folder: Path) -> None:
+    start = new_model("tiny", SETTINGS.seed).state_dict()
+    trained = train(replace(SETTINGS, steps=0), run_folder, workers=0).state_dict()
+    moved = {name for name, tensor in trained.items() if not torch.equal(tensor, start[name])}
+    assert moved == {name for name in start if name.startswith("pixel_encoder.")}
+
+
+def test_plain_samples_come_alone_until_their_step(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    among: list[int | None] = []
+
+    def recorded(*arguments: Any) -> Batch:
+        among.append(arguments[5])
+        return draw_batch(*arguments)
+
+    monkeypatch.setattr(trainer, "draw_batch", recorded)
+    train(SETTINGS, run_folder, workers=0)
+    assert among == [3, 3] + [None] * 5
 
 
 def test_training_moves_every_part_of_the_model(uninterrupted: dict[str, Tensor]) -> None:
@@ -342,7 +401,7 @@ def test_training_moves_every_part_of_the_model(uninterrupted: dict[str, Tensor]
 
 
 def test_a_few_steps_lower_both_losses(run_folder: Path) -> None:
-    settings = replace(SETTINGS, steps=40, batch=4, warmup_steps=5, learning_rate=4e-3, save_every=1000)
+    settings = replace(SETTINGS, encoder_steps=15, steps=40, batch=4, warmup_steps=5, learning_rate=4e-3, save_every=1000)
     before = new_model("tiny", settings.seed).eval()
     after = train(settings, run_folder, workers=0)
     batch = draw_batch(
@@ -374,7 +433,7 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_leaves_the_last_save(
     with pytest.raises(Diverged, match="nan at step 4"):
         train(SETTINGS, run_folder, workers=0)
     with safe_open(run_folder / "state.safetensors", "pt") as file:
-        assert file.metadata() == {"step": "3"}
+        assert file.metadata() == {"step": "4"}
     assert all(torch.isfinite(tensor).all() for tensor in load_file(run_folder / "state.safetensors").values())
     assert not (run_folder / "checkpoint").exists()
 

@@ -1,7 +1,8 @@
 """Trains a small AG-VAS from nothing on procedural samples: one loop, deterministic by step, resumable at any time.
 
-Two phases. First the pixel encoder alone under a small upsampling head that is thrown away: the paper starts from a pretrained SAM,
-and a mask decoder on embeddings that say nothing yet stays at the constant answer. Then everything together. Plain samples come alone
+Two phases, since the paper starts from a pretrained SAM and a mask decoder on embeddings that say nothing stays at the constant answer.
+First the pixel encoder and the decoder's upscaling alone, read by one learned kernel. Then everything together, the decoder's
+hypernetworks starting from that kernel, so that nothing learned is lost at the change. Plain samples come alone
 until step `plain_until`. BCE leads until `paper_weights_from` of the second phase and the paper's 0.5 / 2.0 weights end it: from scratch,
 Dice alone stalls before there is anything to overlap. The weights kept are an exponential moving average. State is safetensors and
 JSON, no pickle. It trains every parameter; LoRA on a pretrained language model is another job.
@@ -38,18 +39,16 @@ class TrainSettings:
     """One training run; kept as settings.json beside its state.
 
     Attributes:
-        encoder_steps, encoder_learning_rate: first phase, the pixel encoder alone under a small head.
+        encoder_steps, encoder_learning_rate: first phase, pixel encoder and upscaling under fixed kernels.
         steps, learning_rate: second phase, the whole model.
-        head_weight: weight of that head's loss in the second phase.
     """
 
     config: str = "nano"
-    encoder_steps: int = 1200
+    encoder_steps: int = 1100
     encoder_learning_rate: float = 1e-3
-    steps: int = 900
+    steps: int = 700
     batch: int = 8
-    learning_rate: float = 5e-4
-    head_weight: float = 2.0
+    learning_rate: float = 7e-4
     weight_decay: float = 0.02
     warmup_steps: int = 100
     clip_norm: float = 1.0
@@ -64,7 +63,7 @@ class TrainSettings:
     pool: PoolSettings = field(default_factory=PoolSettings)
 
 
-HEAD_WEIGHTS = MaskLossWeights(bce=1.0, dice=0.1)
+ENCODER_WEIGHTS = MaskLossWeights(bce=1.0, dice=0.1)
 
 
 class Diverged(RuntimeError):
@@ -80,6 +79,10 @@ def new_model(config: str, seed: int) -> AGVAS:
     # transformers starts SAM's absolute positions at zero, which a pretrained checkpoint overwrites; from scratch they must differ.
     torch.nn.init.trunc_normal_(model.pixel_encoder.pos_embed, std=0.02)
     torch.nn.init.trunc_normal_(model.semantic_encoder.embeddings.position_embedding.weight, std=0.02)
+    # The decoder's blocks begin by leaving the pixels as they are: the second phase starts where the first one ended.
+    for block in model.mask_decoder.transformer.layers:
+        torch.nn.init.zeros_(block.cross_attn_image_to_token.out_proj.weight)
+        torch.nn.init.zeros_(block.cross_attn_image_to_token.out_proj.bias)
     return model
 
 
@@ -117,8 +120,10 @@ class _Run:
 
     def __init__(self, model: AGVAS, settings: TrainSettings, folder: Path) -> None:
         self.model, self.settings, self.folder = model, settings, folder
-        self.head = PixelHead(model.config.pixel.output_width).to(next(model.parameters()).device)
-        self.parts = nn.ModuleDict({"model": model, "head": self.head})
+        width = model.mask_decoder.upscaling[3].out_channels
+        self.kernel = nn.Parameter(torch.randn(width, generator=torch.Generator().manual_seed(settings.seed)) * 0.3)
+        self.parts = nn.ModuleDict({"model": model, "first_phase": nn.ParameterDict({"kernel": self.kernel})})
+        self.parts.to(next(model.parameters()).device)
         self.average = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
         decayed = [p for p in self.parts.parameters() if p.ndim > 1]
         others = [p for p in self.parts.parameters() if p.ndim <= 1]
@@ -132,6 +137,8 @@ class _Run:
         settings = self.settings
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(step, settings)
+        if step == settings.encoder_steps:
+            self._hand_over()
         losses = self._encoder_losses(batch) if step < settings.encoder_steps else self._losses(step, batch)
         loss = torch.stack(list(losses.values())).sum()
         if not torch.isfinite(loss):
@@ -147,11 +154,21 @@ class _Run:
         return {name: value.item() for name, value in losses.items()} | {"norm": norm.item()}
 
     def _encoder_losses(self, batch: Batch) -> dict[str, Tensor]:
-        device = next(self.model.parameters()).device
+        model, device = self.model, self.kernel.device
         with torch.autocast(device.type, dtype=torch.bfloat16):
-            embeddings = self.model.pixel_encoder(batch.pixel_image.to(device)).last_hidden_state
-            logit = self.head(embeddings)
-        return {"head": anchor_loss(logit, batch.target.to(device), batch.valid.to(device), HEAD_WEIGHTS)}
+            embeddings = model.pixel_encoder(batch.pixel_image.to(device)).last_hidden_state
+            features = model.mask_decoder.upscaling(embeddings)  # [B, P / 8, M, M]
+            logit = torch.einsum("bchw,c->bhw", features, self.kernel)
+        return {"mask": anchor_loss(logit, batch.target.to(device), batch.valid.to(device), ENCODER_WEIGHTS)}
+
+    @torch.no_grad()
+    def _hand_over(self) -> None:
+        """Let the hypernetworks begin with the first phase's kernel: whole for [SEG], half of it against minus half for [ANO] and [NOR]."""
+        for hypernetwork, share in zip(self.model.mask_decoder.hypernetworks, (-0.5, 0.5, 1.0), strict=True):
+            hypernetwork.proj_out.weight.mul_(0.1)
+            hypernetwork.proj_out.bias.copy_(share * self.kernel)
+        for name, tensor in self.model.mask_decoder.hypernetworks.state_dict().items():
+            self.average[f"mask_decoder.hypernetworks.{name}"].copy_(tensor)
 
     def _losses(self, step: int, batch: Batch) -> dict[str, Tensor]:
         settings, model = self.settings, self.model
@@ -162,13 +179,11 @@ class _Run:
         assert prompt.draft is not None
         with torch.autocast(device.type, dtype=torch.bfloat16):
             output = model(batch.pixel_image.to(device), batch.semantic_image.to(device), prompt, prompt.draft)
-            logit = self.head(output.pixel_embeddings)
         target, valid = batch.target.to(device), batch.valid.to(device)
         weights = settings.late_weights if late else settings.early_weights
         return {
             "text": settings.text_weight * text_loss(output.logits, prompt.draft),
             "mask": mask_loss(output.maps, target, valid, weights),
-            "head": settings.head_weight * anchor_loss(logit, target, valid, HEAD_WEIGHTS),
         }
 
     def averaged_model(self) -> AGVAS:
@@ -206,18 +221,6 @@ class _Run:
             self.optimizer.state[parameters[parameter]][slot] = tensor.to(place)
         with safe_open(path, framework="pt") as file:
             return int(file.metadata()["step"])
-
-
-class PixelHead(nn.Sequential):
-    """Pixel embeddings [B, P, G, G] to one logit map [B, 4 G, 4 G]: what the pixel encoder is first trained under."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__(
-            nn.ConvTranspose2d(width, width // 4, kernel_size=2, stride=2),
-            nn.GELU(),
-            nn.ConvTranspose2d(width // 4, 1, kernel_size=2, stride=2),
-            nn.Flatten(1, 2),
-        )
 
 
 def learning_rate(step: int, settings: TrainSettings) -> float:
