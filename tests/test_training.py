@@ -20,11 +20,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from agvas import AGVAS, load
-from agvas.config import nano
+from agvas.config import nano, tiny
 from agvas.mask_decoder import Maps
 from agvas.training import cli, trainer
 from agvas.training import pool as pool_module
-from agvas.training.losses import MaskLossWeights, anchor_loss, mask_loss, text_loss
+from agvas.training.losses import MaskLossWeights, mask_loss, text_loss
 from agvas.training.pool import Batch, PoolSettings, SamplePool, draw_batch
 from agvas.training.trainer import Diverged, TrainSettings, learning_rate, new_model, train, warmup_decay
 
@@ -227,7 +227,7 @@ def test_what_is_valid_is_where_the_picture_is(bright_batch: Batch) -> None:
 
 def test_every_turn_and_mirror_is_drawn(bright_pool: SamplePool) -> None:
     """Of the whole picture: eight ways to lie, told apart by where the L's mass is."""
-    batch = draw_batch(bright_pool, nano().preprocessing, 8, 150, np.random.default_rng(3))
+    batch = draw_batch(bright_pool, tiny().preprocessing, 8, 150, np.random.default_rng(3))
     seen = {tuple(np.round(shrunk(target, 4, 4) > 0.4).ravel().tolist()) for target in batch.target.numpy()}
     masks = [np.rot90(m, k) for m in (l_shape(160), l_shape(160)[:, ::-1]) for k in range(4)]
     assert {tuple((shrunk(m, 4, 4) > 0.4).ravel().tolist()) for m in masks} <= seen
@@ -302,8 +302,8 @@ def test_a_pool_of_other_settings_is_not_reused(tmp_path: Path, monkeypatch: pyt
 
 SETTINGS = TrainSettings(
     config="tiny",
-    encoder_steps=3,
-    steps=4,
+    encoder_steps=4,
+    steps=3,
     batch=2,
     warmup_steps=2,
     plain_until=2,
@@ -334,21 +334,21 @@ def uninterrupted(small_pool: Path, tmp_path_factory: pytest.TempPathFactory) ->
     return train(SETTINGS, folder, workers=0).state_dict()
 
 
-def failing_after(steps: int, monkeypatch: pytest.MonkeyPatch, failure: BaseException | float) -> None:
-    """The pixel head's loss, asked for once a step, raises, or is, `failure` after that many steps."""
-    count = 0
+def recorded_draws(monkeypatch: pytest.MonkeyPatch, failure: BaseException | float = 1.0, after: int = STEPS) -> list[int | None]:
+    """The argument `among` of every batch drawn, one a step. After so many, drawing raises `failure` or multiplies targets by it."""
+    drawn: list[int | None] = []
 
-    def wrapped(*arguments: Any) -> Tensor:
-        nonlocal count
-        count += 1
-        loss = anchor_loss(*arguments)
-        if count <= steps:
-            return loss
+    def draw(*arguments: Any) -> Batch:
+        drawn.append(arguments[5])
+        batch = draw_batch(*arguments)
+        if len(drawn) <= after:
+            return batch
         if isinstance(failure, BaseException):
             raise failure
-        return loss * failure
+        return replace(batch, target=batch.target * failure)
 
-    monkeypatch.setattr(trainer, "anchor_loss", wrapped)
+    monkeypatch.setattr(trainer, "draw_batch", draw)
+    return drawn
 
 
 def assert_same_weights(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -358,40 +358,32 @@ def assert_same_weights(got: dict[str, Tensor], expected: dict[str, Tensor]) -> 
         torch.testing.assert_close(tensor, expected[name], atol=1e-6, rtol=0, msg=name)
 
 
-@pytest.mark.parametrize("step", [1, 2, 5, 6])
+@pytest.mark.parametrize("step", [1, 3, 4, 5, 6])
 def test_a_stopped_run_ends_where_an_uninterrupted_one_does(
     run_folder: Path, uninterrupted: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:
-    """Before the first save, in the first phase, in the second, and right after a save."""
-    failing_after(step, monkeypatch, KeyboardInterrupt())
+    """Before the first save, in the first phase, where the second begins, in it, and right after a save."""
+    recorded_draws(monkeypatch, KeyboardInterrupt(), step)
     with pytest.raises(KeyboardInterrupt):
         train(SETTINGS, run_folder, workers=0)
     assert (run_folder / "state.safetensors").exists() == (step >= 2)
     assert not (run_folder / "checkpoint").exists()
-    monkeypatch.setattr(trainer, "anchor_loss", anchor_loss)
-    steps: dict[int, None] = {}
-    monkeypatch.setattr(trainer, "learning_rate", lambda step, settings: steps.setdefault(step) or learning_rate(step, settings))
+    drawn = recorded_draws(monkeypatch)
     assert_same_weights(train(SETTINGS, run_folder, workers=0).state_dict(), uninterrupted)
-    assert list(steps) == list(range(step // 2 * 2, STEPS))  # it went on from the last save, not from the start
+    assert len(drawn) == STEPS - step // 2 * 2  # it went on from the last save, not from the start
 
 
-def test_the_first_phase_moves_the_pixel_encoder_alone(run_folder: Path) -> None:
+def test_the_first_phase_moves_the_pixel_encoder_and_the_upscaling_alone(run_folder: Path) -> None:
     start = new_model("tiny", SETTINGS.seed).state_dict()
     trained = train(replace(SETTINGS, steps=0), run_folder, workers=0).state_dict()
     moved = {name for name, tensor in trained.items() if not torch.equal(tensor, start[name])}
-    assert moved == {name for name in start if name.startswith("pixel_encoder.")}
+    assert moved == {name for name in start if name.startswith(("pixel_encoder.", "mask_decoder.upscaling."))}
 
 
 def test_plain_samples_come_alone_until_their_step(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    among: list[int | None] = []
-
-    def recorded(*arguments: Any) -> Batch:
-        among.append(arguments[5])
-        return draw_batch(*arguments)
-
-    monkeypatch.setattr(trainer, "draw_batch", recorded)
+    drawn = recorded_draws(monkeypatch)
     train(SETTINGS, run_folder, workers=0)
-    assert among == [3, 3] + [None] * 5
+    assert drawn == [3, 3] + [None] * 5
 
 
 def test_training_moves_every_part_of_the_model(uninterrupted: dict[str, Tensor]) -> None:
@@ -429,7 +421,7 @@ def test_a_few_steps_lower_both_losses(run_folder: Path) -> None:
 def test_a_loss_that_is_not_a_number_stops_the_run_and_leaves_the_last_save(
     run_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    failing_after(4, monkeypatch, math.nan)
+    recorded_draws(monkeypatch, math.nan, 4)
     with pytest.raises(Diverged, match="nan at step 4"):
         train(SETTINGS, run_folder, workers=0)
     with safe_open(run_folder / "state.safetensors", "pt") as file:
@@ -439,7 +431,7 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_leaves_the_last_save(
 
 
 def test_a_folder_holds_one_run(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    failing_after(0, monkeypatch, KeyboardInterrupt())
+    recorded_draws(monkeypatch, KeyboardInterrupt(), 0)
     with pytest.raises(KeyboardInterrupt):
         train(SETTINGS, run_folder, workers=0)
     for other in (replace(SETTINGS, seed=1), replace(SETTINGS, steps=8), replace(SETTINGS, text_weight=0.2)):

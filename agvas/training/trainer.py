@@ -44,9 +44,9 @@ class TrainSettings:
     """
 
     config: str = "nano"
-    encoder_steps: int = 1100
+    encoder_steps: int = 620
     encoder_learning_rate: float = 1e-3
-    steps: int = 700
+    steps: int = 480
     batch: int = 8
     learning_rate: float = 7e-4
     weight_decay: float = 0.02
@@ -57,12 +57,13 @@ class TrainSettings:
     early_weights: MaskLossWeights = field(default_factory=lambda: MaskLossWeights(bce=4.0, dice=0.25))
     late_weights: MaskLossWeights = field(default_factory=MaskLossWeights)
     paper_weights_from: float = 0.7
-    plain_until: int = 400
+    plain_until: int = 250
     seed: int = 0
     save_every: int = 100
     pool: PoolSettings = field(default_factory=PoolSettings)
 
 
+PRIOR_LOGIT = -2.6  # about 7 % of all cells are anomalous
 ENCODER_WEIGHTS = MaskLossWeights(bce=1.0, dice=0.1)
 
 
@@ -79,6 +80,7 @@ def new_model(config: str, seed: int) -> AGVAS:
     # transformers starts SAM's absolute positions at zero, which a pretrained checkpoint overwrites; from scratch they must differ.
     torch.nn.init.trunc_normal_(model.pixel_encoder.pos_embed, std=0.02)
     torch.nn.init.trunc_normal_(model.semantic_encoder.embeddings.position_embedding.weight, std=0.02)
+    torch.nn.init.ones_(model.mask_decoder.upscaling[3].bias)  # see _Run: features begin in GELU's straight part
     # The decoder's blocks begin by leaving the pixels as they are: the second phase starts where the first one ended.
     for block in model.mask_decoder.transformer.layers:
         torch.nn.init.zeros_(block.cross_attn_image_to_token.out_proj.weight)
@@ -121,7 +123,10 @@ class _Run:
     def __init__(self, model: AGVAS, settings: TrainSettings, folder: Path) -> None:
         self.model, self.settings, self.folder = model, settings, folder
         width = model.mask_decoder.upscaling[3].out_channels
-        self.kernel = nn.Parameter(torch.randn(width, generator=torch.Generator().manual_seed(settings.seed)) * 0.3)
+        noise = torch.randn(width, generator=torch.Generator().manual_seed(settings.seed)) * 0.3
+        # Features begin near GELU(1), so this sum puts every pixel at PRIOR_LOGIT. Without it the rush to that constant drives
+        # half of the features below GELU's bend, where nothing is learned any more.
+        self.kernel = nn.Parameter(noise - noise.mean() + PRIOR_LOGIT / (width * 0.841))
         self.parts = nn.ModuleDict({"model": model, "first_phase": nn.ParameterDict({"kernel": self.kernel})})
         self.parts.to(next(model.parameters()).device)
         self.average = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
