@@ -22,7 +22,7 @@ from export.onnx_writer import stage_module
 from runtime.contract import STAGES
 from runtime.parity import Gates, Outcome, Parity, compare, finite, relative_error, worst
 from runtime.pipeline import Pipeline, Stage
-from runtime.verify import NOT_TRACED, outcome_of
+from runtime.verify import NOT_TRACED, outcome_of, run_outcome
 
 # Pictures that go into the bundle: enough for a target to notice flipped masks; every stage's tensors, which are large, of a few.
 GOLDEN_PICTURES = 12
@@ -125,7 +125,7 @@ def measure(
         recorders = {name: RecordingStage(stage) for name, stage in stages.items()}
         trace = pipeline_over(model, recorders).run(image, prompt)
         glue.append(outcome_of(trace, threshold))
-        chain.append(outcome_of(exported.run(image, prompt), threshold))
+        chain.append(run_outcome(exported, image, threshold)[0])
         traced = index < TRACED_PICTURES
         if index < GOLDEN_PICTURES:
             golden |= _golden(index, image, segmented, trace.tensors if traced else {})

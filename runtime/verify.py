@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from engines import EngineOptions, open_engine
+from engines import EngineFailed, EngineOptions, open_engine
 from runtime.bundle import Bundle
 from runtime.contract import STAGES
 from runtime.errors import BundleCorrupt
@@ -64,6 +64,15 @@ def open_pipeline(bundle: Bundle, engine: str, options: EngineOptions) -> Pipeli
     )
 
 
+def run_outcome(pipeline: Pipeline, image: np.ndarray, threshold: float) -> tuple[Outcome, dict[str, np.ndarray]]:
+    """Outcome of one picture and its tensors; where the engine fails, a map of NaN, which no gate lets pass, and no tensors."""
+    try:
+        trace = pipeline.run(image, pipeline.prompts.encode())
+    except EngineFailed:
+        return Outcome(np.zeros(image.shape[:2], bool), np.full(image.shape[:2], np.nan, np.float32), None, ()), {}
+    return outcome_of(trace, threshold), trace.tensors
+
+
 def outcome_of(trace: Trace, threshold: float) -> Outcome:
     """What parity compares of a pipeline's trace."""
     states = None if trace.anchor_states is None else trace.anchor_states[0]
@@ -81,9 +90,6 @@ def verify(bundle: Bundle, pipeline: Pipeline, options: EngineOptions, progress:
 
     Args:
         progress: called with (traces done, traces in all).
-
-    Raises:
-        EngineFailed: a stage could not be computed.
     """
     started = time.monotonic()
     golden = bundle.golden()
@@ -91,10 +97,10 @@ def verify(bundle: Bundle, pipeline: Pipeline, options: EngineOptions, progress:
     count = trace_count(golden)
     ours, reference, errors = [], [], dict[str, float]()
     for i in range(count):
-        trace = pipeline.run(golden[f"{i}.image"], pipeline.prompts.encode())
-        ours.append(outcome_of(trace, threshold))
+        outcome, tensors = run_outcome(pipeline, golden[f"{i}.image"], threshold)
+        ours.append(outcome)
         reference.append(golden_outcome(golden, i, threshold))
-        for name, tensor in trace.tensors.items():
+        for name, tensor in tensors.items():
             wanted = golden.get(f"{i}.tensor.{name}")
             if wanted is not None:
                 # After another answer the language stage's rows are others: that is the answers' gate's to judge.
@@ -133,9 +139,8 @@ def compare_on_images(
     ours, reference = [], []
     for i, path in enumerate(images):
         image = read_image(path)
-        prompt = pipeline.prompts.encode()
-        ours.append(outcome_of(pipeline.run(image, prompt), threshold))
-        reference.append(outcome_of(other.run(image, prompt), threshold))
+        ours.append(run_outcome(pipeline, image, threshold)[0])
+        reference.append(run_outcome(other, image, threshold)[0])
         if progress:
             progress(i + 1, len(images))
     return compare(ours, reference)
