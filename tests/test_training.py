@@ -431,8 +431,8 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_leaves_the_last_save(
 
 
 def test_a_folder_holds_one_run(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    recorded_draws(monkeypatch, KeyboardInterrupt(), 0)
-    with pytest.raises(KeyboardInterrupt):
+    recorded_draws(monkeypatch, RuntimeError("stopped"), 0)
+    with pytest.raises(RuntimeError, match="stopped"):
         train(SETTINGS, run_folder, workers=0)
     for other in (replace(SETTINGS, seed=1), replace(SETTINGS, steps=8), replace(SETTINGS, text_weight=0.2)):
         with pytest.raises(ValueError, match="describes another run"):
