@@ -5,7 +5,7 @@ samples share backgrounds and camera, hence only the defect tells them apart. It
 """
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -85,10 +85,12 @@ def make_sample(seed: int, height: int, width: int, plain: bool = False) -> Samp
     plain: a simple material and kinds of defect that show, see PLAIN_MATERIALS.
     """
     rng = np.random.default_rng([seed, height, width])
+    materials: Sequence[Callable[..., np.ndarray]] = ()
+    kinds: Sequence[str | None] = (None,)
     if plain:
         materials, kinds = PLAIN_MATERIALS, PLAIN_KINDS
-    else:
-        materials, kinds = THEMES[rng.integers(len(THEMES))] if chance(rng, THEMED_SHARE) else ((), (None,))
+    elif chance(rng, THEMED_SHARE):
+        materials, kinds = THEMES[rng.integers(len(THEMES))]
     image, region = background_and_region(rng, height, width, materials, plain)
     mask, first = np.zeros((height, width), bool), ""
     if not chance(rng, NORMAL_SHARE):
