@@ -95,7 +95,7 @@ def make_sample(seed: int, height: int, width: int, plain: bool = False) -> Samp
     mask, first = np.zeros((height, width), bool), ""
     if not chance(rng, NORMAL_SHARE):
         for _ in range(int(rng.choice([1, 2, 3], p=[0.65, 0.2, 0.15]))):
-            wanted = first if first and chance(rng, 0.8) else kinds[rng.integers(len(kinds))]
+            wanted = first if first and chance(rng, 0.8) else kinds[int(rng.integers(len(kinds)))]
             image, added, kind = add_defect(image, rng, wanted, region)
             mask, first = mask | added, first or kind
     label = bool(mask.any())
