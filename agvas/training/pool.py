@@ -32,6 +32,10 @@ class PoolSettings:
     side: int = 320
     seed: int = 1_000_000
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.plain <= self.samples:
+            raise ValueError(f"pool: expected 0 to {self.samples} plain samples, got {self.plain}")
+
 
 class SamplePool:
     """Images uint8 [n, side, side, 3] and masks bool [n, side, side], memory-mapped from `folder`."""

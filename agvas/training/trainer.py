@@ -39,25 +39,25 @@ class TrainSettings:
     """One training run; kept as settings.json beside its state.
 
     Attributes:
-        encoder_steps, encoder_learning_rate: first phase, pixel encoder and upscaling under fixed kernels.
+        encoder_steps, encoder_learning_rate: first phase, pixel encoder and upscaling under one learned kernel.
         steps, learning_rate: second phase, the whole model.
     """
 
     config: str = "nano"
-    encoder_steps: int = 620
+    encoder_steps: int = 900
     encoder_learning_rate: float = 1e-3
-    steps: int = 480
+    steps: int = 420
     batch: int = 8
-    learning_rate: float = 7e-4
+    learning_rate: float = 1e-3
     weight_decay: float = 0.02
-    warmup_steps: int = 100
+    warmup_steps: int = 60
     clip_norm: float = 1.0
     average_decay: float = 0.997
     text_weight: float = 0.1
     early_weights: MaskLossWeights = field(default_factory=lambda: MaskLossWeights(bce=4.0, dice=0.25))
     late_weights: MaskLossWeights = field(default_factory=MaskLossWeights)
-    paper_weights_from: float = 0.7
-    plain_until: int = 250
+    paper_weights_from: float = 0.8
+    plain_until: int = 150
     seed: int = 0
     save_every: int = 100
     pool: PoolSettings = field(default_factory=PoolSettings)
@@ -150,6 +150,8 @@ class _Run:
             raise Diverged(f"loss is {loss.item()} at step {step}; the state of the last save is in {self.folder}")
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.parts.parameters(), settings.clip_norm)
+        if not torch.isfinite(norm):
+            raise Diverged(f"the gradient is {norm.item()} at step {step}; the state of the last save is in {self.folder}")
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         # A young average must not remember the random start: its memory grows with the steps taken.
@@ -162,7 +164,10 @@ class _Run:
         model, device = self.model, self.kernel.device
         with torch.autocast(device.type, dtype=torch.bfloat16):
             embeddings = model.pixel_encoder(batch.pixel_image.to(device)).last_hidden_state
-            features = model.mask_decoder.upscaling(embeddings)  # [B, P / 8, M, M]
+            pixels = embeddings.movedim(1, -1)  # [B, G, G, P]
+            for block in model.mask_decoder.transformer.layers:  # all that the blocks do to the pixels before they have learned to do more
+                pixels = block.layer_norm4(pixels)
+            features = model.mask_decoder.upscaling(pixels.movedim(-1, 1))  # [B, P / 8, M, M]
             logit = torch.einsum("bchw,c->bhw", features, self.kernel)
         return {"mask": anchor_loss(logit, batch.target.to(device), batch.valid.to(device), ENCODER_WEIGHTS)}
 
