@@ -377,7 +377,27 @@ def test_the_first_phase_moves_the_pixel_encoder_and_the_upscaling_alone(run_fol
     start = new_model("tiny", SETTINGS.seed).state_dict()
     trained = train(replace(SETTINGS, steps=0), run_folder, workers=0).state_dict()
     moved = {name for name, tensor in trained.items() if not torch.equal(tensor, start[name])}
-    assert moved == {name for name in start if name.startswith(("pixel_encoder.", "mask_decoder.upscaling."))}
+    read = ("pixel_encoder.", "mask_decoder.upscaling.")  # and the norms that stand between the two
+    assert moved == {name for name in start if name.startswith(read) or "layer_norm4" in name}
+
+
+def test_the_second_phase_begins_with_the_maps_the_first_one_ended_with(run_folder: Path) -> None:
+    """The decoder's anomaly logit is the first phase's own, but for the tenth of the hypernetworks' weights that is kept."""
+    settings = replace(SETTINGS, encoder_steps=15, steps=0, batch=4, warmup_steps=5, save_every=1000)
+    pool = SamplePool.make(run_folder / "pool", settings.pool, 0)
+    model = new_model("tiny", settings.seed)
+    run = trainer._Run(model, settings, run_folder)
+    batch = draw_batch(pool, model.config.preprocessing, 28, 4, np.random.default_rng(0))
+    before = run._encoder_losses(batch)["mask"]
+    run._hand_over()
+    for hypernetwork in model.mask_decoder.hypernetworks:
+        torch.nn.init.zeros_(hypernetwork.proj_out.weight)
+    prompt = model.prompt_encoder.encode()
+    assert prompt.draft is not None
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        maps = model(batch.pixel_image, batch.semantic_image, prompt, prompt.draft).maps
+    after = trainer.anchor_loss(maps.logit_absolute, batch.target, batch.valid, trainer.ENCODER_WEIGHTS)
+    assert after.item() == pytest.approx(before.item(), rel=0.02)  # bfloat16
 
 
 def test_plain_samples_come_alone_until_their_step(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
