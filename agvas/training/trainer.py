@@ -44,9 +44,9 @@ class TrainSettings:
     """
 
     config: str = "nano"
-    encoder_steps: int = 900
+    encoder_steps: int = 560
     encoder_learning_rate: float = 1e-3
-    steps: int = 420
+    steps: int = 360
     batch: int = 8
     learning_rate: float = 1e-3
     weight_decay: float = 0.02
@@ -57,7 +57,7 @@ class TrainSettings:
     early_weights: MaskLossWeights = field(default_factory=lambda: MaskLossWeights(bce=4.0, dice=0.25))
     late_weights: MaskLossWeights = field(default_factory=MaskLossWeights)
     paper_weights_from: float = 0.8
-    plain_until: int = 150
+    plain_until: int = 640
     seed: int = 0
     save_every: int = 100
     pool: PoolSettings = field(default_factory=PoolSettings)
