@@ -33,7 +33,6 @@ from runtime.errors import AgvasError, OutputError, ParityFailed
 from runtime.parity import GATES
 from runtime.verify import gates_for, open_pipeline
 
-PRECISIONS = ("fp32", "fp16", "bf16")
 TOOLS = ("torch", "transformers", "onnx", "onnxscript", "onnx-ir", "onnxruntime", "openvino", "numpy", "pillow", "tokenizers")
 
 

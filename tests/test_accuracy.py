@@ -239,7 +239,6 @@ def test_without_json_only_the_table_is_printed(parts: Path, capsys: pytest.Capt
 
 
 def test_a_baseline_runs_from_the_files_to_the_json(parts: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("runtime.images")
     assert main([str(parts), "--baseline", "median", "--json"]) == 0
     bolt = json.loads(capsys.readouterr().out.splitlines()[-1])["categories"]["bolt"]
     assert (bolt["empty_normal"], bolt["image_auroc"]) == (1.0, 1.0)  # normal images are plain grey
