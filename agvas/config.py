@@ -21,7 +21,11 @@ INSTRUCTION = "Please segment the anomalies in this image."
 
 @dataclass(frozen=True)
 class PixelEncoderConfig:
-    """SAM's ViT (Kirillov et al. 2023): windowed attention with relative positions, global in `global_layers`, neck to `output_width`."""
+    """SAM's ViT (Kirillov et al. 2023): windowed attention with relative positions, global in `global_layers`, neck to `output_width`.
+
+    Attributes:
+        stem: "linear", SAM's patch embedding, or "convolutional" (agvas/stem.py).
+    """
 
     image_size: int
     patch_size: int
@@ -32,6 +36,11 @@ class PixelEncoderConfig:
     window: int
     global_layers: tuple[int, ...]
     output_width: int = 256
+    stem: str = "linear"
+
+    def __post_init__(self) -> None:
+        if self.stem not in ("linear", "convolutional"):
+            raise ValueError(f'stem: expected "linear" or "convolutional", got {self.stem!r}')
 
     @property
     def grid(self) -> int:
@@ -187,12 +196,12 @@ def nano() -> AGVASConfig:
     """The model this package ships, trained on procedural defects (agvas/training), direct mode only."""
     return AGVASConfig(
         name="nano",
-        pixel=PixelEncoderConfig(224, 8, 128, 6, 2, 384, 7, (3,), output_width=128),
+        pixel=PixelEncoderConfig(336, 12, 128, 6, 2, 384, 7, (3,), output_width=128, stem="convolutional"),
         semantic=SemanticEncoderConfig(160, 16, 128, 4, 4, 384),
         language=LanguageConfig(512, 160, 4, 5, 1, 448, max_positions=2048),
         spam=SPAMConfig(width=128, heads=4),
         mask_decoder=MaskDecoderConfig(layers=2, heads=4, mlp_width=256),
-        preprocessing=_preprocessing(224, 160),
+        preprocessing=_preprocessing(336, 160),
         prompts=_prompts(),
     )
 

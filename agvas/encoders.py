@@ -1,7 +1,7 @@
 """The two encoders and the language model, built from transformers' own modules.
 
 Only translation from our configs to theirs and the one choice that is LLaVA-OneVision's: semantic features are the last
-encoder layer's, before SigLIP's final norm, and the projector is two linear layers with a GELU between.
+encoder layer's, before SigLIP's final norm.
 """
 
 from __future__ import annotations
@@ -9,11 +9,13 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import Qwen2Config, Qwen2ForCausalLM, SamVisionConfig, SiglipVisionConfig
+from transformers import LlavaOnevisionConfig, Qwen2Config, Qwen2ForCausalLM, SamVisionConfig, SiglipVisionConfig
+from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOnevisionMultiModalProjector
 from transformers.models.sam.modeling_sam import SamVisionEncoder
 from transformers.models.siglip.modeling_siglip import SiglipEncoder, SiglipVisionEmbeddings
 
 from agvas.config import AGVASConfig, LanguageConfig, PixelEncoderConfig, SemanticEncoderConfig
+from agvas.stem import StemmedVisionEncoder
 
 
 def _with_attention(config: Any) -> Any:
@@ -24,7 +26,8 @@ def _with_attention(config: Any) -> Any:
 
 def pixel_encoder(config: PixelEncoderConfig) -> SamVisionEncoder:
     """SAM's image encoder: [B, 3, S, S] → `.last_hidden_state` [B, P, G, G]."""
-    return SamVisionEncoder(
+    kind = StemmedVisionEncoder if config.stem == "convolutional" else SamVisionEncoder
+    return kind(
         _with_attention(
             SamVisionConfig(
                 hidden_size=config.width,
@@ -46,22 +49,24 @@ def pixel_encoder(config: PixelEncoderConfig) -> SamVisionEncoder:
 
 def language_model(config: LanguageConfig) -> Qwen2ForCausalLM:
     """Qwen2 with its head."""
-    return Qwen2ForCausalLM(
-        _with_attention(
-            Qwen2Config(
-                vocab_size=config.vocabulary,
-                hidden_size=config.width,
-                intermediate_size=config.mlp_width,
-                num_hidden_layers=config.layers,
-                num_attention_heads=config.heads,
-                num_key_value_heads=config.key_value_heads,
-                max_position_embeddings=config.max_positions,
-                rms_norm_eps=config.norm_epsilon,
-                rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-                tie_word_embeddings=config.tied_head,
-                use_sliding_window=False,
-                initializer_range=config.width**-0.5,
-            )
+    return Qwen2ForCausalLM(_qwen2(config))
+
+
+def _qwen2(config: LanguageConfig) -> Qwen2Config:
+    return _with_attention(
+        Qwen2Config(
+            vocab_size=config.vocabulary,
+            hidden_size=config.width,
+            intermediate_size=config.mlp_width,
+            num_hidden_layers=config.layers,
+            num_attention_heads=config.heads,
+            num_key_value_heads=config.key_value_heads,
+            max_position_embeddings=config.max_positions,
+            rms_norm_eps=config.norm_epsilon,
+            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+            tie_word_embeddings=config.tied_head,
+            use_sliding_window=False,
+            initializer_range=config.width**-0.5,
         )
     )
 
@@ -74,10 +79,8 @@ class SemanticEncoder(nn.Module):
         tower = _siglip(config.semantic)
         self.embeddings = SiglipVisionEmbeddings(tower)
         self.encoder = SiglipEncoder(tower)
-        self.projector = nn.Sequential(
-            nn.Linear(config.semantic.width, config.language.width),
-            nn.GELU(),
-            nn.Linear(config.language.width, config.language.width),
+        self.projector = LlavaOnevisionMultiModalProjector(
+            LlavaOnevisionConfig(vision_config=tower, text_config=_qwen2(config.language), vision_feature_layer=-1)
         )
 
     def forward(self, semantic_image: Tensor) -> tuple[Tensor, Tensor]:

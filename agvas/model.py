@@ -122,8 +122,8 @@ class AGVAS(nn.Module):
             RequestError: see PromptEncoder.encode.
         """
         settings = self.config.preprocessing
-        pixel_image, frame = preprocess.pixel_image(image, settings)
-        vision = self.see(self._batch(pixel_image), self._batch(preprocess.semantic_image(image, settings)))
+        pixel_image, semantic_image, frame = preprocess.encoder_images(image, settings)
+        vision = self.see(self._batch(pixel_image), self._batch(semantic_image))
         answer, states = self.generate(vision, self.prompt_encoder.encode(instruction, mode))
         anchors = self.prompt_encoder.find_anchors(answer)
         text = self.prompt_encoder.decode(answer)

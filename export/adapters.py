@@ -7,12 +7,15 @@ and outputs stand in the contract's order.
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor, nn
 from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb, repeat_kv
 
 from agvas.config import AGVASConfig
 from agvas.model import AGVAS
+from agvas.stem import StemmedVisionEncoder
 from runtime.contract import STAGES
 
 
@@ -20,6 +23,10 @@ class PixelEncoderStage(nn.Module):
     def __init__(self, model: AGVAS) -> None:
         super().__init__()
         self.encoder = model.pixel_encoder
+        if isinstance(self.encoder, StemmedVisionEncoder):
+            # Batch norms are folded in fp32, before any precision is lowered; into a copy, since the reference stays as it is.
+            self.encoder = copy.deepcopy(self.encoder)
+            self.encoder.patch_embed.fold()
 
     def forward(self, pixel_image: Tensor) -> tuple[Tensor]:
         return (self.encoder(pixel_image).last_hidden_state,)

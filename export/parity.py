@@ -135,6 +135,11 @@ def measure(
     glue_parity, chain_parity = compare(glue, reference), compare(chain, reference)
     failures = [f"glue: {failure}" for failure in glue_gates.failures(glue_parity)]
     failures += [f"chain: {failure}" for failure in gates.failures(chain_parity)]
+    if chain_parity.compared and not chain_parity.non_empty:
+        failures.append(
+            f"chain: the reference's mask is empty on all {chain_parity.images} pictures, so no mask was compared; "
+            "give pictures with defects that the model finds (--images)"
+        )
     return ParityReport(glue_parity, errors, chain_parity, failures, engine), golden
 
 

@@ -14,13 +14,15 @@ from onnx_ir.passes.common import LiftConstantsToInitializersPass
 
 LOW_TYPES = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 
-# Sums of squares overflow fp16 from 256 on, exponentials and their sums lose the small terms, and angles need all their bits.
+# Sums of squares overflow fp16 from 256 on, exponentials and their sums lose the small terms, angles need all their bits, and
+# what is left when a mean is taken from its terms is smaller than they are.
 FP32_OPERATORS = frozenset(
     {
         "LayerNormalization",
         "RMSNormalization",
         "InstanceNormalization",
         "GroupNormalization",
+        "AveragePool",
         "ReduceMean",
         "ReduceSum",
         "ReduceSumSquare",
@@ -39,7 +41,7 @@ FP32_OPERATORS = frozenset(
 ELEMENTWISE = frozenset({"Add", "Sub", "Mul", "Div"})
 # Of an elementwise operator's inputs, one of these makes it part of the norm or probability being computed. (Sin and Cos are not:
 # their values are bounded and what they are multiplied with is not theirs.)
-FP32_REACH = frozenset({"ReduceMean", "ReduceSum", "ReduceSumSquare", "ReduceL2", "Pow", "Sqrt", "Reciprocal", "Sigmoid"})
+FP32_REACH = frozenset({"AveragePool", "ReduceMean", "ReduceSum", "ReduceSumSquare", "ReduceL2", "Pow", "Sqrt", "Reciprocal", "Sigmoid"})
 ANGLES = frozenset({"Sin", "Cos"})
 
 
@@ -47,11 +49,11 @@ def lower_precision(model: ir.Model, precision: str) -> ir.Model:
     """Compute in fp16 or bf16 wherever the rule allows; inputs and outputs of the graph stay fp32.
 
     Rule: every float operator works in the low type, except (1) `FP32_OPERATORS`, (2) an elementwise operator that reads the
-    output of one of `FP32_REACH`, which covers the epsilon and the scaling of a norm written out in parts, and the fusion
-    of probabilities, (3) a value multiplied with itself, which is a square written out, (4) whatever only `ANGLES` read: bf16
-    counts positions to 256, and an angle of 100 would be off by up to 0.25 in it, and (5) operators and inputs that ONNX does
-    not define in the low type at this opset (convolutions in bf16, the scales of a Resize). A cast stands at each border, once
-    per value and direction. Constants are stored in the type of the operator that reads them.
+    output of one of `FP32_REACH`, which covers the epsilon and the scaling of a norm written out in parts, a contrast with
+    a mean, and the fusion of probabilities, (3) a value multiplied with itself, which is a square written out, (4) whatever
+    only `ANGLES` read: bf16 counts positions to 256, and an angle of 100 would be off by up to 0.25 in it, and (5) operators
+    and inputs that ONNX does not define in the low type at this opset (convolutions in bf16, the scales of a Resize). A cast
+    stands at each border, once per value and direction. Constants are stored in the type of the operator that reads them.
 
     Args:
         precision: "fp16" or "bf16".

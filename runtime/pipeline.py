@@ -83,8 +83,7 @@ class Pipeline:
         trace = Trace()
         with trace.timed("total"):
             with trace.timed("preprocess"):
-                pixel_image, frame = preprocess.pixel_image(image, self.preprocessing)
-                semantic_image = preprocess.semantic_image(image, self.preprocessing)
+                pixel_image, semantic_image, frame = preprocess.encoder_images(image, self.preprocessing)
             self._stage(trace, "pixel_encoder", pixel_image=pixel_image[None])
             self._stage(trace, "semantic_encoder", semantic_image=semantic_image[None])
             pixel_embeddings = trace.tensors["pixel_embeddings"]

@@ -49,6 +49,20 @@ def frame_of(height: int, width: int, padded_size: int) -> Frame:
     )
 
 
+def encoder_images(image: np.ndarray, settings: Preprocessing) -> tuple[np.ndarray, np.ndarray, Frame]:
+    """Both encoders' inputs; Pillow's own copy of the picture is made once for the two.
+
+    Args:
+        image: uint8 RGB [H, W, 3].
+
+    Returns:
+        float32 [3, S, S], float32 [3, s, s] and the frame that `restore` needs.
+    """
+    picture = Image.fromarray(image)
+    pixel, frame = _pixel_image(picture, settings)
+    return pixel, _semantic_image(picture, settings), frame
+
+
 def pixel_image(image: np.ndarray, settings: Preprocessing) -> tuple[np.ndarray, Frame]:
     """Resize the longest side, normalise, pad right and below with zeros (SAM).
 
@@ -58,11 +72,7 @@ def pixel_image(image: np.ndarray, settings: Preprocessing) -> tuple[np.ndarray,
     Returns:
         float32 [3, S, S] and the frame that `restore` needs.
     """
-    frame = frame_of(image.shape[0], image.shape[1], settings.pixel_size)
-    resized = _resize(image, frame.resized_height, frame.resized_width, Image.Resampling.BILINEAR)
-    padded = np.zeros((3, frame.padded_size, frame.padded_size), np.float32)
-    padded[:, : frame.resized_height, : frame.resized_width] = _normalise(resized, settings.pixel_mean, settings.pixel_std)
-    return padded, frame
+    return _pixel_image(Image.fromarray(image), settings)
 
 
 def semantic_image(image: np.ndarray, settings: Preprocessing) -> np.ndarray:
@@ -74,8 +84,7 @@ def semantic_image(image: np.ndarray, settings: Preprocessing) -> np.ndarray:
     Returns:
         float32 [3, s, s].
     """
-    size = settings.semantic_size
-    return _normalise(_resize(image, size, size, Image.Resampling.BICUBIC), settings.semantic_mean, settings.semantic_std)
+    return _semantic_image(Image.fromarray(image), settings)
 
 
 def restore(anomaly_map: np.ndarray, frame: Frame) -> np.ndarray:
@@ -96,14 +105,24 @@ def restore(anomaly_map: np.ndarray, frame: Frame) -> np.ndarray:
     return np.array(resized)
 
 
-def _resize(image: np.ndarray, height: int, width: int, filter: Image.Resampling) -> np.ndarray:
-    if image.shape[:2] == (height, width):
-        return image
-    return np.asarray(Image.fromarray(image).resize((width, height), filter))
+def _pixel_image(picture: Image.Image, settings: Preprocessing) -> tuple[np.ndarray, Frame]:
+    frame = frame_of(picture.height, picture.width, settings.pixel_size)
+    resized = picture.resize((frame.resized_width, frame.resized_height), Image.Resampling.BILINEAR)
+    padded = np.zeros((3, frame.padded_size, frame.padded_size), np.float32)
+    _normalise(resized, settings.pixel_mean, settings.pixel_std, padded[:, : frame.resized_height, : frame.resized_width])
+    return padded, frame
 
 
-def _normalise(image: np.ndarray, mean: tuple[float, float, float], std: tuple[float, float, float]) -> np.ndarray:
-    """uint8 [H, W, 3] → float32 [3, H, W]."""
-    scale = 1.0 / np.asarray(std, np.float32)[:, None, None]
-    offset = np.asarray(mean, np.float32)[:, None, None] * scale
-    return np.multiply(image.transpose(2, 0, 1), scale, dtype=np.float32) - offset
+def _semantic_image(picture: Image.Image, settings: Preprocessing) -> np.ndarray:
+    size = settings.semantic_size
+    image = np.empty((3, size, size), np.float32)
+    _normalise(picture.resize((size, size), Image.Resampling.BICUBIC), settings.semantic_mean, settings.semantic_std, image)
+    return image
+
+
+def _normalise(picture: Image.Image, mean: tuple[float, float, float], std: tuple[float, float, float], image: np.ndarray) -> None:
+    """Write (picture - mean) / std into `image`, float32 [3, H, W], channel by channel: contiguous reads and no copies between."""
+    for plane, channel, centre, deviation in zip(image, picture.split(), mean, std, strict=True):
+        scale = np.float32(1.0) / np.float32(deviation)
+        np.multiply(np.asarray(channel), scale, out=plane, dtype=np.float32)
+        plane -= np.float32(centre) * scale

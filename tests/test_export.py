@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from agvas import AGVAS
 from agvas.config import tiny
 from export.bundle import ExportSettings, export_bundle
 from export.cli import main
-from export.parity import GOLDEN_PICTURES, TRACED_PICTURES
+from export.parity import GOLDEN_PICTURES, TRACED_PICTURES, measure, pipeline_over, torch_stages
 from export.progress import Progress
 from runtime import Segmenter
 from runtime.bundle import Bundle
@@ -339,6 +340,16 @@ def test_parity_report_writes_the_bundle_with_the_failure_on_record(
     assert recorded["passed"] is False and recorded["failures"] == told["failures"]
     assert recorded["stages"]["mask_decoder"]["anomaly_map"] > 1e-3 > recorded["stages"]["spam"]["aligned_embeddings"]
     assert recorded["glue"]["map_max_abs"] < 1e-5, "the glue is not to blame"
+
+
+@pytest.mark.parametrize(("threshold", "failures"), [(1.0, 1), (0.0, 0)])
+def test_masks_that_are_all_empty_prove_nothing(tiny_model: AGVAS, threshold: float, failures: int) -> None:
+    config = replace(tiny_model.config, mask_decoder=replace(tiny_model.config.mask_decoder, threshold=threshold))
+    model = AGVAS(config, tiny_model.tokenizer).eval()
+    model.load_state_dict(tiny_model.state_dict())
+    gates = GATES["fp32"]
+    report, _ = measure(model, pipeline_over(model, torch_stages(model)), "torch", [picture()], gates, gates, lambda: None)
+    assert ["no mask was compared" in failure for failure in report.failures] == [True] * failures
 
 
 # What a bundle holds

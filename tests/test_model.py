@@ -165,7 +165,8 @@ def test_semantic_features_are_siglips_last_hidden_states_before_its_final_norm(
     torch.testing.assert_close(features, output.hidden_states[-1], atol=1e-5, rtol=1e-5)
     assert (features - output.last_hidden_state).abs().max() > 1e-2
     # The projector: two linear layers and an exact GELU between.
-    first, _, second = random_tiny.semantic_encoder.projector
+    projector = random_tiny.semantic_encoder.projector
+    first, second = projector.linear_1, projector.linear_2
     hidden = features.double() @ first.weight.double().T + first.bias.double()
     hidden = hidden * 0.5 * (1 + torch.erf(hidden / math.sqrt(2)))
     expected = hidden @ second.weight.double().T + second.bias.double()

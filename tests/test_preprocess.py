@@ -105,6 +105,16 @@ def test_inputs_agree_with_the_published_image_processors(
     np.testing.assert_allclose(preprocess.semantic_image(image, settings), expected[0], atol=3e-6)
 
 
+@pytest.mark.parametrize(("height", "width"), SIZES)
+def test_both_images_made_at_once_are_the_two_made_alone(height: int, width: int) -> None:
+    image = picture(5, height, width)
+    pixel, semantic, frame = preprocess.encoder_images(image, SETTINGS)
+    alone, its_frame = preprocess.pixel_image(image, SETTINGS)
+    np.testing.assert_array_equal(pixel, alone)
+    np.testing.assert_array_equal(semantic, preprocess.semantic_image(image, SETTINGS))
+    assert frame == its_frame
+
+
 def test_the_statistics_are_the_published_ones() -> None:
     for config in (ov_7b(), nano(), tiny()):
         settings = config.preprocessing

@@ -233,16 +233,59 @@ def test_every_turn_and_mirror_is_drawn(bright_pool: SamplePool) -> None:
     assert {tuple((shrunk(m, 4, 4) > 0.4).ravel().tolist()) for m in masks} <= seen
 
 
-def test_early_batches_are_of_the_first_samples_alone(tmp_path: Path) -> None:
+@pytest.fixture
+def marked_pool(tmp_path: Path) -> SamplePool:
+    """Two plain samples without a defect, then one that is all defect."""
     masks = np.zeros((3, 32, 32), bool)
     masks[2] = True
     np.save(tmp_path / "masks.npy", masks)
     np.save(tmp_path / "images.npy", np.full((3, 32, 32, 3), 99, np.uint8))
-    pool = SamplePool(tmp_path, PoolSettings(3, 2, 32, 0))
-    for among, marked in ((2, False), (None, True)):
-        batch = draw_batch(pool, nano().preprocessing, 8, 30, np.random.default_rng(0), among)
-        assert bool(batch.target.any()) == marked
-        assert not batch.target.amax(dim=(1, 2)).all()  # the unmarked ones are drawn in both
+    return SamplePool(tmp_path, PoolSettings(3, 2, 32, 0))
+
+
+@pytest.mark.parametrize(("share", "low", "high"), [(0.0, 1.0, 1.0), (0.75, 0.1, 0.4), (1.0, 0.0, 0.0)])
+def test_the_plain_samples_have_the_share_of_a_batch_that_was_asked_for(
+    marked_pool: SamplePool, share: float, low: float, high: float
+) -> None:
+    batch = draw_batch(marked_pool, tiny().preprocessing, 8, 60, np.random.default_rng(0), share)
+    assert low <= batch.target.amax(dim=(1, 2)).mean().item() <= high
+
+
+@pytest.mark.parametrize("plain", [0, 3])
+def test_a_pool_of_one_kind_is_drawn_from_whatever_the_share(marked_pool: SamplePool, plain: int) -> None:
+    marked_pool.plain = plain
+    for share in (0.0, 1.0):
+        batch = draw_batch(marked_pool, tiny().preprocessing, 8, 40, np.random.default_rng(0), share)
+        assert 0 < batch.target.amax(dim=(1, 2)).mean().item() < 1
+
+
+def test_pictures_are_continued_by_their_mirror_image_half_of_the_time() -> None:
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (20, 20, 3), np.uint8)
+    mask = rng.random((20, 20)) < 0.5
+    sides = []
+    for _ in range(60):
+        larger, larger_mask = pool_module._mirror(image, mask, rng)
+        side = len(larger)
+        sides.append(side)
+        assert larger.shape == (side, side, 3) and larger_mask.shape == (side, side)
+        np.testing.assert_array_equal(larger[:20, :20], image)
+        np.testing.assert_array_equal(larger[20:, :20], image[::-1][: side - 20])
+        np.testing.assert_array_equal(larger_mask[:20, 20:], mask[:, ::-1][:, : side - 20])
+    assert 20 <= sum(side == 20 for side in sides) <= 40
+    assert max(sides) > 36
+
+
+def test_a_crop_keeps_the_defect_more_often_than_chance() -> None:
+    mask = np.zeros((100, 100), bool)
+    mask[:20, :20] = True
+    image = np.zeros((100, 100, 3), np.uint8)
+
+    def kept(crop: Any) -> float:
+        rng = np.random.default_rng(0)
+        return float(np.mean([crop(image, mask, rng)[1].sum() >= mask.sum() / 3 for _ in range(200)]))
+
+    assert kept(pool_module._crop_with_defect) > 0.97 > 0.85 > kept(pool_module._crop)
 
 
 def stand_in_samples(seeds: Iterable[int], height: int, width: int, workers: int, plain: bool = False) -> Iterator[SimpleNamespace]:
@@ -334,9 +377,9 @@ def uninterrupted(small_pool: Path, tmp_path_factory: pytest.TempPathFactory) ->
     return train(SETTINGS, folder, workers=0).state_dict()
 
 
-def recorded_draws(monkeypatch: pytest.MonkeyPatch, failure: BaseException | float = 1.0, after: int = STEPS) -> list[int | None]:
-    """The argument `among` of every batch drawn, one a step. After so many, drawing raises `failure` or multiplies targets by it."""
-    drawn: list[int | None] = []
+def recorded_draws(monkeypatch: pytest.MonkeyPatch, failure: BaseException | float = 1.0, after: int = STEPS) -> list[float]:
+    """The argument `plain_share` of every batch drawn, one a step. After so many, drawing raises `failure` or multiplies targets by it."""
+    drawn: list[float] = []
 
     def draw(*arguments: Any) -> Batch:
         drawn.append(arguments[5])
@@ -403,13 +446,23 @@ def test_the_second_phase_begins_with_the_maps_the_first_one_ended_with(run_fold
 def test_plain_samples_come_alone_until_their_step(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = recorded_draws(monkeypatch)
     train(SETTINGS, run_folder, workers=0)
-    assert drawn == [3, 3] + [None] * 5
+    assert drawn == [1.0] * 2 + [SETTINGS.plain_share] * 5
 
 
 def test_training_moves_every_part_of_the_model(uninterrupted: dict[str, Tensor]) -> None:
     start = new_model("tiny", SETTINGS.seed).state_dict()
     unmoved = [name for name, tensor in uninterrupted.items() if torch.equal(tensor, start[name])]
     assert unmoved == ["mask_decoder.frequencies"]  # SAM's random frequencies are drawn once
+
+
+def test_a_stem_learns_alone_before_the_vit_behind_it(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stemmed = replace(tiny(), pixel=replace(tiny().pixel, stem="convolutional"))
+    monkeypatch.setitem(trainer.NAMED, "tiny", lambda: stemmed)
+    start = new_model("tiny", SETTINGS.seed).state_dict()
+    trained = train(replace(SETTINGS, steps=0), run_folder, workers=0).state_dict()
+    moved = {name for name, tensor in trained.items() if name.startswith("pixel_encoder.") and not torch.equal(tensor, start[name])}
+    assert moved == {name for name in start if name.startswith(("pixel_encoder.patch_embed.", "pixel_encoder.skip."))}
+    assert any(name.endswith("running_mean") for name in moved)  # the average keeps the norms' statistics too
 
 
 def test_a_few_steps_lower_both_losses(run_folder: Path) -> None:

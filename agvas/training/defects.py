@@ -459,6 +459,26 @@ def unevenness(site, rng):
     return over(site.image, alpha, other + np.float32(_sign(site, rng, 0.5) * 0.8 * _contrast(site, rng))), alpha > 0.4
 
 
+def band(site, rng):
+    """Stripes through the whole picture: roll marks, drag lines, skipped coating; straight, ragged, uneven along their length."""
+    height, width = site.shape
+    angle = pick(rng, 0.0, np.pi / 2) + rng.normal(0, 0.02) if chance(rng, 0.8) else rng.uniform(0, np.pi)
+    y, x = np.mgrid[:height, :width].astype(np.float32)
+    x, y = x - site.centre[0], y - site.centre[1]
+    along, across = x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
+    knots = np.linspace(-2 * site.size, 2 * site.size, int(rng.integers(12, 120)))
+    alpha = np.zeros(site.shape, np.float32)
+    for index in range(int(rng.choice([1, 1, 2, 3, 5]))):
+        offset = rng.normal(0, 0.15) * site.size if index else 0.0
+        half = log_uniform(rng, 0.003, 0.06) * site.size + 0.6
+        ragged = half * (1 + rng.uniform(0, 0.3) * np.interp(along, knots, rng.normal(0, 1, len(knots))))
+        soft = 0.5 + rng.uniform(0, 0.5) * half
+        stripe = 1 - smoothstep(ragged - soft, ragged + soft, np.abs(across - offset))
+        uneven = np.clip(1 + rng.uniform(0, 0.5) * np.interp(along, knots, rng.normal(0, 1, len(knots))), 0.3, 1.5)
+        alpha = np.maximum(alpha, (stripe * uneven).astype(np.float32))
+    return _toned(site, alpha, _sign(site, rng, 0.4) * _contrast(site, rng) * _tinge(rng)), alpha > 0.3
+
+
 def foreign_texture(site, rng):
     """Another material within a patch, its mean tone partly matched."""
     alpha = shapes.patch(rng, *site.shape, site.centre, _area(site, rng, 0.006, 0.5))
@@ -483,7 +503,7 @@ _RECIPES = {f.__name__: (f, weight, kept) for f, weight, kept in (
     (missing, 1.0, False), (extra_part, 1.0, False), (fibre, 0.8, False), (fray, 0.7, False), (inclusion, 1.4, True),
     (wrinkle, 0.8, True), (contamination, 0.8, False), (texture_break, 1.3, True), (misplaced_thread, 0.6, True), (smear, 0.8, True),
     (burn, 0.5, True), (colour_shift, 0.8, True), (unevenness, 2.0, True), (foreign_texture, 1.0, True), (bubble, 0.8, True),
-    (burr, 0.6, False), (peel, 0.8, True),
+    (burr, 0.6, False), (peel, 0.8, True), (band, 1.0, True),
 )}
 KINDS = tuple(_RECIPES)
 _WEIGHTS = np.array([weight for _, weight, _ in _RECIPES.values()])

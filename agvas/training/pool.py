@@ -44,6 +44,7 @@ class SamplePool:
         shape = (settings.samples, settings.side, settings.side)
         self.images = np.load(folder / "images.npy", mmap_mode="r")
         self.masks = np.load(folder / "masks.npy", mmap_mode="r")
+        self.plain = settings.plain
         if self.masks.shape != shape:
             raise ValueError(f"pool in {folder} is {self.masks.shape}, expected {shape}; remove the folder and make it again")
 
@@ -94,20 +95,33 @@ class Batch:
 
 
 def draw_batch(
-    pool: SamplePool, settings: Preprocessing, map_side: int, size: int, rng: np.random.Generator, among: int | None = None
+    pool: SamplePool, settings: Preprocessing, map_side: int, size: int, rng: np.random.Generator, plain_share: float = 0.0
 ) -> Batch:
-    """`size` augmented samples, from the first `among` of the pool or all, preprocessed exactly as the runtime does."""
-    rows = [_draw(pool, settings, map_side, rng, among or len(pool.images)) for _ in range(size)]
+    """`size` augmented samples, preprocessed exactly as the runtime does.
+
+    Args:
+        plain_share: probability that a sample is drawn from the plain ones; the rest comes from all the others.
+    """
+    rows = [_draw(pool, settings, map_side, rng, plain_share) for _ in range(size)]
     return Batch(*(torch.from_numpy(np.stack(column)) for column in zip(*rows, strict=True)))
 
 
+def _index(pool: SamplePool, rng: np.random.Generator, plain_share: float) -> int:
+    total = len(pool.images)
+    from_plain = rng.random() < plain_share
+    if pool.plain in (0, total):
+        return int(rng.integers(total))
+    return int(rng.integers(pool.plain) if from_plain else rng.integers(pool.plain, total))
+
+
 def _draw(
-    pool: SamplePool, settings: Preprocessing, map_side: int, rng: np.random.Generator, among: int
+    pool: SamplePool, settings: Preprocessing, map_side: int, rng: np.random.Generator, plain_share: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    index = int(rng.integers(among))
-    image, mask = _turn(*_crop(pool.images[index], pool.masks[index], rng), rng)
+    index = _index(pool, rng, plain_share)
+    image, mask = _mirror(pool.images[index], pool.masks[index], rng)
+    image, mask = _turn(*_crop_with_defect(image, mask, rng), rng)
     image = _recolour(image, rng)
-    pixel, frame = preprocess.pixel_image(image, settings)
+    pixel, semantic, frame = preprocess.encoder_images(image, settings)
     target = np.zeros((map_side, map_side), np.float32)
     valid = np.zeros((map_side, map_side), np.float32)
     rows = max(1, round(map_side * frame.resized_height / frame.padded_size))
@@ -115,7 +129,28 @@ def _draw(
     shares = Image.fromarray(mask.astype(np.float32)).resize((columns, rows), Image.Resampling.BOX)
     target[:rows, :columns] = np.asarray(shares)
     valid[:rows, :columns] = 1
-    return pixel, preprocess.semantic_image(image, settings), target, valid
+    return pixel, semantic, target, valid
+
+
+def _mirror(image: np.ndarray, mask: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Half of the time, continue the picture by its mirror image to up to twice its side.
+
+    Pictures of a line are larger than the network's input and sharp in it; the pool's are about as large and, cropped, blurred.
+    """
+    if rng.random() < 0.5:
+        return image, mask
+    extra = int(image.shape[0] * rng.uniform(0.2, 1.0))
+    return np.pad(image, ((0, extra), (0, extra), (0, 0)), mode="symmetric"), np.pad(mask, ((0, extra), (0, extra)), mode="symmetric")
+
+
+def _crop_with_defect(image: np.ndarray, mask: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """A crop that keeps a third of the defects if one of five tries does: otherwise most pictures would be normal."""
+    wanted = mask.sum() / 3
+    for _ in range(5):
+        cropped = _crop(image, mask, rng)
+        if cropped[1].sum() >= wanted:
+            break
+    return cropped
 
 
 def _crop(image: np.ndarray, mask: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:

@@ -23,7 +23,7 @@ from agvas.training.noise import blur, chance, grain, log_uniform, pick, rgb
 PLAIN_MATERIALS = (surfaces.mottled, surfaces.smooth, surfaces.smooth, surfaces.granular, surfaces.brushed, surfaces.orange_peel,
                    surfaces.ground_ceramic, surfaces.leather, surfaces.road, surfaces.woven)
 PLAIN_KINDS = ("scratch", "crack", "crack_net", "hole", "large_patch", "stain", "spalling", "corrosion", "inclusion", "cut", "dent",
-               "burn", "contamination", "extra_part", "fibre")
+               "burn", "contamination", "extra_part", "fibre", "band", "large_patch", "stain")
 NORMAL_SHARE = 1 / 3
 THEMED_SHARE = 0.3
 # Materials and the defects they are known for. Most samples mix anything with anything; these keep the likely pairs from being rare.
@@ -33,7 +33,7 @@ THEMES = (
     ((surfaces.ground_ceramic, surfaces.brushed, surfaces.smooth),
      ("hole", "hole", "crack", "fray", "unevenness", "unevenness", "spalling", "scratch", "missing", "large_patch")),
     ((surfaces.brushed, surfaces.mottled, surfaces.smooth, surfaces.granular),
-     ("inclusion", "inclusion", "large_patch", "large_patch", "scratch", "hole", "dent", "corrosion", "crack_net")),
+     ("inclusion", "inclusion", "large_patch", "large_patch", "scratch", "band", "hole", "dent", "corrosion", "crack_net")),
     ((surfaces.leather, surfaces.orange_peel, surfaces.ridged, surfaces.mottled),
      ("cut", "cut", "hole", "scratch", "wrinkle", "wrinkle", "stain", "dent", "misplaced_thread")),
     ((surfaces.woven, surfaces.knitted, surfaces.striped, surfaces.fibrous, surfaces.meshed),
@@ -67,7 +67,8 @@ def _photographed(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         small = cv2.resize(field, (max(8, int(width * factor)), max(8, int(height * factor))), interpolation=cv2.INTER_AREA)
         field = cv2.resize(small, (width, height), interpolation=cv2.INTER_LINEAR)
     if chance(rng, 0.6):
-        level, sigma = log_uniform(rng, 0.003, 0.03), pick(rng, 0, 0, 0.6)
+        level = log_uniform(rng, 0.003, 0.03) if chance(rng, 0.8) else log_uniform(rng, 0.03, 0.15)  # a worn or starved camera
+        sigma = pick(rng, 0, 0, 0.6)
         noise = rgb(grain(rng, height, width, sigma))
         if not grey and chance(rng, 0.5):
             noise = np.dstack([0.7 * noise[..., 0] + 0.7 * grain(rng, height, width, sigma) for _ in range(3)])

@@ -24,10 +24,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
+from transformers.models.sam.modeling_sam import SamVisionEncoder
 
 from agvas.checkpoint import save
 from agvas.config import ANSWER, NAMED
 from agvas.model import AGVAS
+from agvas.stem import StemmedVisionEncoder
 from agvas.tokenizer import train_tokenizer
 from agvas.training.instructions import all_instructions, sample_instruction
 from agvas.training.losses import MaskLossWeights, anchor_loss, mask_loss, text_loss
@@ -41,14 +43,15 @@ class TrainSettings:
     Attributes:
         encoder_steps, encoder_learning_rate: first phase, pixel encoder and upscaling under one learned kernel.
         steps, learning_rate: second phase, the whole model.
+        plain_until, plain_share: plain samples come alone until this step, then they are this share of a batch.
     """
 
     config: str = "nano"
-    encoder_steps: int = 560
+    encoder_steps: int = 2000
     encoder_learning_rate: float = 1e-3
-    steps: int = 360
+    steps: int = 400
     batch: int = 8
-    learning_rate: float = 1e-3
+    learning_rate: float = 5e-4
     weight_decay: float = 0.02
     warmup_steps: int = 60
     clip_norm: float = 1.0
@@ -56,8 +59,9 @@ class TrainSettings:
     text_weight: float = 0.1
     early_weights: MaskLossWeights = field(default_factory=lambda: MaskLossWeights(bce=4.0, dice=0.25))
     late_weights: MaskLossWeights = field(default_factory=MaskLossWeights)
-    paper_weights_from: float = 0.8
-    plain_until: int = 640
+    paper_weights_from: float = 0.85
+    plain_until: int = 800
+    plain_share: float = 0.6
     seed: int = 0
     save_every: int = 100
     pool: PoolSettings = field(default_factory=PoolSettings)
@@ -157,13 +161,16 @@ class _Run:
         # A young average must not remember the random start: its memory grows with the steps taken.
         decay = min(settings.average_decay, (1 + step) / (10 + step))
         for name, tensor in self.model.state_dict().items():
-            self.average[name].lerp_(tensor, 1 - decay)
+            if tensor.is_floating_point():
+                self.average[name].lerp_(tensor, 1 - decay)
+            else:  # how many batches a norm has seen
+                self.average[name].copy_(tensor)
         return {name: value.item() for name, value in losses.items()} | {"norm": norm.item()}
 
     def _encoder_losses(self, batch: Batch) -> dict[str, Tensor]:
         model, device = self.model, self.kernel.device
         with torch.autocast(device.type, dtype=torch.bfloat16):
-            embeddings = model.pixel_encoder(batch.pixel_image.to(device)).last_hidden_state
+            embeddings = _early_embeddings(model.pixel_encoder, batch.pixel_image.to(device))
             pixels = embeddings.movedim(1, -1)  # [B, G, G, P]
             for block in model.mask_decoder.transformer.layers:  # all that the blocks do to the pixels before they have learned to do more
                 pixels = block.layer_norm4(pixels)
@@ -233,6 +240,13 @@ class _Run:
             return int(file.metadata()["step"])
 
 
+def _early_embeddings(encoder: SamVisionEncoder, pixel_image: Tensor) -> Tensor:
+    """What the first phase learns on: the stem alone where there is one, since the ViT behind it adds nothing yet and costs more."""
+    if isinstance(encoder, StemmedVisionEncoder):
+        return encoder.skipped(encoder.patch_embed(pixel_image))
+    return encoder(pixel_image).last_hidden_state
+
+
 def learning_rate(step: int, settings: TrainSettings) -> float:
     """Each phase warms up and decays on its own."""
     if step < settings.encoder_steps:
@@ -253,8 +267,8 @@ def _batches(pool: SamplePool, model: AGVAS, settings: TrainSettings, first: int
 
     def draw(step: int) -> Batch:
         rng = np.random.default_rng([settings.seed, step, 0])
-        among = settings.pool.plain if step < settings.plain_until else None
-        return draw_batch(pool, config.preprocessing, 4 * config.pixel.grid, settings.batch, rng, among)
+        plain_share = 1.0 if step < settings.plain_until else settings.plain_share
+        return draw_batch(pool, config.preprocessing, 4 * config.pixel.grid, settings.batch, rng, plain_share)
 
     with ThreadPoolExecutor(1) as threads:
         total = settings.encoder_steps + settings.steps

@@ -1,0 +1,151 @@
+"""The convolutional stem: what it computes, that the ViT behind it starts silent, and that folding its norms changes nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from types import SimpleNamespace
+
+import onnx_ir as ir
+import pytest
+import torch
+
+from agvas.config import PixelEncoderConfig, tiny
+from agvas.encoders import pixel_encoder
+from agvas.stem import NEIGHBOURHOODS, ConvolutionalStem, StemmedVisionEncoder, box_mean
+from engines import open_engine
+from export.adapters import PixelEncoderStage, axis_sizes
+from export.onnx_writer import export_stage, write
+from export.passes import lower_precision
+from runtime.contract import STAGES
+from runtime.parity import relative_error
+
+CONFIG = dataclasses.replace(tiny().pixel, stem="convolutional")
+
+
+def stemmed(seed: int = 0) -> StemmedVisionEncoder:
+    """As after training: norms have seen data and the ViT is heard."""
+    torch.manual_seed(seed)
+    encoder = pixel_encoder(CONFIG)
+    assert isinstance(encoder, StemmedVisionEncoder)
+    torch.nn.init.ones_(encoder.neck.layer_norm2.weight)
+    torch.nn.init.normal_(encoder.pos_embed)
+    for _ in range(5):
+        encoder.train()(torch.randn(4, 3, 56, 56))
+    return encoder.eval()
+
+
+def image(seed: int = 1) -> torch.Tensor:
+    return torch.randn(2, 3, 56, 56, generator=torch.Generator().manual_seed(seed))
+
+
+def test_a_box_mean_is_the_mean_of_what_lies_inside_the_picture() -> None:
+    picture = torch.randn(1, 2, 11, 13)
+    got = box_mean(picture, 5)
+    for row in range(11):
+        for column in range(13):
+            around = picture[:, :, max(0, row - 2) : row + 3, max(0, column - 2) : column + 3]
+            torch.testing.assert_close(got[:, :, row, column], around.mean(dim=(2, 3)))
+
+
+def test_contrast_is_the_distance_from_the_neighbourhood_in_the_pictures_own_units() -> None:
+    stem = ConvolutionalStem(patch_size=8, width=16)
+    picture = image()[:1]
+    cells = torch.nn.functional.avg_pool2d(picture, 2)  # a quarter of the patch
+    colour = cells - box_mean(cells, NEIGHBOURHOODS[0])
+    grey = cells.mean(dim=1, keepdim=True)
+    scale = colour.abs().mean() + 0.02
+    got = stem.contrast(picture)
+    assert got.shape == (1, 4, 28, 28)
+    torch.testing.assert_close(got[:, :3], colour / scale)
+    torch.testing.assert_close(got[:, 3:], (grey - box_mean(grey, NEIGHBOURHOODS[1])) / scale)
+
+
+def test_a_darker_or_flatter_picture_has_the_same_contrast() -> None:
+    stem = ConvolutionalStem(patch_size=8, width=16)
+    first, other = stem.contrast(image()), stem.contrast(0.5 * image() - 1.3)
+    torch.testing.assert_close(first, other, atol=0.2, rtol=0.1)  # but for the floor that keeps blank pictures blank
+    assert stem.contrast(torch.full((1, 3, 56, 56), 0.7)).abs().max() < 1e-4
+
+
+def test_one_pictures_contrast_does_not_depend_on_the_batch_it_came_in() -> None:
+    stem = ConvolutionalStem(patch_size=8, width=16)
+    pair = image() * torch.tensor([1.0, 9.0])[:, None, None, None]
+    torch.testing.assert_close(stem.contrast(pair)[:1], stem.contrast(pair[:1]))
+
+
+def test_a_new_encoder_says_what_its_stem_says_and_nothing_else() -> None:
+    torch.manual_seed(0)
+    encoder = pixel_encoder(CONFIG).eval()
+    assert isinstance(encoder, StemmedVisionEncoder)
+    with torch.no_grad():
+        got = encoder(image()).last_hidden_state
+        assert got.shape == (2, CONFIG.output_width, 7, 7)
+        torch.testing.assert_close(got, encoder.skipped(encoder.patch_embed(image())), atol=1e-6, rtol=0)
+
+
+def test_the_vit_is_heard_once_its_last_norm_is_not_zero() -> None:
+    encoder = stemmed()
+    with torch.no_grad():
+        assert not torch.allclose(encoder(image()).last_hidden_state, encoder.skipped(encoder.patch_embed(image())), atol=0.1)
+
+
+def test_folding_the_norms_into_the_convolutions_changes_no_output() -> None:
+    encoder = stemmed()
+    with torch.no_grad():
+        before = encoder(image()).last_hidden_state
+        encoder.patch_embed.fold()
+        encoder.patch_embed.fold()  # twice is once
+        after = encoder(image()).last_hidden_state
+    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in encoder.modules())
+    torch.testing.assert_close(after, before, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"stem": "conv"}, "stem: expected"),
+        ({"stem": "convolutional", "patch_size": 14, "image_size": 56}, "patch size that 4 divides, got 14"),
+    ],
+)
+def test_a_stem_that_cannot_be_is_refused(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        pixel_encoder(dataclasses.replace(CONFIG, **changes))  # type: ignore[arg-type]
+
+
+def test_sams_own_patch_embedding_is_what_a_config_without_a_stem_means() -> None:
+    assert PixelEncoderConfig(56, 8, 12, 2, 2, 23, 3, (1,)).stem == "linear"
+    assert not isinstance(pixel_encoder(tiny().pixel), StemmedVisionEncoder)
+
+
+# --- exported ---
+
+
+@pytest.fixture(scope="module")
+def exported() -> tuple[StemmedVisionEncoder, ir.Model]:
+    encoder = stemmed()
+    stage = PixelEncoderStage(SimpleNamespace(pixel_encoder=encoder))  # type: ignore[arg-type]
+    config = dataclasses.replace(tiny(), pixel=CONFIG)
+    return encoder, export_stage(stage, "pixel_encoder", axis_sizes(config))
+
+
+# A sixteen-bit type keeps 11 (fp16) or 8 (bf16) bits: seven layers of rounding, measured 2e-3 and 1e-2.
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-5), ("fp16", 5e-3), ("bf16", 3e-2)])
+@pytest.mark.parametrize("contrast", [1.0, 0.02])
+def test_the_exported_stem_gives_the_reference_even_on_a_faint_picture(
+    exported: tuple[StemmedVisionEncoder, ir.Model], tmp_path: Path, precision: str, tolerance: float, contrast: float
+) -> None:
+    encoder, model = exported
+    model = ir.from_proto(ir.to_proto(model))
+    if precision != "fp32":
+        lower_precision(model, precision)
+    assert not [node.op_type for node in model.graph if node.op_type == "BatchNormalization"]
+    write(model, tmp_path, "pixel_encoder")
+    pictures = 1.5 + contrast * image()  # bright: what bf16 rounds away here is half of the faint picture's contrast
+    with torch.no_grad():
+        expected = encoder(pictures).last_hidden_state.numpy()
+    engine = open_engine(tmp_path / "pixel_encoder.onnx", STAGES["pixel_encoder"], "openvino" if precision == "bf16" else "onnxruntime")
+    got = engine.run({"pixel_image": pictures.numpy()})["pixel_embeddings"]
+    error = relative_error(got, expected)
+    assert error <= tolerance, error
+    assert [name for name, _ in encoder.named_modules() if name.endswith("detail.1")]  # the reference keeps its norms
