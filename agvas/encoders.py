@@ -79,9 +79,9 @@ class SemanticEncoder(nn.Module):
         tower = _siglip(config.semantic)
         self.embeddings = SiglipVisionEmbeddings(tower)
         self.encoder = SiglipEncoder(tower)
-        self.projector = LlavaOnevisionMultiModalProjector(
-            LlavaOnevisionConfig(vision_config=tower, text_config=_qwen2(config.language), vision_feature_layer=-1)
-        )
+        # A composite config unsets the attention of the configs it is given: it gets its own.
+        both = LlavaOnevisionConfig(vision_config=_siglip(config.semantic), text_config=_qwen2(config.language), vision_feature_layer=-1)
+        self.projector = LlavaOnevisionMultiModalProjector(both)
 
     def forward(self, semantic_image: Tensor) -> tuple[Tensor, Tensor]:
         features = self.encoder(inputs_embeds=self.embeddings(semantic_image)).last_hidden_state  # [B, T, Ds]

@@ -58,13 +58,20 @@ class ConvolutionalStem(nn.Module):
         return self.projection(self.levels(features)).permute(0, 2, 3, 1)
 
     def contrast(self, pixel_image: Tensor) -> Tensor:
-        """Colour against the small neighbourhood's mean, grey against the large one's: [B, 4, 4 G, 4 G]."""
+        """Colour against the small neighbourhood's mean, grey against the large one's: [B, 4, 4 G, 4 G]; 0 in the padding.
+
+        The unit is the geometric mean of the colours' contrast: a large defect hardly raises it, as it would a plain mean.
+        """
         cells = F.avg_pool2d(pixel_image, self.cell)  # [B, 3, 4 G, 4 G]
-        grey = cells.mean(dim=1, keepdim=True)
+        # Padding is exactly zero, and no grey level is: the means subtracted are no integers.
+        inside = (cells.abs().sum(dim=1, keepdim=True) > 0).to(cells.dtype)  # [B, 1, 4 G, 4 G]
         small, large = NEIGHBOURHOODS
-        colour = cells - box_mean(cells, small)
-        scale = colour.abs().mean(dim=(1, 2, 3), keepdim=True) + FLOOR
-        return torch.cat([colour, grey - box_mean(grey, large)], dim=1) / scale
+        colour = from_neighbours(cells, inside, small)
+        grey = from_neighbours(cells.mean(dim=1, keepdim=True), inside, large)
+        logarithms = (colour.abs() + FLOOR).log() * inside
+        count = 3 * inside.sum(dim=(1, 2, 3), keepdim=True) + 1e-6
+        unit = (logarithms.sum(dim=(1, 2, 3), keepdim=True) / count).exp()
+        return torch.cat([colour, grey], dim=1) / unit
 
     def fold(self) -> None:
         for module in self.modules():
@@ -72,8 +79,14 @@ class ConvolutionalStem(nn.Module):
                 module.fold()
 
 
+def from_neighbours(image: Tensor, inside: Tensor, side: int) -> Tensor:
+    """Each pixel less the mean of the pixels inside the picture in the square of `side` around it; 0 outside."""
+    share = box_mean(inside, side)
+    return (image * share - box_mean(image, side)) / (share + 1e-6) * inside
+
+
 def box_mean(image: Tensor, side: int) -> Tensor:
-    """Mean over the square of `side` around each pixel, of what lies inside the picture; rows, then columns."""
+    """Mean over the square of `side` around each pixel, as far as the tensor goes; rows, then columns."""
     rows = F.avg_pool2d(image, (1, side), stride=1, padding=(0, side // 2), count_include_pad=False)
     return F.avg_pool2d(rows, (side, 1), stride=1, padding=(side // 2, 0), count_include_pad=False)
 

@@ -12,7 +12,7 @@ import torch
 
 from agvas.config import PixelEncoderConfig, tiny
 from agvas.encoders import pixel_encoder
-from agvas.stem import NEIGHBOURHOODS, ConvolutionalStem, StemmedVisionEncoder, box_mean
+from agvas.stem import NEIGHBOURHOODS, ConvolutionalStem, StemmedVisionEncoder, from_neighbours
 from engines import open_engine
 from export.adapters import PixelEncoderStage, axis_sizes
 from export.onnx_writer import export_stage, write
@@ -39,33 +39,60 @@ def image(seed: int = 1) -> torch.Tensor:
     return torch.randn(2, 3, 56, 56, generator=torch.Generator().manual_seed(seed))
 
 
-def test_a_box_mean_is_the_mean_of_what_lies_inside_the_picture() -> None:
+def test_a_pixel_is_compared_with_the_pixels_around_it_inside_the_picture() -> None:
     picture = torch.randn(1, 2, 11, 13)
-    got = box_mean(picture, 5)
+    inside = torch.zeros(1, 1, 11, 13)
+    inside[..., :8, :] = 1
+    got = from_neighbours(picture * inside, inside, 5)
     for row in range(11):
         for column in range(13):
-            around = picture[:, :, max(0, row - 2) : row + 3, max(0, column - 2) : column + 3]
-            torch.testing.assert_close(got[:, :, row, column], around.mean(dim=(2, 3)))
+            around = picture[:, :, max(0, row - 2) : min(8, row + 3), max(0, column - 2) : column + 3]
+            expected = picture[:, :, row, column] - around.mean(dim=(2, 3)) if row < 8 else torch.zeros(1, 2)
+            torch.testing.assert_close(got[:, :, row, column], expected, atol=2e-5, rtol=0)  # 1e-6 against division by zero
 
 
 def test_contrast_is_the_distance_from_the_neighbourhood_in_the_pictures_own_units() -> None:
     stem = ConvolutionalStem(patch_size=8, width=16)
     picture = image()[:1]
     cells = torch.nn.functional.avg_pool2d(picture, 2)  # a quarter of the patch
-    colour = cells - box_mean(cells, NEIGHBOURHOODS[0])
-    grey = cells.mean(dim=1, keepdim=True)
-    scale = colour.abs().mean() + 0.02
+    everywhere = torch.ones(1, 1, 28, 28)
+    colour = from_neighbours(cells, everywhere, NEIGHBOURHOODS[0])
+    grey = from_neighbours(cells.mean(dim=1, keepdim=True), everywhere, NEIGHBOURHOODS[1])
+    unit = (colour.abs() + 0.02).log().mean().exp()
     got = stem.contrast(picture)
     assert got.shape == (1, 4, 28, 28)
-    torch.testing.assert_close(got[:, :3], colour / scale)
-    torch.testing.assert_close(got[:, 3:], (grey - box_mean(grey, NEIGHBOURHOODS[1])) / scale)
+    torch.testing.assert_close(got[:, :3], colour / unit, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(got[:, 3:], grey / unit, atol=1e-4, rtol=1e-4)
+
+
+def test_padding_has_no_contrast_and_gives_none_to_the_picture_beside_it() -> None:
+    stem = ConvolutionalStem(patch_size=8, width=16)
+    flat = torch.full((1, 3, 56, 56), 0.7)
+    flat[..., 32:] = 0
+    assert stem.contrast(flat).abs().max() < 1e-3
+    padded, other = image(), image()
+    padded[..., 32:], other[..., 32:] = 0, other[..., :24]
+    got = stem.contrast(padded)
+    assert not got[..., 16:].any()
+    assert got[..., :16].abs().mean() == pytest.approx(stem.contrast(other)[..., :16].abs().mean().item(), rel=0.1)
 
 
 def test_a_darker_or_flatter_picture_has_the_same_contrast() -> None:
     stem = ConvolutionalStem(patch_size=8, width=16)
     first, other = stem.contrast(image()), stem.contrast(0.5 * image() - 1.3)
     torch.testing.assert_close(first, other, atol=0.2, rtol=0.1)  # but for the floor that keeps blank pictures blank
-    assert stem.contrast(torch.full((1, 3, 56, 56), 0.7)).abs().max() < 1e-4
+
+
+def test_a_large_defect_hardly_changes_the_unit_of_what_lies_around_it() -> None:
+    stem = ConvolutionalStem(patch_size=8, width=16)
+    faint = 0.1 * image()
+    striped = faint.clone()
+    striped[..., 20:30] += 3  # a sixth of the picture, thirty times the texture
+    away = (..., slice(0, 3), slice(None), slice(21, 28))  # beyond the stripe's neighbourhood
+    lost = stem.contrast(faint)[away].abs().mean() / stem.contrast(striped)[away].abs().mean()
+    colours = [from_neighbours(torch.nn.functional.avg_pool2d(x, 2), torch.ones(2, 1, 28, 28), 9) for x in (faint, striped)]
+    plain_mean = colours[1].abs().mean() / colours[0].abs().mean()
+    assert 1 < lost < plain_mean / 2
 
 
 def test_one_pictures_contrast_does_not_depend_on_the_batch_it_came_in() -> None:

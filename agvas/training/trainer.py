@@ -47,9 +47,9 @@ class TrainSettings:
     """
 
     config: str = "nano"
-    encoder_steps: int = 2000
+    encoder_steps: int = 1100
     encoder_learning_rate: float = 1e-3
-    steps: int = 400
+    steps: int = 300
     batch: int = 8
     learning_rate: float = 5e-4
     weight_decay: float = 0.02
@@ -60,7 +60,7 @@ class TrainSettings:
     early_weights: MaskLossWeights = field(default_factory=lambda: MaskLossWeights(bce=4.0, dice=0.25))
     late_weights: MaskLossWeights = field(default_factory=MaskLossWeights)
     paper_weights_from: float = 0.85
-    plain_until: int = 800
+    plain_until: int = 600
     plain_share: float = 0.6
     seed: int = 0
     save_every: int = 100
