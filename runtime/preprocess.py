@@ -60,34 +60,27 @@ def encoder_images(image: np.ndarray, settings: Preprocessing) -> tuple[np.ndarr
         float32 [3, S, S], float32 [3, s, s] and the frame that `restore` needs.
     """
     picture = Image.fromarray(image)
-    with ThreadPoolExecutor(1) as beside:  # a new thread costs 0.1 ms, the smaller of the two resizes 2; and nothing outlives the call
-        semantic = beside.submit(_semantic_image, picture, settings)
-        pixel, frame = _pixel_image(picture, settings)
+    with ThreadPoolExecutor(1) as beside:  # its start and end included, a quarter less time on two cores
+        semantic = beside.submit(semantic_image, picture, settings)
+        pixel, frame = pixel_image(picture, settings)
         return pixel, semantic.result(), frame
 
 
-def pixel_image(image: np.ndarray, settings: Preprocessing) -> tuple[np.ndarray, Frame]:
-    """Resize the longest side, normalise, pad right and below with zeros (SAM).
-
-    Args:
-        image: uint8 RGB [H, W, 3].
-
-    Returns:
-        float32 [3, S, S] and the frame that `restore` needs.
-    """
-    return _pixel_image(Image.fromarray(image), settings)
+def pixel_image(picture: Image.Image, settings: Preprocessing) -> tuple[np.ndarray, Frame]:
+    """Resize the longest side, normalise, pad right and below with zeros (SAM): float32 [3, S, S], and the frame that `restore` needs."""
+    frame = frame_of(picture.height, picture.width, settings.pixel_size)
+    resized = picture.resize((frame.resized_width, frame.resized_height), Image.Resampling.BILINEAR)
+    padded = np.zeros((3, frame.padded_size, frame.padded_size), np.float32)
+    _normalise(resized, settings.pixel_mean, settings.pixel_std, padded[:, : frame.resized_height, : frame.resized_width])
+    return padded, frame
 
 
-def semantic_image(image: np.ndarray, settings: Preprocessing) -> np.ndarray:
-    """Resize to a square without keeping the aspect ratio, bicubic, and normalise (SigLIP).
-
-    Args:
-        image: uint8 RGB [H, W, 3].
-
-    Returns:
-        float32 [3, s, s].
-    """
-    return _semantic_image(Image.fromarray(image), settings)
+def semantic_image(picture: Image.Image, settings: Preprocessing) -> np.ndarray:
+    """Resize to a square without keeping the aspect ratio, bicubic, and normalise (SigLIP): float32 [3, s, s]."""
+    size = settings.semantic_size
+    image = np.empty((3, size, size), np.float32)
+    _normalise(picture.resize((size, size), Image.Resampling.BICUBIC), settings.semantic_mean, settings.semantic_std, image)
+    return image
 
 
 def restore(anomaly_map: np.ndarray, frame: Frame) -> np.ndarray:
@@ -106,21 +99,6 @@ def restore(anomaly_map: np.ndarray, frame: Frame) -> np.ndarray:
     # A fractional box: where the picture ends inside a map cell, rounding would shift the map by up to half a cell.
     resized = inside.resize((frame.width, frame.height), Image.Resampling.BILINEAR, box=(0.0, 0.0, width, height))
     return np.array(resized)
-
-
-def _pixel_image(picture: Image.Image, settings: Preprocessing) -> tuple[np.ndarray, Frame]:
-    frame = frame_of(picture.height, picture.width, settings.pixel_size)
-    resized = picture.resize((frame.resized_width, frame.resized_height), Image.Resampling.BILINEAR)
-    padded = np.zeros((3, frame.padded_size, frame.padded_size), np.float32)
-    _normalise(resized, settings.pixel_mean, settings.pixel_std, padded[:, : frame.resized_height, : frame.resized_width])
-    return padded, frame
-
-
-def _semantic_image(picture: Image.Image, settings: Preprocessing) -> np.ndarray:
-    size = settings.semantic_size
-    image = np.empty((3, size, size), np.float32)
-    _normalise(picture.resize((size, size), Image.Resampling.BICUBIC), settings.semantic_mean, settings.semantic_std, image)
-    return image
 
 
 def _normalise(picture: Image.Image, mean: tuple[float, float, float], std: tuple[float, float, float], image: np.ndarray) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import new_tiny, picture
+from PIL import Image
 from torch import Tensor, nn
 
 from agvas import AGVAS
@@ -377,12 +378,12 @@ def test_a_given_answer_and_a_generated_one_have_the_same_states(tiny_model: AGV
     segmented = model.segment(image)
     assert segmented.anchor_states is not None
     settings = model.config.preprocessing
-    pixel_image, frame = preprocess.pixel_image(image, settings)
+    pixel_image, frame = preprocess.pixel_image(Image.fromarray(image), settings)
     prompt = model.prompt_encoder.encode()
     with torch.no_grad():
         output = model(
             torch.from_numpy(pixel_image)[None],
-            torch.from_numpy(preprocess.semantic_image(image, settings))[None],
+            torch.from_numpy(preprocess.semantic_image(Image.fromarray(image), settings))[None],
             prompt,
             segmented.answer_ids,
         )

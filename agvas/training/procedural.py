@@ -22,6 +22,7 @@ from agvas.training.noise import blur, chance, grain, log_uniform, pick, rgb
 # the constant answer for hundreds of steps.
 PLAIN_MATERIALS = (surfaces.mottled, surfaces.smooth, surfaces.smooth, surfaces.granular, surfaces.brushed, surfaces.orange_peel,
                    surfaces.ground_ceramic, surfaces.leather, surfaces.road, surfaces.woven)
+# Large patches and stains stand twice: they are drawn twice as often.
 PLAIN_KINDS = ("scratch", "crack", "crack_net", "hole", "large_patch", "stain", "spalling", "corrosion", "inclusion", "cut", "dent",
                "burn", "contamination", "extra_part", "fibre", "band", "large_patch", "stain")
 NORMAL_SHARE = 1 / 3

@@ -1,8 +1,8 @@
 """Trains a small AG-VAS from nothing on procedural samples: one loop, deterministic by step, resumable at any time.
 
 Two phases, since the paper starts from a pretrained SAM and a mask decoder on embeddings that say nothing stays at the constant answer.
-First the pixel encoder and the decoder's upscaling alone, read by one learned kernel. Then everything together, the decoder's
-hypernetworks starting from that kernel, so that nothing learned is lost at the change. Plain samples come alone
+First the pixel encoder (its stem, where there is one) and the decoder's upscaling alone, read by one learned kernel. Then everything
+together, the decoder's hypernetworks starting from that kernel, so that nothing learned is lost at the change. Plain samples come alone
 until step `plain_until`. BCE leads until `paper_weights_from` of the second phase and the paper's 0.5 / 2.0 weights end it: from scratch,
 Dice alone stalls before there is anything to overlap. The weights kept are an exponential moving average. State is safetensors and
 JSON, no pickle. It trains every parameter; LoRA on a pretrained language model is another job.
@@ -41,7 +41,7 @@ class TrainSettings:
     """One training run; kept as settings.json beside its state.
 
     Attributes:
-        encoder_steps, encoder_learning_rate: first phase, pixel encoder and upscaling under one learned kernel.
+        encoder_steps, encoder_learning_rate: first phase, pixel encoder or its stem and upscaling under one learned kernel.
         steps, learning_rate: second phase, the whole model.
         plain_until, plain_share: plain samples come alone until this step, then they are this share of a batch.
     """
