@@ -15,7 +15,9 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from transformers import SamVisionConfig
 from transformers.models.sam.modeling_sam import SamVisionEncoder, SamVisionEncoderOutput
 
-NEIGHBOURHOODS = (9, 25)  # sides of the square means, in cells of a quarter patch
+NEIGHBOURHOODS = (9, 25, 65)  # sides of the square means, in cells of a quarter patch
+CONTRASTS = 3 + len(NEIGHBOURHOODS) + 1  # channels of local contrast
+CONTEXTS = 2  # grids coarser than the patches', each of half the side
 FLOOR = 0.02  # about one grey level: a blank picture's sensor noise is not blown up beyond it
 
 
@@ -34,43 +36,76 @@ class ConvolutionNorm(nn.Sequential):
             del self[1]
 
 
-class ConvolutionalStem(nn.Module):
-    """[B, 3, S, S] → [B, G, G, W], G = S / patch; stands where SAM's patch embedding stands."""
+def two_convolutions(inputs: int, outputs: int) -> nn.Sequential:
+    """To a grid of half the side."""
+    return nn.Sequential(ConvolutionNorm(inputs, outputs, stride=2), ConvolutionNorm(outputs, outputs))
 
-    def __init__(self, patch_size: int, width: int) -> None:
+
+class ConvolutionalStem(nn.Module):
+    """Stands where SAM's patch embedding stands, and says in its own words what the encoder puts out before the ViT adds to it.
+
+    Features at a quarter patch (cells), half a patch and a patch; behind them two coarser grids and their mean, added back, so that a
+    patch knows what the rest of the picture looks like: a dark area is a defect on one surface and the pattern of another.
+
+    Args:
+        width, outputs: channels of the ViT's tokens and of the embeddings.
+    """
+
+    def __init__(self, patch_size: int, width: int, outputs: int) -> None:
         super().__init__()
         if patch_size % 4:
             raise ValueError(f"a convolutional stem needs a patch size that 4 divides, got {patch_size}")
         self.cell = patch_size // 4
         narrow, middle = 3 * width // 16, 3 * width // 8
         self.detail = ConvolutionNorm(3, narrow, 2 * self.cell + 1, self.cell)
-        self.levels = nn.Sequential(
-            ConvolutionNorm(narrow + 4, middle, stride=2),
-            ConvolutionNorm(middle, middle),
-            ConvolutionNorm(middle, width, stride=2),
-            ConvolutionNorm(width, width),
-        )
-        self.projection = nn.Conv2d(width, width, 1)
+        self.cells = ConvolutionNorm(narrow + CONTRASTS, narrow)
+        self.halves = two_convolutions(narrow, middle)
+        self.patches = two_convolutions(middle, width)
+        self.contexts = nn.ModuleList([two_convolutions(width, width) for _ in range(CONTEXTS)])
+        self.summary = nn.Conv2d(width, width, 1)
+        # Kernels overlap, or each coarse cell would show in the map as a square.
+        self.returns = nn.ModuleList([nn.ConvTranspose2d(width, width, 4, stride=2, padding=1) for _ in range(CONTEXTS)])
+        self.mix = ConvolutionNorm(width, width)
+        # Fine structure goes to the output directly: a grid of patches hands the mask decoder 4 x 4 cells each.
+        self.from_cells = nn.Conv2d(narrow, outputs, 4, stride=4)
+        self.from_halves = nn.Conv2d(middle, outputs, 2, stride=2)
+        self.from_patches = nn.Conv2d(width, outputs, 1)
 
-    def forward(self, pixel_image: Tensor) -> Tensor:
-        features = torch.cat([self.detail(pixel_image), self.contrast(pixel_image)], dim=1)
-        return self.projection(self.levels(features)).permute(0, 2, 3, 1)
+    def forward(self, pixel_image: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, 3, S, S] → tokens [B, G, G, W] and embeddings [B, P, G, G], G = S / patch."""
+        cells = self.cells(torch.cat([self.detail(pixel_image), self.contrast(pixel_image)], dim=1))  # [B, C, 4 G, 4 G]
+        halves = self.halves(cells)
+        grids = [self.patches(halves)]  # from fine to coarse
+        for context in self.contexts:
+            grids.append(context(grids[-1]))
+        patches = grids.pop()
+        patches = patches + self.summary(patches.mean(dim=(2, 3), keepdim=True))
+        for finer, bring_back in zip(reversed(grids), self.returns, strict=True):
+            patches = finer + bring_back(patches)[:, :, : finer.shape[2], : finer.shape[3]]  # an odd side was rounded up
+        patches = self.mix(patches)
+        embeddings = self.from_cells(cells) + self.from_halves(halves) + self.from_patches(patches)
+        return patches.permute(0, 2, 3, 1), embeddings
 
     def contrast(self, pixel_image: Tensor) -> Tensor:
-        """Colour against the small neighbourhood's mean, grey against the large one's: [B, 4, 4 G, 4 G]; 0 in the padding.
+        """Colour against the small neighbourhood's mean; grey against the larger ones' and the whole picture's; how much of the largest
+        neighbourhood lies in the picture, since at a border the mean is one-sided and shading alone gives contrast.
 
         The unit is the geometric mean of the colours' contrast: a large defect hardly raises it, as it would a plain mean.
+
+        Returns:
+            [B, CONTRASTS, 4 G, 4 G]; 0 in the padding.
         """
         cells = F.avg_pool2d(pixel_image, self.cell)  # [B, 3, 4 G, 4 G]
         # Padding is exactly zero, and no grey level is: the means subtracted are no integers.
         inside = (cells.abs().sum(dim=1, keepdim=True) > 0).to(cells.dtype)  # [B, 1, 4 G, 4 G]
-        small, large = NEIGHBOURHOODS
-        colour = from_neighbours(cells, inside, small)
-        grey = from_neighbours(cells.mean(dim=1, keepdim=True), inside, large)
-        logarithms = (colour.abs() + FLOOR).log() * inside
-        count = 3 * inside.sum(dim=(1, 2, 3), keepdim=True) + 1e-6
-        unit = (logarithms.sum(dim=(1, 2, 3), keepdim=True) / count).exp()
-        return torch.cat([colour, grey], dim=1) / unit
+        area = inside.sum(dim=(2, 3), keepdim=True) + 1e-6
+        colour = from_neighbours(cells, inside, NEIGHBOURHOODS[0])
+        grey = cells.mean(dim=1, keepdim=True)
+        greys = [from_neighbours(grey, inside, side) for side in NEIGHBOURHOODS[1:]]
+        greys.append((grey - grey.sum(dim=(2, 3), keepdim=True) / area) * inside)
+        unit = (((colour.abs() + FLOOR).log() * inside).sum(dim=(1, 2, 3), keepdim=True) / (3 * area)).exp()
+        share = box_mean(inside, NEIGHBOURHOODS[-1], beyond=True) * inside
+        return torch.cat([torch.cat([colour, *greys], dim=1) / unit, share], dim=1)
 
     def fold(self) -> None:
         for module in self.modules():
@@ -84,28 +119,23 @@ def from_neighbours(image: Tensor, inside: Tensor, side: int) -> Tensor:
     return (image * share - box_mean(image, side)) / (share + 1e-6) * inside
 
 
-def box_mean(image: Tensor, side: int) -> Tensor:
-    """Mean over the square of `side` around each pixel, as far as the tensor goes; rows, then columns."""
-    rows = F.avg_pool2d(image, (1, side), stride=1, padding=(0, side // 2), count_include_pad=False)
-    return F.avg_pool2d(rows, (side, 1), stride=1, padding=(side // 2, 0), count_include_pad=False)
+def box_mean(image: Tensor, side: int, beyond: bool = False) -> Tensor:
+    """Mean over the square of `side` around each pixel, as far as the tensor goes, or with zeros beyond it; rows, then columns."""
+    rows = F.avg_pool2d(image, (1, side), stride=1, padding=(0, side // 2), count_include_pad=beyond)
+    return F.avg_pool2d(rows, (side, 1), stride=1, padding=(side // 2, 0), count_include_pad=beyond)
 
 
 class StemmedVisionEncoder(SamVisionEncoder):
-    """SAM's vision encoder with the stem in place of its patch embedding and a 1×1 convolution from the stem to its output."""
+    """SAM's vision encoder with the stem in place of its patch embedding and the stem's embeddings added to its output."""
 
     def __init__(self, config: SamVisionConfig) -> None:
         super().__init__(config)
-        self.patch_embed = ConvolutionalStem(config.patch_size, config.hidden_size)
-        self.skip = nn.Conv2d(config.hidden_size, config.output_channels, 1)
+        self.patch_embed = ConvolutionalStem(config.patch_size, config.hidden_size, config.output_channels)
         nn.init.zeros_(self.neck.layer_norm2.weight)
 
     def forward(self, pixel_values: Tensor) -> SamVisionEncoderOutput:
-        patches = self.patch_embed(pixel_values)  # [B, G, G, W]
-        hidden = patches + self.pos_embed
+        tokens, embeddings = self.patch_embed(pixel_values)
+        hidden = tokens + self.pos_embed
         for layer in self.layers:
             hidden = layer(hidden)
-        return SamVisionEncoderOutput(last_hidden_state=self.neck(hidden) + self.skipped(patches))
-
-    def skipped(self, patches: Tensor) -> Tensor:
-        """What the output starts as: [B, G, G, W] → [B, P, G, G]."""
-        return self.skip(patches.permute(0, 3, 1, 2))
+        return SamVisionEncoderOutput(last_hidden_state=self.neck(hidden) + embeddings)

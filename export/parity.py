@@ -7,7 +7,7 @@ belongs to quantised weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,8 @@ from runtime.verify import NOT_TRACED, outcome_of, run_outcome
 # Pictures that go into the bundle: enough for a target to notice flipped masks; every stage's tensors, which are large, of a few.
 GOLDEN_PICTURES = 12
 TRACED_PICTURES = 3
+# Distance from the threshold, as a probability, within which 16-bit arithmetic moves a pixel from one side to the other.
+NEAR = 0.02
 
 
 class TorchStage:
@@ -101,37 +103,39 @@ def measure(
     model: AGVAS,
     exported: Pipeline,
     engine: str,
-    images: Iterable[np.ndarray],
+    images: Sequence[np.ndarray],
     gates: Gates,
     glue_gates: Gates,
     progress: Callable[[], None],
 ) -> tuple[ParityReport, dict[str, np.ndarray]]:
     """Run every picture through the reference, the torch pipeline and the exported chain.
 
+    Args:
+        images: uint8 RGB [H, W, 3] each; the golden ones are asked for twice.
+
     Returns:
-        The report, and the golden traces for the bundle (the reference's tensors).
+        The report, and the golden traces for the bundle (the reference's tensors) of the pictures hardest to keep.
     """
     threshold = model.config.mask_decoder.threshold
     stages = torch_stages(model)
+    prompt = model.prompt_encoder.encode()
     reference: list[Outcome] = []
     glue: list[Outcome] = []
     chain: list[Outcome] = []
+    for image in images:
+        reference.append(outcome_of_reference(model.segment(image)))
+        glue.append(outcome_of(pipeline_over(model, stages).run(image, prompt), threshold))
+        chain.append(run_outcome(exported, image, threshold)[0])
+        progress()
     golden: dict[str, np.ndarray] = {}
     errors: dict[str, dict[str, float]] = {}
-    for index, image in enumerate(images):
-        prompt = model.prompt_encoder.encode()
-        segmented = model.segment(image)
-        reference.append(outcome_of_reference(segmented))
+    for place, index in enumerate(hardest(reference, threshold)[:GOLDEN_PICTURES]):
         recorders = {name: RecordingStage(stage) for name, stage in stages.items()}
-        trace = pipeline_over(model, recorders).run(image, prompt)
-        glue.append(outcome_of(trace, threshold))
-        chain.append(run_outcome(exported, image, threshold)[0])
-        traced = index < TRACED_PICTURES
-        if index < GOLDEN_PICTURES:
-            golden |= _golden(index, image, segmented, trace.tensors if traced else {})
-        if traced:
+        tensors: Mapping[str, np.ndarray] = {}
+        if place < TRACED_PICTURES:
+            tensors = pipeline_over(model, recorders).run(images[index], prompt).tensors
             _stage_errors(exported, recorders, errors)
-        progress()
+        golden |= _golden(place, images[index], reference[index], tensors)
     glue_parity, chain_parity = compare(glue, reference), compare(chain, reference)
     failures = [f"glue: {failure}" for failure in glue_gates.failures(glue_parity)]
     failures += [f"chain: {failure}" for failure in gates.failures(chain_parity)]
@@ -143,20 +147,41 @@ def measure(
     return ParityReport(glue_parity, errors, chain_parity, failures, engine), golden
 
 
+def hardest(reference: Sequence[Outcome], threshold: float) -> list[int]:
+    """Indices of the pictures, those first whose masks an engine's rounding is most likely to change.
+
+    That is where many pixels for the mask's size lie near the threshold, or, of an empty mask, where the map comes closest to it. Two
+    pictures with a mask alternate with one without, as long as there are both.
+    """
+
+    def risk(outcome: Outcome) -> float:
+        near = np.count_nonzero(np.abs(outcome.anomaly_map - threshold) < NEAR)
+        return near / np.count_nonzero(outcome.mask) if outcome.mask.any() else float(outcome.anomaly_map.max())
+
+    ranked = sorted(range(len(reference)), key=lambda index: -risk(reference[index]))
+    found = [index for index in ranked if reference[index].mask.any()]
+    empty = [index for index in ranked if not reference[index].mask.any()]
+    order = []
+    while found or empty:
+        order += found[:2] + empty[:1]
+        del found[:2], empty[:1]
+    return order
+
+
 def outcome_of_reference(segmented: Segmented) -> Outcome:
     return Outcome(segmented.mask, segmented.anomaly_map, segmented.anchor_states, segmented.answer_ids)
 
 
-def _golden(index: int, image: np.ndarray, segmented: Segmented, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _golden(index: int, image: np.ndarray, outcome: Outcome, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Picture, answer, states and map are AGVAS.segment's own; the tensors between come from the torch stages."""
     arrays = {
         "image": image,
-        "answer": np.asarray(segmented.answer_ids, np.int64),
-        "map": segmented.anomaly_map,
+        "answer": np.asarray(outcome.answer, np.int64),
+        "map": outcome.anomaly_map,
         **{f"tensor.{name}": tensor for name, tensor in tensors.items() if name not in NOT_TRACED},
     }
-    if segmented.anchor_states is not None:
-        arrays["anchor_states"] = segmented.anchor_states
+    if outcome.anchor_states is not None:
+        arrays["anchor_states"] = outcome.anchor_states
     return {f"{index}.{name}": array for name, array in arrays.items()}
 
 

@@ -43,6 +43,8 @@ ELEMENTWISE = frozenset({"Add", "Sub", "Mul", "Div"})
 # their values are bounded and what they are multiplied with is not theirs.)
 FP32_REACH = frozenset({"AveragePool", "ReduceMean", "ReduceSum", "ReduceSumSquare", "ReduceL2", "Pow", "Sqrt", "Reciprocal", "Sigmoid"})
 ANGLES = frozenset({"Sin", "Cos"})
+# What 16 bit is for: where the time goes and weights are read.
+PRODUCTS = frozenset({"MatMul", "Gemm", "Einsum", "Conv", "ConvTranspose", "Attention"})
 
 
 def lower_precision(model: ir.Model, precision: str) -> ir.Model:
@@ -51,8 +53,10 @@ def lower_precision(model: ir.Model, precision: str) -> ir.Model:
     Rule: every float operator works in the low type, except (1) `FP32_OPERATORS`, (2) an elementwise operator that reads the
     output of one of `FP32_REACH`, which covers the epsilon and the scaling of a norm written out in parts, a contrast with
     a mean, and the fusion of probabilities, (3) a value multiplied with itself, which is a square written out, (4) whatever
-    only `ANGLES` read: bf16 counts positions to 256, and an angle of 100 would be off by up to 0.25 in it, and (5) operators
-    and inputs that ONNX does not define in the low type at this opset (convolutions in bf16, the scales of a Resize). A cast
+    only `ANGLES` read: bf16 counts positions to 256, and an angle of 100 would be off by up to 0.25 in it, (5) operators
+    and inputs that ONNX does not define in the low type at this opset (convolutions in bf16, the scales of a Resize), (6) whatever
+    comes before the first product in the low type: there rounding would lose bits of the picture and save nothing, and (7) an
+    elementwise operator whose result is a graph output, which is fp32 anyway. A cast
     stands at each border, once per value and direction. Constants are stored in the type of the operator that reads them.
 
     Args:
@@ -72,10 +76,12 @@ class _Lowering:
         self.low = low
         self.casts: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
         self.angles: set[ir.Node] = set()
+        self.behind_products: set[ir.Node] = set()
 
     def run(self) -> None:
         nodes = list(self.graph)
         self.angles = self._read_by_angles(nodes)
+        self.behind_products = self._products_and_what_follows(nodes)
         wanted = {node: self._type_of(node) for node in nodes}
         floats = {value for value in self._values(nodes) if value.dtype == ir.DataType.FLOAT}
         for node in nodes:
@@ -101,7 +107,11 @@ class _Lowering:
     def _type_of(self, node: ir.Node) -> ir.DataType:
         if node.op_type in FP32_OPERATORS or node in self.angles or not _defined_in(node.op_type, self.opset, self.low):
             return ir.DataType.FLOAT
+        if node not in self.behind_products:
+            return ir.DataType.FLOAT
         if node.op_type == "Mul" and node.inputs[0] is node.inputs[1]:
+            return ir.DataType.FLOAT
+        if node.op_type in ELEMENTWISE and node.outputs[0].is_graph_output() and not node.outputs[0].uses():
             return ir.DataType.FLOAT
         reached = (
             value is not None and (producer := value.producer()) is not None and producer.op_type in FP32_REACH for value in node.inputs
@@ -118,6 +128,15 @@ class _Lowering:
             if node.op_type in ANGLES or (not read_elsewhere and angles.issuperset(readers)):
                 angles.add(node)
         return angles
+
+    def _products_and_what_follows(self, nodes: list[ir.Node]) -> set[ir.Node]:
+        """Products that ONNX defines in the low type, and every node that reads one, directly or through others."""
+        behind: set[ir.Node] = set()
+        for node in nodes:
+            product = node.op_type in PRODUCTS and _defined_in(node.op_type, self.opset, self.low)
+            if product or any(value is not None and value.producer() in behind for value in node.inputs):
+                behind.add(node)
+        return behind
 
     def _values(self, nodes: list[ir.Node]) -> list[ir.Value]:
         values = [*self.graph.inputs, *self.graph.initializers.values()]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -15,7 +16,7 @@ FIRST_SEED = 8_000_000_000
 SIZES = ((240, 320), (256, 256), (320, 200), (180, 400), (384, 384))
 
 
-class Pictures:
+class Pictures(Sequence[np.ndarray]):
     """Pictures uint8 RGB [H, W, 3], each read or made when its turn comes, so that a folder of large ones fits in memory."""
 
     def __init__(self, readers: list[Callable[[], np.ndarray]]) -> None:
@@ -24,8 +25,8 @@ class Pictures:
     def __len__(self) -> int:
         return len(self._readers)
 
-    def __iter__(self) -> Iterator[np.ndarray]:
-        return (read() for read in self._readers)
+    def __getitem__(self, index: Any) -> Any:
+        return self._readers[index]() if isinstance(index, int) else Pictures(self._readers[index])
 
 
 def parity_pictures(folder: Path | None, count: int) -> Pictures:

@@ -25,13 +25,13 @@ from agvas import AGVAS
 from agvas.config import tiny
 from export.bundle import ExportSettings, export_bundle
 from export.cli import main
-from export.parity import GOLDEN_PICTURES, TRACED_PICTURES, measure, pipeline_over, torch_stages
+from export.parity import GOLDEN_PICTURES, NEAR, TRACED_PICTURES, hardest, measure, pipeline_over, torch_stages
 from export.progress import Progress
 from runtime import Segmenter
 from runtime.bundle import Bundle
 from runtime.contract import STAGES
 from runtime.errors import BundleError, OutputError, ParityFailed
-from runtime.parity import GATES, Gates
+from runtime.parity import GATES, Gates, Outcome
 from runtime.verify import NOT_TRACED
 
 IMPOSSIBLE = Gates(mask_iou_mean=1.1, mask_iou_min=0.9, flips=0, map_max_abs=None, answers_changed=None)
@@ -350,6 +350,27 @@ def test_masks_that_are_all_empty_prove_nothing(tiny_model: AGVAS, threshold: fl
     gates = GATES["fp32"]
     report, _ = measure(model, pipeline_over(model, torch_stages(model)), "torch", [picture()], gates, gates, lambda: None)
     assert ["no mask was compared" in failure for failure in report.failures] == [True] * failures
+
+
+def outcome_with(inside: int, near: int, elsewhere: float = 0.1) -> Outcome:
+    """A map of 100 pixels: `inside` of them surely defective, `near` a hair above the threshold 0.5, the rest at `elsewhere`."""
+    anomaly_map = np.full(100, elsewhere, np.float32)
+    anomaly_map[:inside] = 0.9
+    anomaly_map[inside : inside + near] = 0.5 + NEAR / 2
+    return Outcome(anomaly_map > 0.5, anomaly_map, None, ())
+
+
+def test_the_pictures_hardest_to_keep_come_first() -> None:
+    outcomes = [
+        outcome_with(50, 5),  # 0: 9 % of the mask may go
+        outcome_with(0, 0, 0.2),  # 1: empty and far from a mask
+        outcome_with(1, 2),  # 2: two thirds
+        outcome_with(0, 0, 0.49),  # 3: empty, all but a mask
+        outcome_with(30, 0),  # 4: safe
+        outcome_with(4, 4),  # 5: half
+    ]
+    assert hardest(outcomes, 0.5) == [2, 5, 3, 0, 4, 1]
+    assert hardest(outcomes[:1], 0.5) == [0] and hardest(outcomes[1:2], 0.5) == [0]
 
 
 # What a bundle holds

@@ -12,7 +12,7 @@ import torch
 
 from agvas.config import PixelEncoderConfig, tiny
 from agvas.encoders import pixel_encoder
-from agvas.stem import NEIGHBOURHOODS, ConvolutionalStem, StemmedVisionEncoder, from_neighbours
+from agvas.stem import CONTRASTS, NEIGHBOURHOODS, ConvolutionalStem, StemmedVisionEncoder, box_mean, from_neighbours
 from engines import open_engine
 from export.adapters import PixelEncoderStage, axis_sizes
 from export.onnx_writer import export_stage, write
@@ -52,24 +52,35 @@ def test_a_pixel_is_compared_with_the_pixels_around_it_inside_the_picture() -> N
 
 
 def test_contrast_is_the_distance_from_the_neighbourhood_in_the_pictures_own_units() -> None:
-    stem = ConvolutionalStem(patch_size=8, width=16)
+    stem = ConvolutionalStem(patch_size=8, width=16, outputs=16)
     picture = image()[:1]
     cells = torch.nn.functional.avg_pool2d(picture, 2)  # a quarter of the patch
     everywhere = torch.ones(1, 1, 28, 28)
     colour = from_neighbours(cells, everywhere, NEIGHBOURHOODS[0])
     grey = from_neighbours(cells.mean(dim=1, keepdim=True), everywhere, NEIGHBOURHOODS[1])
+    wide = from_neighbours(cells.mean(dim=1, keepdim=True), everywhere, NEIGHBOURHOODS[2])
+    whole = cells.mean(dim=1, keepdim=True) - cells.mean()
     unit = (colour.abs() + 0.02).log().mean().exp()
     got = stem.contrast(picture)
-    assert got.shape == (1, 4, 28, 28)
-    torch.testing.assert_close(got[:, :3], colour / unit, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(got[:, 3:], grey / unit, atol=1e-4, rtol=1e-4)
+    assert got.shape == (1, CONTRASTS, 28, 28)
+    torch.testing.assert_close(got[:, :6], torch.cat([colour, grey, wide, whole], dim=1) / unit, atol=1e-4, rtol=1e-4)
+
+
+def test_the_last_channel_tells_how_near_a_border_is() -> None:
+    picture = torch.randn(1, 3, 56, 56, generator=torch.Generator().manual_seed(1))
+    picture[..., 32:] = 0  # 28 x 16 cells inside, all of which every square of 65 covers
+    share = ConvolutionalStem(patch_size=8, width=16, outputs=16).contrast(picture)[0, -1]
+    torch.testing.assert_close(share[:, :16], torch.full((28, 16), 28 * 16 / 65**2))
+    assert not share[:, 16:].any()
+    middle, corner = box_mean(torch.ones(1, 1, 28, 28), 9, beyond=True)[0, 0, (14, 0), (14, 0)].tolist()
+    assert (middle, corner) == (pytest.approx(1), pytest.approx(25 / 81))
 
 
 def test_padding_has_no_contrast_and_gives_none_to_the_picture_beside_it() -> None:
-    stem = ConvolutionalStem(patch_size=8, width=16)
+    stem = ConvolutionalStem(patch_size=8, width=16, outputs=16)
     flat = torch.full((1, 3, 56, 56), 0.7)
     flat[..., 32:] = 0
-    assert stem.contrast(flat).abs().max() < 1e-3
+    assert stem.contrast(flat)[:, :-1].abs().max() < 1e-3
     padded, other = image(), image()
     padded[..., 32:], other[..., 32:] = 0, other[..., :24]
     got = stem.contrast(padded)
@@ -78,13 +89,13 @@ def test_padding_has_no_contrast_and_gives_none_to_the_picture_beside_it() -> No
 
 
 def test_a_darker_or_flatter_picture_has_the_same_contrast() -> None:
-    stem = ConvolutionalStem(patch_size=8, width=16)
+    stem = ConvolutionalStem(patch_size=8, width=16, outputs=16)
     first, other = stem.contrast(image()), stem.contrast(0.5 * image() - 1.3)
     torch.testing.assert_close(first, other, atol=0.2, rtol=0.1)  # but for the floor that keeps blank pictures blank
 
 
 def test_a_large_defect_hardly_changes_the_unit_of_what_lies_around_it() -> None:
-    stem = ConvolutionalStem(patch_size=8, width=16)
+    stem = ConvolutionalStem(patch_size=8, width=16, outputs=16)
     faint = 0.1 * image()
     striped = faint.clone()
     striped[..., 20:30] += 3  # a sixth of the picture, thirty times the texture
@@ -96,7 +107,7 @@ def test_a_large_defect_hardly_changes_the_unit_of_what_lies_around_it() -> None
 
 
 def test_one_pictures_contrast_does_not_depend_on_the_batch_it_came_in() -> None:
-    stem = ConvolutionalStem(patch_size=8, width=16)
+    stem = ConvolutionalStem(patch_size=8, width=16, outputs=16)
     pair = image() * torch.tensor([1.0, 9.0])[:, None, None, None]
     torch.testing.assert_close(stem.contrast(pair)[:1], stem.contrast(pair[:1]))
 
@@ -108,13 +119,13 @@ def test_a_new_encoder_says_what_its_stem_says_and_nothing_else() -> None:
     with torch.no_grad():
         got = encoder(image()).last_hidden_state
         assert got.shape == (2, CONFIG.output_width, 7, 7)
-        torch.testing.assert_close(got, encoder.skipped(encoder.patch_embed(image())), atol=1e-6, rtol=0)
+        torch.testing.assert_close(got, encoder.patch_embed(image())[1], atol=1e-6, rtol=0)
 
 
 def test_the_vit_is_heard_once_its_last_norm_is_not_zero() -> None:
     encoder = stemmed()
     with torch.no_grad():
-        assert not torch.allclose(encoder(image()).last_hidden_state, encoder.skipped(encoder.patch_embed(image())), atol=0.1)
+        assert not torch.allclose(encoder(image()).last_hidden_state, encoder.patch_embed(image())[1], atol=0.1)
 
 
 def test_folding_the_norms_into_the_convolutions_changes_no_output() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 from collections.abc import Iterable, Iterator
@@ -414,6 +415,29 @@ def test_a_stopped_run_ends_where_an_uninterrupted_one_does(
     drawn = recorded_draws(monkeypatch)
     assert_same_weights(train(SETTINGS, run_folder, workers=0).state_dict(), uninterrupted)
     assert len(drawn) == STEPS - step // 2 * 2  # it went on from the last save, not from the start
+    assert [json.loads(line)["step"] for line in (run_folder / "log.jsonl").read_text().splitlines()] == [0]  # every twentieth, once
+
+
+def test_a_finished_run_takes_no_more_steps(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = train(SETTINGS, run_folder, workers=0).state_dict()
+    drawn = recorded_draws(monkeypatch)
+    assert_same_weights(train(SETTINGS, run_folder, workers=0).state_dict(), expected)
+    assert not drawn
+
+
+def test_the_second_phase_moves_what_the_first_one_trained_at_a_share_of_the_rate(small_pool: Path, tmp_path: Path) -> None:
+    def weights(name: str, settings: TrainSettings) -> dict[str, Tensor]:
+        shutil.copytree(small_pool, tmp_path / name / "pool")
+        train(settings, tmp_path / name, workers=0)
+        return load_file(tmp_path / name / "state.safetensors")
+
+    first = weights("first", replace(SETTINGS, steps=0))
+    runs = {share: weights(str(share), replace(SETTINGS, learned_share=share)) for share in (0.0, 0.1, 1.0)}
+    for part in ("pixel_encoder.layers.0.mlp.lin1.weight", "mask_decoder.upscaling.0.weight"):
+        moved = {share: (run[f"parts.model.{part}"] - first[f"parts.model.{part}"]).abs().mean().item() for share, run in runs.items()}
+        assert moved[0.0] == 0 < moved[0.1] < 0.2 * moved[1.0]
+    rest = "parts.model.language.model.layers.0.mlp.up_proj.weight"
+    assert not torch.equal(runs[0.0][rest], first[rest])
 
 
 def test_the_first_phase_moves_the_pixel_encoder_and_the_upscaling_alone(run_folder: Path) -> None:
@@ -461,7 +485,7 @@ def test_a_stem_learns_alone_before_the_vit_behind_it(run_folder: Path, monkeypa
     start = new_model("tiny", SETTINGS.seed).state_dict()
     trained = train(replace(SETTINGS, steps=0), run_folder, workers=0).state_dict()
     moved = {name for name, tensor in trained.items() if name.startswith("pixel_encoder.") and not torch.equal(tensor, start[name])}
-    assert moved == {name for name in start if name.startswith(("pixel_encoder.patch_embed.", "pixel_encoder.skip."))}
+    assert moved == {name for name in start if name.startswith("pixel_encoder.patch_embed.")}
     assert any(name.endswith("running_mean") for name in moved)  # the average keeps the norms' statistics too
 
 

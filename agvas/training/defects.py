@@ -197,6 +197,16 @@ def large_patch(site, rng):
     return _toned(site, alpha * inner, _sign(site, rng) * _contrast(site, rng) * _tinge(rng)), alpha > 0.45
 
 
+def clouding(site, rng):
+    """Scale, soot, damp or oil in clouds over much of the view: several at once, borders soft, the surface's own grain kept."""
+    field = fbm(rng, *site.shape, log_uniform(rng, 0.08, 0.4) * site.size, int(rng.integers(2, 6)))
+    level = float(np.quantile(field, 1 - log_uniform(rng, 0.03, 0.4)))
+    soft = rng.uniform(0.1, 0.5)
+    alpha = smoothstep(level - soft, level + soft, field)
+    depth = rng.uniform(0.25, 0.8) if chance(rng, 0.75) else -rng.uniform(0.3, 0.9)  # darkened by a share of itself, or brightened
+    return site.image * (1 - depth * alpha[..., None] * _tinge(rng, 0.3)), alpha > 0.5
+
+
 def corrosion(site, rng):
     """Rust and pitting: rough, red-brown to black or pale, with blurred outposts."""
     area = _area(site, rng, 0.006, 0.6)
@@ -499,11 +509,11 @@ def peel(site, rng):
 # How each kind is drawn, how often against the others, and whether it keeps to the object it is on.
 _RECIPES = {f.__name__: (f, weight, kept) for f, weight, kept in (
     (scratch, 1.5, True), (crack, 2.4, True), (crack_net, 1.0, True), (cut, 0.9, True), (hole, 1.6, True), (dent, 0.8, True),
-    (stain, 1.6, True), (large_patch, 3.0, True), (corrosion, 1.2, True), (spalling, 2.0, True), (exposed_bar, 0.5, True),
-    (missing, 1.0, False), (extra_part, 1.0, False), (fibre, 0.8, False), (fray, 0.7, False), (inclusion, 1.4, True),
-    (wrinkle, 0.8, True), (contamination, 0.8, False), (texture_break, 1.3, True), (misplaced_thread, 0.6, True), (smear, 0.8, True),
-    (burn, 0.5, True), (colour_shift, 0.8, True), (unevenness, 2.0, True), (foreign_texture, 1.0, True), (bubble, 0.8, True),
-    (burr, 0.6, False), (peel, 0.8, True), (band, 1.0, True),
+    (stain, 1.6, True), (large_patch, 3.0, True), (clouding, 1.5, True), (corrosion, 1.2, True), (spalling, 2.0, True),
+    (exposed_bar, 0.5, True), (missing, 1.0, False), (extra_part, 1.0, False), (fibre, 0.8, False), (fray, 0.7, False),
+    (inclusion, 1.4, True), (wrinkle, 0.8, True), (contamination, 0.8, False), (texture_break, 1.3, True),
+    (misplaced_thread, 0.6, True), (smear, 0.8, True), (burn, 0.5, True), (colour_shift, 0.8, True), (unevenness, 2.0, True),
+    (foreign_texture, 1.0, True), (bubble, 0.8, True), (burr, 0.6, False), (peel, 0.8, True), (band, 1.0, True),
 )}
 KINDS = tuple(_RECIPES)
 _WEIGHTS = np.array([weight for _, weight, _ in _RECIPES.values()])

@@ -29,7 +29,7 @@ class PoolSettings:
 
     samples: int = 10_000
     plain: int = 4_000
-    side: int = 320
+    side: int = 448
     seed: int = 1_000_000
 
     def __post_init__(self) -> None:
@@ -120,7 +120,7 @@ def _draw(
     index = _index(pool, rng, plain_share)
     image, mask = _mirror(pool.images[index], pool.masks[index], rng)
     image, mask = _turn(*_crop_with_defect(image, mask, rng), rng)
-    image = _recolour(image, rng)
+    image = _recolour(_shade_sides(image, rng), rng)
     pixel, semantic, frame = preprocess.encoder_images(image, settings)
     target = np.zeros((map_side, map_side), np.float32)
     valid = np.zeros((map_side, map_side), np.float32)
@@ -154,9 +154,9 @@ def _crop_with_defect(image: np.ndarray, mask: np.ndarray, rng: np.random.Genera
 
 
 def _crop(image: np.ndarray, mask: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """A crop of 45-100 % of the side and, half of the time, of another aspect ratio."""
+    """A crop of 35-100 % of the side and, half of the time, of another aspect ratio."""
     side = image.shape[0]
-    zoom = rng.uniform(0.45, 1.0) if rng.random() < 0.6 else 1.0
+    zoom = rng.uniform(0.35, 1.0) if rng.random() < 0.6 else 1.0
     aspect = np.exp(rng.uniform(-0.8, 0.8)) if rng.random() < 0.5 else 1.0
     height = int(np.clip(side * zoom * min(1.0, aspect), 24, side))
     width = int(np.clip(side * zoom * min(1.0, 1 / aspect), 24, side))
@@ -170,6 +170,20 @@ def _turn(image: np.ndarray, mask: np.ndarray, rng: np.random.Generator) -> tupl
     if rng.random() < 0.5:
         image, mask = image[:, ::-1], mask[:, ::-1]
     return np.ascontiguousarray(image), np.ascontiguousarray(mask)
+
+
+def _shade_sides(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """In a quarter of the pictures light falls off or gathers towards one to four sides, as on an object that fills the view."""
+    if rng.random() >= 0.25:
+        return image
+    shade = np.zeros(image.shape[:2], np.float32)
+    for axis, side in enumerate(image.shape[:2]):
+        for step in (1, -1):
+            if rng.random() < 0.5:
+                reach = np.exp(rng.uniform(np.log(0.01), np.log(0.15))) * side
+                profile = rng.uniform(-1, 0.4) * np.exp(-(((np.arange(side, dtype=np.float32) + 0.5) / reach) ** rng.uniform(1, 2)))
+                shade += np.expand_dims(profile[::step], 1 - axis).astype(np.float32)
+    return np.clip(image * (1 + shade[..., None]), 0, 255).astype(np.uint8)
 
 
 def _recolour(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:

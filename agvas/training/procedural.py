@@ -22,9 +22,9 @@ from agvas.training.noise import blur, chance, grain, log_uniform, pick, rgb
 # the constant answer for hundreds of steps.
 PLAIN_MATERIALS = (surfaces.mottled, surfaces.smooth, surfaces.smooth, surfaces.granular, surfaces.brushed, surfaces.orange_peel,
                    surfaces.ground_ceramic, surfaces.leather, surfaces.road, surfaces.woven)
-# Large patches and stains stand twice: they are drawn twice as often.
+# Large patches, stains and clouds stand twice: they are drawn twice as often.
 PLAIN_KINDS = ("scratch", "crack", "crack_net", "hole", "large_patch", "stain", "spalling", "corrosion", "inclusion", "cut", "dent",
-               "burn", "contamination", "extra_part", "fibre", "band", "large_patch", "stain")
+               "burn", "contamination", "extra_part", "fibre", "band", "large_patch", "stain", "clouding", "clouding")
 NORMAL_SHARE = 1 / 3
 THEMED_SHARE = 0.3
 # Materials and the defects they are known for. Most samples mix anything with anything; these keep the likely pairs from being rare.
@@ -34,7 +34,7 @@ THEMES = (
     ((surfaces.ground_ceramic, surfaces.brushed, surfaces.smooth),
      ("hole", "hole", "crack", "fray", "unevenness", "unevenness", "spalling", "scratch", "missing", "large_patch")),
     ((surfaces.brushed, surfaces.mottled, surfaces.smooth, surfaces.granular),
-     ("inclusion", "inclusion", "large_patch", "large_patch", "scratch", "band", "hole", "dent", "corrosion", "crack_net")),
+     ("inclusion", "inclusion", "large_patch", "clouding", "clouding", "scratch", "band", "hole", "dent", "corrosion", "crack_net")),
     ((surfaces.leather, surfaces.orange_peel, surfaces.ridged, surfaces.mottled),
      ("cut", "cut", "hole", "scratch", "wrinkle", "wrinkle", "stain", "dent", "misplaced_thread")),
     ((surfaces.woven, surfaces.knitted, surfaces.striped, surfaces.fibrous, surfaces.meshed),

@@ -43,15 +43,17 @@ class TrainSettings:
     Attributes:
         encoder_steps, encoder_learning_rate: first phase, pixel encoder or its stem and upscaling under one learned kernel.
         steps, learning_rate: second phase, the whole model.
+        learned_share: in the second phase, what the first one trained learns at this share of the rate.
         plain_until, plain_share: plain samples come alone until this step, then they are this share of a batch.
     """
 
     config: str = "nano"
-    encoder_steps: int = 1100
+    encoder_steps: int = 1200
     encoder_learning_rate: float = 1e-3
-    steps: int = 300
+    steps: int = 900
     batch: int = 8
     learning_rate: float = 5e-4
+    learned_share: float = 0.1
     weight_decay: float = 0.02
     warmup_steps: int = 60
     clip_norm: float = 1.0
@@ -59,7 +61,7 @@ class TrainSettings:
     text_weight: float = 0.1
     early_weights: MaskLossWeights = field(default_factory=lambda: MaskLossWeights(bce=4.0, dice=0.25))
     late_weights: MaskLossWeights = field(default_factory=MaskLossWeights)
-    paper_weights_from: float = 0.85
+    paper_weights_from: float = 0.6
     plain_until: int = 600
     plain_share: float = 0.6
     seed: int = 0
@@ -105,6 +107,7 @@ def train(settings: TrainSettings, folder: Path, device: str = "cpu", workers: i
     model = new_model(settings.config, settings.seed).to(device).train()
     run = _Run(model, settings, folder)
     first = run.resume()
+    _cut_log(folder / "log.jsonl", first)
     total = settings.encoder_steps + settings.steps
     bar = tqdm(range(first, total), initial=first, total=total, desc="training", unit="step")
     started = time.monotonic()
@@ -114,7 +117,7 @@ def train(settings: TrainSettings, folder: Path, device: str = "cpu", workers: i
             bar.set_postfix({name: f"{value:.3f}" for name, value in losses.items()})
             with open(folder / "log.jsonl", "a") as log:
                 log.write(json.dumps({"step": step, "seconds": round(time.monotonic() - started, 1), **losses}) + "\n")
-        if (step + 1) % settings.save_every == 0:
+        if (step + 1) % settings.save_every == 0 or step + 1 == total:
             run.save(step + 1)
     averaged = run.averaged_model()
     save(averaged, folder / "checkpoint", dtype=torch.float16)
@@ -134,10 +137,15 @@ class _Run:
         self.parts = nn.ModuleDict({"model": model, "first_phase": nn.ParameterDict({"kernel": self.kernel})})
         self.parts.to(next(model.parameters()).device)
         self.average = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-        decayed = [p for p in self.parts.parameters() if p.ndim > 1]
-        others = [p for p in self.parts.parameters() if p.ndim <= 1]
+        early = {id(parameter) for parameter in _early_parameters(model)}
+        groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+        for parameter in self.parts.parameters():
+            groups.setdefault((id(parameter) in early, parameter.ndim > 1), []).append(parameter)
         self.optimizer = torch.optim.AdamW(
-            [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}],
+            [
+                {"params": parameters, "early": is_early, "weight_decay": settings.weight_decay if is_matrix else 0.0}
+                for (is_early, is_matrix), parameters in groups.items()
+            ],
             lr=settings.learning_rate,
             betas=(0.9, 0.98),
         )
@@ -145,7 +153,8 @@ class _Run:
     def step(self, step: int, batch: Batch) -> dict[str, float]:
         settings = self.settings
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(step, settings)
+            late = step >= settings.encoder_steps
+            group["lr"] = learning_rate(step, settings) * (settings.learned_share if late and group["early"] else 1.0)
         if step == settings.encoder_steps:
             self._hand_over()
         losses = self._encoder_losses(batch) if step < settings.encoder_steps else self._losses(step, batch)
@@ -243,8 +252,15 @@ class _Run:
 def _early_embeddings(encoder: SamVisionEncoder, pixel_image: Tensor) -> Tensor:
     """What the first phase learns on: the stem alone where there is one, since the ViT behind it adds nothing yet and costs more."""
     if isinstance(encoder, StemmedVisionEncoder):
-        return encoder.skipped(encoder.patch_embed(pixel_image))
+        return encoder.patch_embed(pixel_image)[1]
     return encoder(pixel_image).last_hidden_state
+
+
+def _early_parameters(model: AGVAS) -> Iterator[nn.Parameter]:
+    """What the first phase trains besides its kernel."""
+    encoder, decoder = model.pixel_encoder, model.mask_decoder
+    for part in (encoder.patch_embed if isinstance(encoder, StemmedVisionEncoder) else encoder, decoder.upscaling):
+        yield from part.parameters()
 
 
 def learning_rate(step: int, settings: TrainSettings) -> float:
@@ -278,6 +294,13 @@ def _batches(pool: SamplePool, model: AGVAS, settings: TrainSettings, first: int
             if step + 2 < total:
                 ahead.append(threads.submit(draw, step + 2))
             yield batch
+
+
+def _cut_log(path: Path, first: int) -> None:
+    """Drop what an interrupted run logged after its last save: those steps come again."""
+    if path.exists():
+        lines = path.read_text().splitlines(keepends=True)
+        path.write_text("".join(line for line in lines if json.loads(line)["step"] < first))
 
 
 def _same_settings(settings: TrainSettings, path: Path) -> None:
