@@ -104,7 +104,7 @@ class ConvolutionalStem(nn.Module):
         greys = [from_neighbours(grey, inside, side) for side in NEIGHBOURHOODS[1:]]
         greys.append((grey - grey.sum(dim=(2, 3), keepdim=True) / area) * inside)
         unit = (((colour.abs() + FLOOR).log() * inside).sum(dim=(1, 2, 3), keepdim=True) / (3 * area)).exp()
-        share = box_mean(inside, NEIGHBOURHOODS[-1], beyond=True) * inside
+        share = share_inside(inside, NEIGHBOURHOODS[-1], beyond=True) * inside
         return torch.cat([torch.cat([colour, *greys], dim=1) / unit, share], dim=1)
 
     def fold(self) -> None:
@@ -115,14 +115,24 @@ class ConvolutionalStem(nn.Module):
 
 def from_neighbours(image: Tensor, inside: Tensor, side: int) -> Tensor:
     """Each pixel less the mean of the pixels inside the picture in the square of `side` around it; 0 outside."""
-    share = box_mean(inside, side)
-    return (image * share - box_mean(image, side)) / (share + 1e-6) * inside
+    share = share_inside(inside, side)
+    around = mean_along(mean_along(image, side, axis=3), side, axis=2)
+    return (image * share - around) / (share + 1e-6) * inside
 
 
-def box_mean(image: Tensor, side: int, beyond: bool = False) -> Tensor:
-    """Mean over the square of `side` around each pixel, as far as the tensor goes, or with zeros beyond it; rows, then columns."""
-    rows = F.avg_pool2d(image, (1, side), stride=1, padding=(0, side // 2), count_include_pad=beyond)
-    return F.avg_pool2d(rows, (side, 1), stride=1, padding=(side // 2, 0), count_include_pad=beyond)
+def share_inside(inside: Tensor, side: int, beyond: bool = False) -> Tensor:
+    """Share of the square of `side` around each pixel that lies inside the picture, [B, 1, 4 G, 4 G]; see mean_along.
+
+    A picture is a rectangle: its rows and its columns say all there is, and cost a hundredth.
+    """
+    rows, columns = inside.amax(dim=3, keepdim=True), inside.amax(dim=2, keepdim=True)
+    return mean_along(rows, side, axis=2, beyond=beyond) * mean_along(columns, side, axis=3, beyond=beyond)
+
+
+def mean_along(image: Tensor, side: int, axis: int, beyond: bool = False) -> Tensor:
+    """Mean over `side` pixels along an axis, 2 or 3, around each one, as far as the tensor goes, or with zeros beyond it."""
+    kernel, padding = ((side, 1), (side // 2, 0)) if axis == 2 else ((1, side), (0, side // 2))
+    return F.avg_pool2d(image, kernel, stride=1, padding=padding, count_include_pad=beyond)
 
 
 class StemmedVisionEncoder(SamVisionEncoder):

@@ -24,6 +24,7 @@ from benchmarks.environment import environment
 from runtime import Segmenter
 
 SIZE = (480, 640)
+REST = 0.1  # seconds before each turn: thread pools go on spinning for a while and would take the cores from whoever is next
 
 
 def measure(bundle: Path, checkpoint: str, threads: int, rounds: int, warmups: int) -> dict[str, Any]:
@@ -58,6 +59,7 @@ def measure(bundle: Path, checkpoint: str, threads: int, rounds: int, warmups: i
     for i in tqdm(range(-warmups, rounds), desc="pairs", unit="pair"):
         picture, masks = pictures[i % len(pictures)], {}
         for name, segment in candidates.items():
+            time.sleep(REST)
             started = time.perf_counter()
             masks[name] = segment(picture)
             if i >= 0:

@@ -33,6 +33,8 @@ class OnnxRuntimeEngine:
             )
         settings = onnxruntime.SessionOptions()
         settings.intra_op_num_threads = options.threads
+        # Five sessions take turns on one picture: a pool that spins after its turn takes the cores from the next stage.
+        settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
         settings.log_severity_level = 3  # warnings about constant folding are of no use to a user
         provider, provider_options = _provider(options.device)
         try:

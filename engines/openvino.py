@@ -2,11 +2,16 @@
 
 The accuracy hint is set, not inherited: left alone OpenVINO picks bfloat16 for itself on CPUs that have it and quantises
 activations dynamically. Its GPU plug-in is not offered, for want of a machine to verify it on.
+
+Computing in bfloat16, OpenVINO rounds the picture itself and whatever convolutions make of it to 8 bits, which costs masks their edges and
+faint defects their contrast. As in our own 16-bit graphs (export/passes.py, rule 6) rounding begins at the first matrix product
+here: a graph with convolutions before it is cut in two, the first part compiled in fp32.
 """
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -17,12 +22,13 @@ from engines.spec import StageSpec
 
 try:
     import openvino
+    from openvino import opset13
 except ImportError as error:
     raise EngineUnavailable('engine openvino is not installed; pip install "agvas[openvino]"') from error
 
 
 class OpenVinoEngine:
-    """One compiled graph; every calling thread has an inference request of its own, since a request holds its tensors."""
+    """One compiled graph, or two in a row; every calling thread has inference requests of its own, since a request holds its tensors."""
 
     def __init__(self, graph: Path, spec: StageSpec, options: EngineOptions) -> None:
         self.spec = spec
@@ -34,29 +40,74 @@ class OpenVinoEngine:
                 "inference precision bf16 was asked for, but this CPU does not multiply in bfloat16; use precision graph"
             )
         settings: dict[str, object] = {
-            "INFERENCE_PRECISION_HINT": "bf16" if options.inference_precision == "bf16" else "f32",
             "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
             "PERFORMANCE_HINT": "LATENCY",
         }
         if options.threads:
             settings["INFERENCE_NUM_THREADS"] = options.threads
         try:
-            self._compiled = core.compile_model(str(graph), "CPU", settings)
+            model = core.read_model(str(graph))
+            parts = {"f32": model}
+            if options.inference_precision == "bf16":
+                before, behind = cut_before_products(model)
+                parts = {"bf16": behind} if before is None else {"f32": before, "bf16": behind}
+            self._compiled = [
+                core.compile_model(part, "CPU", settings | {"INFERENCE_PRECISION_HINT": precision}) for precision, part in parts.items()
+            ]
         except Exception as error:  # OpenVINO raises RuntimeError and its own subclasses of Exception
             raise EngineFailed(f"openvino cannot load {graph.name}: {str(error).strip()[-400:]}") from error
         self._requests = threading.local()
 
     def run(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         self.spec.check_inputs(feeds)
-        request = getattr(self._requests, "request", None)
-        if request is None:
-            request = self._requests.request = self._compiled.create_infer_request()
+        requests = getattr(self._requests, "requests", None)
+        if requests is None:
+            requests = self._requests.requests = [compiled.create_infer_request() for compiled in self._compiled]
         try:
-            request.infer(feeds, share_inputs=True)
+            *first, last = requests
+            passed: Mapping[str | int, np.ndarray] = dict(feeds.items())
+            for request in first:
+                request.infer(passed, share_inputs=True)
+                # By position, and shared: the next part reads them before this thread's next call overwrites them.
+                passed = {index: request.get_output_tensor(index).data for index in range(len(request.model_outputs))}
+            last.infer(passed, share_inputs=True)
             # Copied: the request's own tensors are overwritten by this thread's next call.
-            return {output.name: request.get_tensor(output.name).data.copy() for output in self.spec.outputs}
+            return {output.name: last.get_tensor(output.name).data.copy() for output in self.spec.outputs}
         except Exception as error:
             raise EngineFailed(f"openvino failed in stage {self.spec.name}: {str(error).strip()[-400:]}") from error
+
+
+def cut_before_products(model: openvino.Model) -> tuple[openvino.Model | None, openvino.Model]:
+    """Two models in a row where there were convolutions before the first matrix product; else (None, model).
+
+    The given model is taken apart. The first one's outputs are the second one's inputs, in their order.
+    """
+    constant: set[str] = set()
+    behind: set[str] = set()
+    before = []
+    for node in model.get_ordered_ops():
+        sources = {node.input_value(index).get_node().get_friendly_name() for index in range(node.get_input_size())}
+        name = node.get_friendly_name()
+        if node.get_type_name() == "Constant" or (sources and sources <= constant):
+            constant.add(name)
+        elif node.get_type_name() == "MatMul" or sources & behind:
+            behind.add(name)
+        else:
+            before.append(node)
+    kinds = {node.get_type_name() for node in before}
+    if "Convolution" not in kinds or "Result" in kinds:  # an output that no product precedes would be in neither half
+        return None, model
+    results: list[openvino.Node] = []
+    parameters: list[openvino.Node] = []
+    for output in (output for node in before for output in node.outputs()):
+        readers = [reader for reader in output.get_target_inputs() if reader.get_node().get_friendly_name() in behind]
+        if readers:
+            parameter = opset13.parameter(output.get_partial_shape(), output.get_element_type())
+            for reader in readers:
+                reader.replace_source_output(parameter.output(0))
+            results.append(opset13.result(output))
+            parameters.append(parameter)
+    return openvino.Model(results, model.get_parameters(), "before"), openvino.Model(model.get_results(), parameters, "behind")
 
 
 def natively_bf16(core: openvino.Core | None = None) -> bool:

@@ -5,18 +5,26 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import onnx
+import onnx_ir
+import openvino
 import pytest
 
 from agvas import AGVAS
 from engines import Engine, EngineFailed, EngineOptions, EngineUnavailable, TensorMismatch, open_engine
 from engines import onnxruntime as onnxruntime_engine
-from engines.spec import StageSpec
+from engines.openvino import cut_before_products, natively_bf16
+from engines.spec import StageSpec, TensorSpec
 from export.adapters import example_inputs
+from export.onnx_writer import write
 from export.parity import torch_stages
+from export.passes import lower_precision
 from runtime.bundle import Bundle
 from runtime.contract import LANGUAGE, MASK_DECODER, PIXEL_ENCODER, SPAM, STAGES
+from runtime.parity import relative_error
 
 HERE = ("onnxruntime", "openvino")
 # fp32 everywhere; sums run in another order. Measured: 2e-6 between the two on values of about 1.
@@ -41,6 +49,90 @@ def assert_same(ours: Feeds, wanted: Feeds) -> None:
     for name in wanted:
         assert ours[name].dtype == np.float32
         np.testing.assert_allclose(ours[name], wanted[name], err_msg=name, **SAME)
+
+
+# OpenVINO in bf16: rounding begins at the first matrix product
+
+
+def read(bundle: Path, stage: str) -> openvino.Model:
+    return openvino.Core().read_model(str(bundle / stage / f"{stage}.onnx"))
+
+
+def operators(model: openvino.Model) -> set[str]:
+    return {node.get_type_name() for node in model.get_ops()}
+
+
+@pytest.mark.skipif(not natively_bf16(), reason="this CPU does not multiply in bfloat16")
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_sixteen_bit_graphs_too_can_be_cut(precision: str, tiny_bundle: Path, tmp_path: Path) -> None:
+    model = onnx_ir.load(tiny_bundle / "pixel_encoder" / "pixel_encoder.onnx")
+    lower_precision(model, precision)
+    write(model, tmp_path, "pixel_encoder")
+    engine = open_engine(tmp_path / "pixel_encoder.onnx", PIXEL_ENCODER, "openvino", EngineOptions(inference_precision="bf16"))
+    feeds = feeds_for(tiny_bundle, "pixel_encoder")
+    wanted = opened(tiny_bundle, PIXEL_ENCODER).run(feeds)["pixel_embeddings"]
+    assert relative_error(engine.run(feeds)["pixel_embeddings"], wanted) < 0.05
+
+
+def test_a_graph_is_cut_before_its_first_product_and_the_halves_give_the_same_numbers(tiny_bundle: Path) -> None:
+    before, behind = cut_before_products(read(tiny_bundle, "pixel_encoder"))
+    assert before is not None
+    assert "Convolution" in operators(before) and "MatMul" not in operators(before)
+    assert "MatMul" in operators(behind) and [output.any_name for output in behind.outputs] == ["pixel_embeddings"]
+    feeds = feeds_for(tiny_bundle, "pixel_encoder")
+    fp32 = {"INFERENCE_PRECISION_HINT": "f32"}
+    passed = openvino.compile_model(before, "CPU", fp32)(feeds)
+    got = openvino.compile_model(behind, "CPU", fp32)(list(passed.values()))
+    assert_same({"pixel_embeddings": got[0]}, opened(tiny_bundle, PIXEL_ENCODER, "openvino").run(feeds))
+
+
+@pytest.mark.parametrize("stage", ["spam", "language", "mask_decoder"])
+def test_a_graph_without_convolutions_before_its_products_stays_whole(stage: str, tiny_bundle: Path) -> None:
+    model = read(tiny_bundle, stage)
+    assert cut_before_products(model) == (None, model)
+
+
+def saved(tmp_path: Path, body: str, outputs: str) -> Path:
+    """A graph on a picture [1, 1, 8, 8] with a convolution that takes each pixel from its right neighbour."""
+    text = f'<ir_version: 10, opset_import: ["" : 20]> g (float[1, 1, 8, 8] x) => ({outputs}) {{ {body} }}'
+    proto = onnx.parser.parse_model(text)
+    constants = {"difference": np.array([[[[0, -1, 1]]]], np.float32), "unit": np.eye(8, dtype=np.float32)}
+    proto.graph.initializer.extend(onnx.numpy_helper.from_array(array, name) for name, array in constants.items())
+    onnx.save(proto, tmp_path / "g.onnx")
+    return tmp_path / "g.onnx"
+
+
+def test_an_output_that_no_product_precedes_keeps_the_graph_whole(tmp_path: Path) -> None:
+    body = "y = Conv <pads = [0, 1, 0, 1]> (x, difference) z = MatMul(y, unit)"
+    model = openvino.Core().read_model(str(saved(tmp_path, body, "float[1, 1, 8, 8] y, float[1, 1, 8, 8] z")))
+    assert cut_before_products(model) == (None, model)
+
+
+@pytest.mark.skipif(not natively_bf16(), reason="this CPU does not multiply in bfloat16")
+def test_a_faint_picture_survives_bf16_up_to_the_first_product(tmp_path: Path) -> None:
+    path = saved(tmp_path, "y = Conv <pads = [0, 1, 0, 1]> (x, difference) z = MatMul(y, unit)", "float[1, 1, 8, 8] z")
+    picture = 1.5 + 0.001 * np.random.default_rng(0).normal(size=(1, 1, 8, 8)).astype(np.float32)  # bf16 has steps of 0.008 there
+    spec = StageSpec("g", (TensorSpec("x", "float32", (1, 1, 8, 8)),), (TensorSpec("z", "float32", (1, 1, 8, 8)),))
+    engine = open_engine(path, spec, "openvino", EngineOptions(inference_precision="bf16"))
+    wanted = np.diff(picture, axis=3)
+    got = engine.run({"x": picture})["z"][..., :-1]
+    assert relative_error(got, wanted) < 0.01  # the product rounds to 8 bits
+    whole = openvino.compile_model(str(path), "CPU", {"INFERENCE_PRECISION_HINT": "bf16"})([picture])[0][..., :-1]
+    assert relative_error(whole, wanted) > 0.1, "OpenVINO no longer rounds the picture: the cut has no use"
+
+
+def test_onnxruntimes_pools_do_not_spin(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five pools that did made a picture take 2.6 times as long on two cores."""
+    seen = []
+    original = onnxruntime_engine.onnxruntime.InferenceSession
+
+    def recorded(path: str, settings: Any, **options: Any) -> Any:
+        seen.append(settings.get_session_config_entry("session.intra_op.allow_spinning"))
+        return original(path, settings, **options)
+
+    monkeypatch.setattr(onnxruntime_engine.onnxruntime, "InferenceSession", recorded)
+    opened(tiny_bundle, SPAM)
+    assert seen == ["0"]
 
 
 # What cannot be had

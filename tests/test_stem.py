@@ -12,7 +12,7 @@ import torch
 
 from agvas.config import PixelEncoderConfig, tiny
 from agvas.encoders import pixel_encoder
-from agvas.stem import CONTRASTS, NEIGHBOURHOODS, ConvolutionalStem, StemmedVisionEncoder, box_mean, from_neighbours
+from agvas.stem import CONTRASTS, NEIGHBOURHOODS, ConvolutionalStem, StemmedVisionEncoder, from_neighbours, share_inside
 from engines import open_engine
 from export.adapters import PixelEncoderStage, axis_sizes
 from export.onnx_writer import export_stage, write
@@ -72,7 +72,7 @@ def test_the_last_channel_tells_how_near_a_border_is() -> None:
     share = ConvolutionalStem(patch_size=8, width=16, outputs=16).contrast(picture)[0, -1]
     torch.testing.assert_close(share[:, :16], torch.full((28, 16), 28 * 16 / 65**2))
     assert not share[:, 16:].any()
-    middle, corner = box_mean(torch.ones(1, 1, 28, 28), 9, beyond=True)[0, 0, (14, 0), (14, 0)].tolist()
+    middle, corner = share_inside(torch.ones(1, 1, 28, 28), 9, beyond=True)[0, 0, (14, 0), (14, 0)].tolist()
     assert (middle, corner) == (pytest.approx(1), pytest.approx(25 / 81))
 
 
