@@ -1,9 +1,9 @@
 """A pixel encoder that learns from nothing: SAM's ViT behind a convolutional stem, with the stem's features added to its output.
 
 SAM's linear patch embedding and its neck's norms suppose a ViT-H pretrained with masked autoencoding. From random weights they learn
-slowly. Convolutions learn sooner (Xiao et al. 2021, "Early convolutions help transformers see better"), and so do the stem's two
-local contrasts: each pixel's distance from the mean of its neighbourhood, in units of the picture's own contrast, so that a dark
-picture says as much as a bright one. The neck's last norm starts at zero: at first the stem speaks alone, then the ViT adds to it.
+slowly. Convolutions learn sooner (Xiao et al. 2021, "Early convolutions help transformers see better"), and so do the stem's
+contrasts: each pixel's distance from the mean of neighbourhoods of several sizes, in units of the picture's own contrast, so that a
+dark picture says as much as a bright one. The neck's last norm starts at zero: at first the stem speaks alone, then the ViT adds to it.
 """
 
 from __future__ import annotations

@@ -86,8 +86,8 @@ def cut_before_products(model: openvino.Model) -> tuple[openvino.Model | None, o
     behind: set[str] = set()
     before = []
     for node in model.get_ordered_ops():
-        sources = {node.input_value(index).get_node().get_friendly_name() for index in range(node.get_input_size())}
-        name = node.get_friendly_name()
+        sources = {node.input_value(index).get_node().get_name() for index in range(node.get_input_size())}
+        name = node.get_name()
         if node.get_type_name() == "Constant" or (sources and sources <= constant):
             constant.add(name)
         elif node.get_type_name() == "MatMul" or sources & behind:
@@ -100,7 +100,7 @@ def cut_before_products(model: openvino.Model) -> tuple[openvino.Model | None, o
     results: list[openvino.Node] = []
     parameters: list[openvino.Node] = []
     for output in (output for node in before for output in node.outputs()):
-        readers = [reader for reader in output.get_target_inputs() if reader.get_node().get_friendly_name() in behind]
+        readers = [reader for reader in output.get_target_inputs() if reader.get_node().get_name() in behind]
         if readers:
             parameter = opset13.parameter(output.get_partial_shape(), output.get_element_type())
             for reader in readers:

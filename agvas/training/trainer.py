@@ -152,9 +152,9 @@ class _Run:
 
     def step(self, step: int, batch: Batch) -> dict[str, float]:
         settings = self.settings
+        share = settings.learned_share if step >= settings.encoder_steps else 1.0
         for group in self.optimizer.param_groups:
-            late = step >= settings.encoder_steps
-            group["lr"] = learning_rate(step, settings) * (settings.learned_share if late and group["early"] else 1.0)
+            group["lr"] = learning_rate(step, settings) * (share if group["early"] else 1.0)
         if step == settings.encoder_steps:
             self._hand_over()
         losses = self._encoder_losses(batch) if step < settings.encoder_steps else self._losses(step, batch)
