@@ -16,13 +16,12 @@ from tokenizers import Tokenizer
 
 from agvas.config import AGVASConfig
 from agvas.model import AGVAS
-from runtime.errors import AgvasError
 
 NANO = Path(__file__).parent / "nano"
 FILES = ("config.json", "model.safetensors", "tokenizer.json")
 
 
-class CheckpointError(AgvasError, ValueError):
+class CheckpointError(ValueError):
     """A checkpoint that is missing, incomplete or not an AG-VAS."""
 
 

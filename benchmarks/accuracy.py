@@ -305,6 +305,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(json.dumps(line, allow_nan=False))
         if arguments.output is not None:  # last, so that a full disk does not cost the numbers
             arguments.output.write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    except ModuleNotFoundError as error:
+        print(f'agvas-eval: {error.name} is not installed; pip install "agvas[train]"', file=sys.stderr)
+        return 2
     except (ValueError, OSError, ImportError, EngineError, AgvasError) as error:
         print(f"agvas-eval: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

@@ -43,6 +43,9 @@ def main(arguments: list[str] | None = None) -> int:
     except ParityFailed as error:
         print(f"agvas-export: {error}", file=sys.stderr)
         return 1
+    except ModuleNotFoundError as error:
+        print(f'agvas-export: {error.name} is not installed; pip install "agvas[export]"', file=sys.stderr)
+        return 2
     except (AgvasError, EngineError, ValueError, OSError) as error:
         print(f"agvas-export: {error}", file=sys.stderr)
         return 2

@@ -85,6 +85,8 @@ class Manifest:
             fields["prompts"] = Prompts(**_tuples(fields["prompts"]))
             fields["files"] = {path: FileRecord(**record) for path, record in fields["files"].items()}
             fields["threshold"], fields["fusion_weight"] = float(fields["threshold"]), float(fields["fusion_weight"])
+            if not 0 <= fields["threshold"] <= 1:
+                raise ValueError(f"threshold {fields['threshold']} is no probability in 0..1")
             if missing := {"L", "H", "C"} - fields["sizes"].keys():
                 raise KeyError(f"sizes lacks {', '.join(sorted(missing))}")
             return cls(**fields)

@@ -258,7 +258,7 @@ def _check_pixels(name: str, width: int, height: int, pixel_limit: int) -> None:
     if width * height > pixel_limit:
         raise ImageError(
             f"{name}: expected at most {pixel_limit} pixels, got {width} × {height} = {width * height}; "
-            "crop or shrink it, or raise pixel_limit if it is really that large"
+            "crop or shrink it, or raise pixel_limit (--pixel-limit) if it is really that large"
         )
 
 

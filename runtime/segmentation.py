@@ -33,8 +33,8 @@ class Segmentation:
     Attributes:
         mask: bool [H, W], True where anomalous.
         anomaly_map: float32 [H, W], probability of an anomaly in [0, 1].
-        score: of the whole picture, in [0, 1].
-        is_anomalous: the verdict, OK (False) or NG (True).
+        score: of the whole picture, in [0, 1]: the map's maximum.
+        is_anomalous: the verdict, OK (False) or NG (True): one pixel in the mask is enough.
         text: what the model said.
         answer_verified: True where the single pass confirmed the fixed answer; False where the model wrote its own.
         anchors_found: False where the answer lacks [NOR], [ANO] or [SEG]: there is no map then, it is all zeros.

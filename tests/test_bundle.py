@@ -110,6 +110,11 @@ def test_a_manifest_whose_part_lacks_a_field_names_it(
     assert field in refusal(folder, BundleCorrupt)
 
 
+def test_a_manifest_with_an_impossible_threshold_is_named(copy_of_bundle: Callable[[], Path]) -> None:
+    folder = edit(copy_of_bundle(), lambda fields: fields.update(threshold=5))
+    assert f"{folder / 'manifest.json'} does not describe a bundle: threshold 5.0" in refusal(folder, BundleCorrupt)
+
+
 def test_prompts_that_contradict_themselves(copy_of_bundle: Callable[[], Path]) -> None:
     folder = edit(copy_of_bundle(), lambda fields: fields["prompts"].update(suffix="no place for it"))
     assert "{instruction}" in refusal(folder, BundleCorrupt)

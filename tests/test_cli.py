@@ -552,3 +552,25 @@ def test_a_long_run_shows_a_bar_on_stderr_even_in_a_log(
     assert "pictures:" in captured.err and "9/9" in captured.err
     for line in captured.out.splitlines():
         json.loads(line)
+
+
+# What an installation for the line alone lacks
+
+
+@pytest.mark.parametrize(
+    ("command", "module", "extra", "arguments"),
+    [
+        ("agvas-train", "agvas.training.cli", "train", []),
+        ("agvas-export", "export.cli", "export", []),
+        ("agvas-eval", "benchmarks.accuracy", "train", [".", "--checkpoint", "nano"]),
+    ],
+)
+def test_a_command_that_needs_torch_says_which_extra_has_it(
+    command: str, module: str, extra: str, arguments: list[str], tmp_path: Path
+) -> None:
+    save_picture(tmp_path / "one.png")
+    (tmp_path / "manifest.csv").write_text("image,mask,label\none.png,,0\n")
+    code = f"import sys; sys.modules['torch'] = None; from {module} import main; sys.exit(main({arguments}))"
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (2, f'{command}: torch is not installed; pip install "agvas[{extra}]"\n')

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 
@@ -19,9 +20,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=2, help="processes that make samples")
     options = parser.parse_args(arguments)
 
-    from dataclasses import replace
-
-    from agvas.training.trainer import Diverged, TrainSettings, train
+    try:
+        from agvas.training.trainer import Diverged, TrainSettings, train
+    except ModuleNotFoundError as error:
+        print(f'agvas-train: {error.name} is not installed; pip install "agvas[train]"', file=sys.stderr)
+        return 2
 
     settings = TrainSettings(config=options.config, seed=options.seed)
     if options.steps is not None:
