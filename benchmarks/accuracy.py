@@ -153,29 +153,33 @@ def open_predictor(
     baseline: str | None = None,
     engine: str | None = None,
     device: str | None = None,
+    inference_precision: str | None = None,
 ) -> Predict:
     """What predicts, from exactly one of a bundle, a checkpoint ("nano" or a folder) and a baseline's name.
 
-    `engine` is for bundles (None: auto), `device` for bundles and checkpoints (None: cpu).
+    `engine` and `inference_precision` are for bundles (None: auto, and what Segmenter makes of None), `device` for bundles and
+    checkpoints (None: cpu).
     """
     if sum(given is not None for given in (bundle, checkpoint, baseline)) != 1:
         raise ValueError("expected exactly one of bundle, checkpoint and baseline; give one")
     if engine is not None and bundle is None:
         raise ValueError(f"engine: only a bundle has engines, got {engine}; leave --engine out or give --bundle")
+    if inference_precision is not None and bundle is None:
+        raise ValueError(f"inference precision: only a bundle has one, got {inference_precision}; leave --inference-precision out")
     if device is not None and baseline is not None:
         raise ValueError(f"device: a baseline runs on the CPU, got {device}; leave --device out")
     if bundle is not None:
-        return _bundle_predictor(bundle, engine, device)
+        return _bundle_predictor(bundle, engine, device, inference_precision)
     if checkpoint is not None:
         return _checkpoint_predictor(checkpoint, device)
     assert baseline is not None
     return _baseline_predictor(baseline)
 
 
-def _bundle_predictor(bundle: Path, engine: str | None, device: str | None) -> Predict:
+def _bundle_predictor(bundle: Path, engine: str | None, device: str | None, inference_precision: str | None) -> Predict:
     from runtime import Segmenter
 
-    segmenter = Segmenter(bundle, engine=engine or "auto", device=device or "cpu")
+    segmenter = Segmenter(bundle, engine=engine or "auto", device=device or "cpu", inference_precision=inference_precision)
 
     def predict(path: Path) -> Prediction:
         return _prediction(segmenter(path))
@@ -261,6 +265,7 @@ def _parser() -> argparse.ArgumentParser:
     source.add_argument("--baseline", choices=BASELINES, help="a trivial map, for comparison")
     parser.add_argument("--engine", help="auto, onnxruntime, openvino, tensorrt or tensorrt-rtx; with --bundle")
     parser.add_argument("--device", help="cpu or cuda:N; with --bundle or --checkpoint")
+    parser.add_argument("--inference-precision", help="graph or bf16, as agvas-segment has it; with --bundle")
     parser.add_argument("--limit", type=_positive, metavar="N", help="N images of each data set, evenly spaced over its manifest")
     parser.add_argument("--split", help="only the lines whose column split says so")
     parser.add_argument("--json", action="store_true", help="print JSON as the last lines")
@@ -292,7 +297,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError(f"--output: expected a file in an existing folder, got {arguments.output}; make the folder first")
         results = evaluate_datasets(
             arguments.datasets,
-            lambda: open_predictor(arguments.bundle, arguments.checkpoint, arguments.baseline, arguments.engine, arguments.device),
+            lambda: open_predictor(
+                arguments.bundle,
+                arguments.checkpoint,
+                arguments.baseline,
+                arguments.engine,
+                arguments.device,
+                arguments.inference_precision,
+            ),
             arguments.limit,
             arguments.split,
             _tqdm,

@@ -151,7 +151,7 @@ def _expand(name: str, recursive: bool) -> list[Path]:
     if name and os.path.isdir(name):
         pictures = _pictures(Path(name).rglob("*") if recursive else Path(name).iterdir())
         if not pictures:
-            below = "" if recursive else ", or ask for its subfolders too"
+            below = "" if recursive else ", or ask for its subfolders too (agvas-segment --recursive)"
             raise ImageError(
                 f"{name}: expected pictures in this folder, got none with a suffix in {', '.join(SUFFIXES)}; "
                 f"name the files themselves{below}"

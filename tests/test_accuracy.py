@@ -321,12 +321,14 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[FakeModel]:
 
 def test_a_bundle_gets_the_engine_and_device_that_were_asked_for(parts: Path, opened: list[FakeModel]) -> None:
     open_predictor(bundle=Path("b"))
-    open_predictor(bundle=Path("b"), engine="openvino", device="cuda:1")
+    open_predictor(bundle=Path("b"), engine="openvino", device="cuda:1", inference_precision="bf16")
     assert [model.asked for model in opened] == [(Path("b"),)] * 2
     assert [model.settings for model in opened] == [
-        {"engine": "auto", "device": "cpu"},
-        {"engine": "openvino", "device": "cuda:1"},
+        {"engine": "auto", "device": "cpu", "inference_precision": None},
+        {"engine": "openvino", "device": "cuda:1", "inference_precision": "bf16"},
     ]
+    with pytest.raises(ValueError, match="only a bundle has one, got bf16"):
+        open_predictor(checkpoint="nano", inference_precision="bf16")
 
 
 @pytest.mark.parametrize("source", [{"bundle": Path("b"), "device": "cpu"}, {"checkpoint": "nano", "device": "cuda:0"}])
