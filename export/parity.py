@@ -118,24 +118,26 @@ def measure(
     """
     threshold = model.config.mask_decoder.threshold
     stages = torch_stages(model)
+    torch_chain = pipeline_over(model, stages)
     prompt = model.prompt_encoder.encode()
     reference: list[Outcome] = []
     glue: list[Outcome] = []
     chain: list[Outcome] = []
     for image in images:
         reference.append(outcome_of_reference(model.segment(image)))
-        glue.append(outcome_of(pipeline_over(model, stages).run(image, prompt), threshold))
+        glue.append(outcome_of(torch_chain.run(image, prompt), threshold))
         chain.append(run_outcome(exported, image, threshold)[0])
         progress()
     golden: dict[str, np.ndarray] = {}
     errors: dict[str, dict[str, float]] = {}
     for place, index in enumerate(hardest(reference, threshold)[:GOLDEN_PICTURES]):
-        recorders = {name: RecordingStage(stage) for name, stage in stages.items()}
+        image = images[index]
         tensors: Mapping[str, np.ndarray] = {}
         if place < TRACED_PICTURES:
-            tensors = pipeline_over(model, recorders).run(images[index], prompt).tensors
+            recorders = {name: RecordingStage(stage) for name, stage in stages.items()}
+            tensors = pipeline_over(model, recorders).run(image, prompt).tensors
             _stage_errors(exported, recorders, errors)
-        golden |= _golden(place, images[index], reference[index], tensors)
+        golden |= _golden(place, image, reference[index], tensors)
     glue_parity, chain_parity = compare(glue, reference), compare(chain, reference)
     failures = [f"glue: {failure}" for failure in glue_gates.failures(glue_parity)]
     failures += [f"chain: {failure}" for failure in gates.failures(chain_parity)]

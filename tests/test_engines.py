@@ -122,7 +122,7 @@ def test_a_faint_picture_survives_bf16_up_to_the_first_product(tmp_path: Path) -
 
 
 def test_onnxruntimes_pools_do_not_spin(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Five pools that did made a picture take 2.6 times as long on two cores."""
+    """A pool that did would take the cores from the next stage's."""
     seen = []
     original = onnxruntime_engine.onnxruntime.InferenceSession
 

@@ -167,7 +167,7 @@ def exported() -> tuple[StemmedVisionEncoder, ir.Model]:
     return encoder, export_stage(stage, "pixel_encoder", axis_sizes(config))
 
 
-# A sixteen-bit type keeps 11 (fp16) or 8 (bf16) bits: seven layers of rounding, measured 2e-3 and 1e-2.
+# A sixteen-bit type keeps 11 (fp16) or 8 (bf16) bits: rounded layer after layer, measured 2e-3 and 1e-2.
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-5), ("fp16", 5e-3), ("bf16", 3e-2)])
 @pytest.mark.parametrize("contrast", [1.0, 0.02])
 def test_the_exported_stem_gives_the_reference_even_on_a_faint_picture(

@@ -342,6 +342,17 @@ def test_a_pool_of_other_settings_is_not_reused(tmp_path: Path, monkeypatch: pyt
         SamplePool(tmp_path, replace(settings, samples=4))
 
 
+def test_light_falls_off_towards_the_sides_of_a_quarter_of_the_pictures_and_leaves_their_middle() -> None:
+    image = np.full((60, 80, 3), 120, np.uint8)
+    shaded = [pool_module._shade_sides(image, np.random.default_rng(seed)) for seed in range(400)]
+    changed = [result for result in shaded if not np.array_equal(result, image)]
+    assert 60 < len(changed) < 140
+    assert all(result.shape == image.shape and result.dtype == np.uint8 for result in changed)
+    difference = np.mean([np.abs(result.astype(int) - 120) for result in changed], axis=0)
+    for side in (difference[0, 20:60], difference[-1, 20:60], difference[15:45, 0], difference[15:45, -1]):
+        assert side.mean() > 10 * difference[25:35, 35:45].mean()
+
+
 # --- the trainer ---
 
 SETTINGS = TrainSettings(
