@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from benchmarks.datasets import DatasetError, Item, read_manifest
+from agvas.training.sources.errors import DatasetError
+from agvas.training.sources.manifest import Item, read_manifest
 from benchmarks.metrics import PixelScores, image_auroc, intersection_over_union, is_empty
 
 __all__ = ["evaluate", "evaluate_datasets", "main", "mean_metrics", "open_predictor"]

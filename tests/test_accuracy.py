@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from agvas.training.sources.manifest import Item, read_manifest
 from benchmarks import accuracy, baselines
 from benchmarks.accuracy import evaluate, evaluate_datasets, main, open_predictor
-from benchmarks.datasets import Item, read_manifest
 
 HEIGHT, WIDTH = 11, 17
 HEADER = "image,mask,label,class,split"

@@ -1,4 +1,4 @@
-"""The reader of a manifest data set: a folder with manifest.csv, a line per image, and masks 0 / 255 of its size.
+"""The manifest data set: a folder with manifest.csv, a line per image, and masks 0 / 255 of its size.
 
 Everything that can be checked without decoding pixels is checked when the manifest is read, so that a run of hours does
 not end at line 900; masks are decoded one at a time. It downloads nothing, converts nothing and never guesses: a mask
@@ -17,22 +17,15 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-__all__ = ["DatasetError", "Item", "read_manifest"]
+from agvas.training.sources.errors import DatasetError
+
+__all__ = ["Item", "read_manifest"]
 
 MANIFEST = "manifest.csv"
 REQUIRED_COLUMNS = ("image", "mask", "label")
 _EXIF_ORIENTATION = 0x0112
 _EXIF_SIDES_SWAPPED = (5, 6, 7, 8)
 _UNREADABLE = (OSError, Image.DecompressionBombError)
-
-
-class DatasetError(ValueError):
-    """A data set that cannot be read: which file and line, what was expected, what was found, and what to do."""
-
-    def __init__(self, file: Path, line: int | None, expected: str, found: str, remedy: str) -> None:
-        place = f"{file}, line {line}" if line is not None else str(file)
-        super().__init__(f"{place}: expected {expected}, found {found}; {remedy}")
-        self.file, self.line, self.expected, self.found, self.remedy = file, line, expected, found, remedy
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks.datasets import DatasetError, read_manifest
+from agvas.training.sources.errors import DatasetError
+from agvas.training.sources.manifest import read_manifest
 
 HEIGHT, WIDTH = 11, 17
 
