@@ -1,13 +1,19 @@
-"""Instruction templates of direct segmentation (paper A.2, online generation): a template and a word for what is sought.
+"""What is asked and what is answered: templates filled anew at every step (paper A.2, online generation).
 
-Only the direct mode's templates stand here; the other modes' belong to the instruction data set. The words are ours.
+A picture's description (its five fields) is made once, offline; here a template of the wanted mode and a word for what is sought are drawn
+around it, so that no picture always comes with the same words. Direct mode has one answer only, since inference verifies that answer
+in one pass. The words are ours.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
-from agvas.config import INSTRUCTION
+from agvas.config import ANSWER, INSTRUCTION
+from runtime.errors import choose
+from runtime.prompts import DIRECT, MODES
 
 TARGETS = ("anomalies", "defects", "flaws", "damaged areas", "irregularities", "faults")
 TEMPLATES = (
@@ -21,6 +27,25 @@ TEMPLATES = (
 )
 
 
+@dataclass(frozen=True)
+class Description:
+    """The five fields of Anomaly-Instruct (paper §3.3) for one picture, plain sentences.
+
+    Attributes:
+        expectation: what the object should look like.
+        observation: what deviates, where, in which shape and size.
+        diagnosis: why that breaks the normal state.
+        summary: the answer of describe-then-segment; holds [NOR], [ANO] and [SEG] once each, in this order.
+        explanation: one coherent paragraph.
+    """
+
+    expectation: str
+    observation: str
+    diagnosis: str
+    summary: str
+    explanation: str
+
+
 def all_instructions() -> tuple[str, ...]:
     """Every template with every target."""
     return tuple(template.format(class_name=target) for template in TEMPLATES for target in TARGETS)
@@ -31,3 +56,21 @@ def sample_instruction(rng: np.random.Generator, default_share: float = 0.5) -> 
     if rng.random() < default_share:
         return INSTRUCTION
     return str(rng.choice(TEMPLATES)).format(class_name=rng.choice(TARGETS))
+
+
+def dialogue(mode: str, description: Description | None, rng: np.random.Generator) -> tuple[str, str]:
+    """(instruction, answer) of one anomaly picture in one of the four modes.
+
+    Raises:
+        RequestError: unknown mode.
+        ValueError: any mode but direct without a description.
+    """
+    choose("mode", mode, MODES)
+    if mode == DIRECT:
+        return sample_instruction(rng), ANSWER
+    raise NotImplementedError
+
+
+def object_dialogue(name: str, rng: np.random.Generator) -> tuple[str, str]:
+    """(instruction, answer) for a thing, part or referring expression of general segmentation ("the man in red")."""
+    return f"Please segment {name} in this image.", ANSWER
