@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from agvas.config import ANSWER, INSTRUCTION
-from runtime.errors import choose
 from runtime.prompts import DIRECT, MODES
 
 TARGETS = ("anomalies", "defects", "flaws", "damaged areas", "irregularities", "faults")
@@ -62,10 +61,10 @@ def dialogue(mode: str, description: Description | None, rng: np.random.Generato
     """(instruction, answer) of one anomaly picture in one of the four modes.
 
     Raises:
-        RequestError: unknown mode.
-        ValueError: any mode but direct without a description.
+        ValueError: an unknown mode; any mode but direct without a description.
     """
-    choose("mode", mode, MODES)
+    if mode not in MODES:
+        raise ValueError(f"mode: expected one of {', '.join(MODES)}, got {mode!r}")
     if mode == DIRECT:
         return sample_instruction(rng), ANSWER
     raise NotImplementedError
