@@ -15,8 +15,16 @@ from runtime.preprocess import Preprocessing
 from runtime.prompts import Prompts
 
 ANCHORS = ("[NOR]", "[ANO]", "[SEG]")
+ROLES = ("normal", "anomalous", "segment")
 ANSWER = "Sure, it is [NOR][ANO][SEG]."
 INSTRUCTION = "Please segment the anomalies in this image."
+DESCRIBE = "What anomalies are present in this image? Please describe the anomalies and then output the segmentation map."
+INSTRUCTIONS = {
+    "direct": INSTRUCTION,
+    "describe-then-segment": DESCRIBE,
+    "describe-then-segment-plus": DESCRIBE,  # the user's sentence on the normal state comes before it
+    "segment-then-explain": "Please segment the anomalies in this image and explain the result.",
+}
 
 
 @dataclass(frozen=True)
@@ -90,13 +98,22 @@ class SPAMConfig:
 
 @dataclass(frozen=True)
 class MaskDecoderConfig:
-    """Token refiner and AGMD (eq. 4-8, B.4); the decoder's width is the pixel encoder's output width."""
+    """Token refiner and AGMD (eq. 4-8, B.4); the decoder's width is the pixel encoder's output width.
+
+    Attributes:
+        roles: which anchors there are, in the order of the prompts' anchors: ROLES, or one of the ablations' parts of it.
+    """
 
     layers: int
     heads: int
     mlp_width: int
     fusion_weight: float = 0.5
     threshold: float = 0.5
+    roles: tuple[str, ...] = ROLES
+
+    def __post_init__(self) -> None:
+        if self.roles not in (ROLES, ROLES[:2], ROLES[2:]):
+            raise ValueError(f"mask_decoder.roles: expected {list(ROLES)}, the first two or the last of them, got {list(self.roles)}")
 
 
 @dataclass(frozen=True)
@@ -107,7 +124,7 @@ class AGVASConfig:
     pixel: PixelEncoderConfig
     semantic: SemanticEncoderConfig
     language: LanguageConfig
-    spam: SPAMConfig
+    spam: SPAMConfig | None  # None: the ablation without it (Table 3)
     mask_decoder: MaskDecoderConfig
     preprocessing: Preprocessing
     prompts: Prompts
@@ -129,7 +146,7 @@ class AGVASConfig:
             "prompts": Prompts,
         }
         try:
-            return cls(**{key: _build(parts[key], value) if key in parts else value for key, value in fields.items()})
+            return cls(**{key: _build(parts[key], value) if key in parts and value is not None else value for key, value in fields.items()})
         except (AttributeError, TypeError) as error:  # the first where a value is no object
             raise ValueError(f"config.json does not describe an AG-VAS: {error}") from error
 
@@ -179,30 +196,23 @@ def ov_7b() -> AGVASConfig:
         prompts=_prompts(
             prefix="<|im_start|>user ",
             suffix="\n{instruction}<|im_end|><|im_start|>assistant\n",
-            instructions={
-                "direct": INSTRUCTION,
-                "describe-then-segment": "What anomalies are present in this image? "
-                "Please describe the anomalies and then output the segmentation map.",
-                "describe-then-segment-plus": "What anomalies are present in this image? "
-                "Please describe the anomalies and then output the segmentation map.",
-                "segment-then-explain": "Please segment the anomalies in this image and explain the result.",
-            },
+            instructions=INSTRUCTIONS,
             max_new_tokens=512,
         ),
     )
 
 
 def nano() -> AGVASConfig:
-    """The model this package ships, trained on procedural defects (agvas/training), direct mode only."""
+    """The model this package ships, trained on procedural defects (agvas/training) in all four modes."""
     return AGVASConfig(
         name="nano",
-        pixel=PixelEncoderConfig(336, 12, 128, 6, 2, 384, 7, (3,), output_width=128, stem="convolutional"),
+        pixel=PixelEncoderConfig(512, 16, 128, 6, 2, 384, 8, (3,), output_width=128, stem="convolutional"),
         semantic=SemanticEncoderConfig(160, 16, 128, 4, 4, 384),
-        language=LanguageConfig(512, 160, 4, 5, 1, 448, max_positions=2048),
+        language=LanguageConfig(768, 160, 4, 5, 1, 448, max_positions=2048),
         spam=SPAMConfig(width=128, heads=4),
         mask_decoder=MaskDecoderConfig(layers=2, heads=4, mlp_width=256),
-        preprocessing=_preprocessing(336, 160),
-        prompts=_prompts(),
+        preprocessing=_preprocessing(512, 160),
+        prompts=_prompts(instructions=INSTRUCTIONS, max_new_tokens=96),
     )
 
 

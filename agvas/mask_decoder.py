@@ -19,12 +19,12 @@ from agvas.config import MaskDecoderConfig
 
 
 class Maps(NamedTuple):
-    """Logits and probabilities over the padded square; M = 4 G."""
+    """Logits and probabilities over the padded square; M = 4 G. None: an ablation without that kind of anchor."""
 
-    logit_absolute: Tensor  # [B, M, M]
-    logit_relative: Tensor  # [B, 2, M, M], normal then anomalous
-    probability_absolute: Tensor  # [B, M, M]
-    probability_relative: Tensor  # [B, 2, M, M]
+    logit_absolute: Tensor | None  # [B, M, M]
+    logit_relative: Tensor | None  # [B, 2, M, M], normal then anomalous
+    probability_absolute: Tensor | None  # [B, M, M]
+    probability_relative: Tensor | None  # [B, 2, M, M]
     anomaly_map: Tensor  # [B, M, M]
 
 
@@ -36,14 +36,15 @@ class TokenRefiner(nn.Sequential):
 
 
 class MaskDecoder(nn.Module):
-    """Maps from the anchors' states [B, 3, D] (normal, anomalous, segment) and pixel embeddings [B, P, G, G]."""
+    """Maps from the anchors' states [B, K, D] (in the order of `roles`; K = 3 but in an ablation) and pixel embeddings [B, P, G, G]."""
 
     def __init__(self, config: MaskDecoderConfig, language_width: int, width: int, grid: int) -> None:
         super().__init__()
         self.fusion_weight = config.fusion_weight
         self.grid = grid
         self.refiner = TokenRefiner(language_width, width)
-        self.queries = nn.Parameter(torch.randn(3, width) * 0.02)
+        self.roles = config.roles
+        self.queries = nn.Parameter(torch.randn(len(self.roles), width) * 0.02)
         self.register_buffer("frequencies", torch.randn(2, width // 2))
         blocks = SamMaskDecoderConfig(
             hidden_size=width,
@@ -61,30 +62,36 @@ class MaskDecoder(nn.Module):
             nn.ConvTranspose2d(width // 4, width // 8, kernel_size=2, stride=2),
             nn.GELU(),
         )
-        self.hypernetworks = nn.ModuleList(SamFeedForward(width, width, width // 8, 3) for _ in range(3))
+        self.hypernetworks = nn.ModuleList(SamFeedForward(width, width, width // 8, 3) for _ in self.roles)
 
     def forward(self, anchor_states: Tensor, pixel_embeddings: Tensor) -> Maps:
-        anchors = self.refiner(anchor_states)  # [B, 3, P]
+        anchors = self.refiner(anchor_states)  # [B, K, P]
         batch = anchors.shape[0]
-        tokens = torch.cat([anchors, self.queries.expand(batch, -1, -1)], dim=1).unsqueeze(1)  # [B, 1, 6, P] eq. 4
+        tokens = torch.cat([anchors, self.queries.expand(batch, -1, -1)], dim=1).unsqueeze(1)  # [B, 1, 2 K, P] eq. 4
         tokens, pixels = self.transformer(
             point_embeddings=tokens,
             image_embeddings=pixel_embeddings,
             image_positional_embeddings=self.positions(),
             attention_similarity=None,
-        )  # [B, 1, 6, P], [B, 1, G·G, P] eq. 5
+        )  # [B, 1, 2 K, P], [B, 1, G·G, P] eq. 5
         pixels = pixels.squeeze(1).transpose(1, 2).unflatten(2, (self.grid, self.grid))  # [B, P, G, G]
         features = self.upscaling(pixels)  # [B, P / 8, M, M]
-        queries = tokens[:, 0, 3:]  # [B, 3, P]
-        kernels = torch.stack([mlp(queries[:, i]) for i, mlp in enumerate(self.hypernetworks)], dim=1)  # [B, 3, P / 8]
-        logits = (kernels @ features.flatten(2)).unflatten(2, features.shape[2:])  # [B, 3, M, M]
-        return self.fuse(logits[:, 2], logits[:, :2])
+        queries = tokens[:, 0, len(self.roles) :]  # [B, K, P]
+        kernels = torch.stack([mlp(queries[:, i]) for i, mlp in enumerate(self.hypernetworks)], dim=1)  # [B, K, P / 8]
+        return self.fuse((kernels @ features.flatten(2)).unflatten(2, features.shape[2:]))
 
-    def fuse(self, logit_absolute: Tensor, logit_relative: Tensor) -> Maps:
-        absolute = logit_absolute.sigmoid()  # eq. 6
-        relative = logit_relative.softmax(dim=1)  # eq. 7
-        fused = self.fusion_weight * absolute + (1 - self.fusion_weight) * relative[:, 1]  # eq. 8
-        return Maps(logit_absolute, logit_relative, absolute, relative, fused)
+    def fuse(self, logits: Tensor) -> Maps:
+        """Maps from the logits [B, K, M, M] of the anchors; an ablation's map is what is left of equation 8."""
+        absolute = logits[:, -1].sigmoid() if "segment" in self.roles else None  # eq. 6
+        relative = logits[:, :2].softmax(dim=1) if "anomalous" in self.roles else None  # eq. 7
+        if absolute is None or relative is None:
+            fused = relative[:, 1] if relative is not None else absolute
+            assert fused is not None
+        else:
+            fused = self.fusion_weight * absolute + (1 - self.fusion_weight) * relative[:, 1]  # eq. 8
+        return Maps(
+            None if absolute is None else logits[:, -1], None if relative is None else logits[:, :2], absolute, relative, fused
+        )
 
     def positions(self) -> Tensor:
         """SAM's random Fourier features of the grid's cell centres: [1, P, G, G]."""

@@ -6,6 +6,7 @@ from the states of the anchors that were said. It knows nothing of deployment: n
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -22,20 +23,28 @@ from runtime import preprocess
 from runtime.prompts import DIRECT, Prompt, PromptEncoder
 
 
+class Features(NamedTuple):
+    """What the two encoders see in a batch of images."""
+
+    pixel_embeddings: Tensor  # [B, P, G, G]
+    semantic_features: Tensor  # [B, T, Ds]
+    image_embeddings: Tensor  # [B, T, D]
+
+
 class Vision(NamedTuple):
     """What the image contributes: all a language pass and a mask decoder need of it."""
 
     pixel_embeddings: Tensor  # [B, P, G, G]
     image_embeddings: Tensor  # [B, T, D]
-    aligned_embeddings: Tensor  # [B, T, D]
+    aligned_embeddings: Tensor | None  # [B, T, D]; None in a model without SPAM (an ablation)
 
 
 class ForwardOutput(NamedTuple):
-    """Answer logits and maps of a pass with a given answer of A tokens."""
+    """Answer logits and maps of a pass with given answers, the longest of A tokens."""
 
-    logits: Tensor  # [B, A, V]: position i predicts answer token i
-    anchor_states: Tensor  # [B, 3, D]
-    maps: Maps
+    logits: Tensor  # [B, A, V]: position i predicts answer token i; of no meaning behind a shorter answer's end
+    anchor_states: Tensor  # [B, K, D], K anchors
+    maps: Maps  # of no meaning where the answer held no anchors
 
 
 @dataclass(frozen=True)
@@ -48,7 +57,7 @@ class Segmented:
         score: the map's maximum; the image is anomalous when it exceeds the threshold, that is when the mask is not empty.
         text: the answer.
         answer_ids: its tokens, end token included when it was reached.
-        anchor_states: float32 [3, D], None when the answer lacks an anchor (mask and map are then empty).
+        anchor_states: float32 [K, D] (K = 3 but in an ablation), None when the answer lacks an anchor (mask and map are then empty).
     """
 
     mask: np.ndarray
@@ -69,45 +78,72 @@ class AGVAS(nn.Module):
         self.prompt_encoder = PromptEncoder(tokenizer, config.prompts)
         self.pixel_encoder = pixel_encoder(config.pixel)
         self.semantic_encoder = SemanticEncoder(config)
-        self.spam = SPAM(config.semantic.width, config.pixel.output_width, config.spam.width, config.spam.heads, config.language.width)
+        self.spam = None
+        if config.spam is not None:
+            self.spam = SPAM(config.semantic.width, config.pixel.output_width, config.spam.width, config.spam.heads, config.language.width)
         self.language = language_model(config.language)
         self.mask_decoder = MaskDecoder(config.mask_decoder, config.language.width, config.pixel.output_width, config.pixel.grid)
 
+    def encode(self, pixel_image: Tensor, semantic_image: Tensor) -> Features:
+        """Both encoders: [B, 3, S, S] and [B, 3, s, s] → features."""
+        return Features(self.pixel_encoder(pixel_image).last_hidden_state, *self.semantic_encoder(semantic_image))
+
+    def align(self, features: Features) -> Vision:
+        """SPAM (eq. 1-2)."""
+        aligned = None if self.spam is None else self.spam(features.semantic_features, features.pixel_embeddings)
+        return Vision(features.pixel_embeddings, features.image_embeddings, aligned)
+
     def see(self, pixel_image: Tensor, semantic_image: Tensor) -> Vision:
-        """Both encoders and SPAM: [B, 3, S, S] and [B, 3, s, s] → embeddings (eq. 1-2)."""
-        pixel_embeddings = self.pixel_encoder(pixel_image).last_hidden_state
-        semantic_features, image_embeddings = self.semantic_encoder(semantic_image)
-        return Vision(pixel_embeddings, image_embeddings, self.spam(semantic_features, pixel_embeddings))
+        """Both encoders and SPAM: [B, 3, S, S] and [B, 3, s, s] → embeddings."""
+        return self.align(self.encode(pixel_image, semantic_image))
 
-    def input_embeddings(self, vision: Vision, prompt: Prompt, answer: tuple[int, ...] = ()) -> Tensor:
-        """Prefix, image tokens, aligned tokens, suffix, answer: [B, N, D] (eq. 3)."""
-        batch = vision.image_embeddings.shape[0]
+    def input_embeddings(self, vision: Vision, prompts: Sequence[Prompt], answers: Sequence[tuple[int, ...]] = ()) -> Tensor:
+        """Prefix, image tokens, aligned tokens, suffix, answer of each image: [B, N, D] (eq. 3).
 
-        def embed(ids: tuple[int, ...]) -> Tensor:
-            tokens = torch.tensor(ids, dtype=torch.long, device=vision.image_embeddings.device)
-            return self.language.get_input_embeddings()(tokens).expand(batch, -1, -1)
+        Shorter rows end in end tokens: behind everything that counts, a causal model needs no mask for them.
+        """
+        answers = answers or [()] * len(prompts)
+        table = self.language.get_input_embeddings()
 
-        return torch.cat(
-            [
-                embed(prompt.prefix),
-                vision.image_embeddings,
-                vision.aligned_embeddings,
-                embed(prompt.suffix + answer),
-            ],
-            dim=1,
-        )
+        def embed(rows: Sequence[tuple[int, ...]]) -> Tensor:
+            longest = max(len(row) for row in rows)
+            ids = [(*row, *[self.prompt_encoder.end_id] * (longest - len(row))) for row in rows]
+            return table(torch.tensor(ids, dtype=torch.long, device=vision.image_embeddings.device))
 
-    def forward(self, pixel_image: Tensor, semantic_image: Tensor, prompt: Prompt, answer: tuple[int, ...]) -> ForwardOutput:
-        """One pass with a given answer (teacher forcing); `answer` holds all three anchors and ends with the end token."""
-        anchors = self.prompt_encoder.find_anchors(answer)
-        if anchors is None:
-            raise ValueError(f"the answer must hold {', '.join(self.config.prompts.anchors)} before its last token: {answer}")
-        vision = self.see(pixel_image, semantic_image)
-        embeddings = self.input_embeddings(vision, prompt, answer)
+        parts = [
+            embed([prompt.prefix for prompt in prompts]),
+            vision.image_embeddings,
+            vision.aligned_embeddings,
+            embed([prompt.suffix + answer for prompt, answer in zip(prompts, answers, strict=True)]),
+        ]
+        return torch.cat([part for part in parts if part is not None], dim=1)
+
+    def forward(
+        self,
+        pixel_image: Tensor,
+        semantic_image: Tensor,
+        prompts: Sequence[Prompt],
+        answers: Sequence[tuple[int, ...]],
+        features: Features | None = None,
+    ) -> ForwardOutput:
+        """One pass with given answers (teacher forcing).
+
+        Args:
+            answers: of each image, ending with the end token. One with a mask to learn holds all anchors.
+            features: what `encode` gave for these images, where it was kept; the images are then not looked at.
+        """
+        vision = self.align(self.encode(pixel_image, semantic_image) if features is None else features)
+        embeddings = self.input_embeddings(vision, prompts, answers)
         states = self.language.model(inputs_embeds=embeddings).last_hidden_state  # [B, N, D]
-        first = embeddings.shape[1] - len(answer)  # position of the answer's first token
-        logits = self.language.lm_head(states[:, first - 1 : -1])  # [B, A, V]
-        anchor_states = states[:, [first + i + self.prompt_encoder.state_shift for i in anchors]]  # [B, 3, D]
+        before = embeddings.shape[1] - max(len(prompt.suffix + answer) for prompt, answer in zip(prompts, answers, strict=True))
+        first = torch.tensor([before + len(prompt.suffix) for prompt in prompts], device=states.device)  # answers' first tokens
+        steps = torch.arange(max(map(len, answers)), device=states.device)
+        batch = torch.arange(len(prompts), device=states.device)[:, None]
+        predicting = (first[:, None] - 1 + steps).clamp(max=states.shape[1] - 1)  # [B, A]
+        logits = self.language.lm_head(states[batch, predicting])  # [B, A, V]
+        nowhere = (0,) * len(self.prompt_encoder.anchor_ids)
+        anchors = torch.tensor([self.prompt_encoder.find_anchors(answer) or nowhere for answer in answers], device=states.device)
+        anchor_states = states[batch, first[:, None] + anchors + self.prompt_encoder.state_shift]  # [B, K, D]
         return ForwardOutput(logits, anchor_states, self.mask_decoder(anchor_states, vision.pixel_embeddings))
 
     @torch.inference_mode()
@@ -139,7 +175,7 @@ class AGVAS(nn.Module):
     def generate(self, vision: Vision, prompt: Prompt) -> tuple[tuple[int, ...], Tensor]:
         """Greedy answer of one image and the last-layer states behind it: row i predicted answer token i, and stands at token i - 1."""
         output = self.language.generate(
-            inputs_embeds=self.input_embeddings(vision, prompt),
+            inputs_embeds=self.input_embeddings(vision, [prompt]),
             max_new_tokens=self.config.prompts.max_new_tokens,
             do_sample=False,
             eos_token_id=self.prompt_encoder.end_id,

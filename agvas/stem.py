@@ -16,7 +16,7 @@ from transformers import SamVisionConfig
 from transformers.models.sam.modeling_sam import SamVisionEncoder, SamVisionEncoderOutput
 
 NEIGHBOURHOODS = (9, 25, 65)  # sides of the square means, in cells of a quarter patch
-CONTRASTS = 3 + len(NEIGHBOURHOODS) + 1  # channels of local contrast
+CONTRASTS = 3 + len(NEIGHBOURHOODS) + 2 + 1  # channels of local contrast
 CONTEXTS = 2  # grids coarser than the patches', each of half the side
 FLOOR = 0.02  # about one grey level: a blank picture's sensor noise is not blown up beyond it
 
@@ -53,12 +53,15 @@ class ConvolutionalStem(nn.Module):
 
     def __init__(self, patch_size: int, width: int, outputs: int) -> None:
         super().__init__()
-        if patch_size % 4:
-            raise ValueError(f"a convolutional stem needs a patch size that 4 divides, got {patch_size}")
+        if patch_size % 8:
+            raise ValueError(f"a convolutional stem needs a patch size that 8 divides, got {patch_size}")
         self.cell = patch_size // 4
         narrow, middle = 3 * width // 16, 3 * width // 8
-        self.detail = ConvolutionNorm(3, narrow, 2 * self.cell + 1, self.cell)
-        self.cells = ConvolutionNorm(narrow + CONTRASTS, narrow)
+        # Two steps: a crack is a pixel or two wide, and one convolution as large as a cell averages it away.
+        self.detail = nn.Sequential(
+            ConvolutionNorm(3, narrow // 2, self.cell + 1, self.cell // 2), ConvolutionNorm(narrow // 2, narrow, stride=2)
+        )
+        self.cells = nn.Sequential(ConvolutionNorm(narrow + CONTRASTS, narrow), ConvolutionNorm(narrow, narrow))
         self.halves = two_convolutions(narrow, middle)
         self.patches = two_convolutions(middle, width)
         self.contexts = nn.ModuleList([two_convolutions(width, width) for _ in range(CONTEXTS)])
@@ -87,8 +90,9 @@ class ConvolutionalStem(nn.Module):
         return patches.permute(0, 2, 3, 1), embeddings
 
     def contrast(self, pixel_image: Tensor) -> Tensor:
-        """Colour against the small neighbourhood's mean; grey against the larger ones' and the whole picture's; how much of the largest
-        neighbourhood lies in the picture, since at a border the mean is one-sided and shading alone gives contrast.
+        """Colour against the small neighbourhood's mean; grey against the larger ones' and the whole picture's; a cell's darkest and
+        brightest pixel against the second neighbourhood's mean, since a line thinner than a cell hardly moves the cell's own; how much of
+        the largest neighbourhood lies in the picture, since at a border the mean is one-sided and shading alone gives contrast.
 
         The unit is the geometric mean of the colours' contrast: a large defect hardly raises it, as it would a plain mean.
 
@@ -102,6 +106,9 @@ class ConvolutionalStem(nn.Module):
         colour = from_neighbours(cells, inside, NEIGHBOURHOODS[0])
         grey = cells.mean(dim=1, keepdim=True)
         greys = [from_neighbours(grey, inside, side) for side in NEIGHBOURHOODS[1:]]
+        pixels = pixel_image.mean(dim=1, keepdim=True)
+        for extreme in (-F.max_pool2d(-pixels, self.cell), F.max_pool2d(pixels, self.cell)):
+            greys.append((extreme - grey) * inside + greys[0])
         greys.append((grey - grey.sum(dim=(2, 3), keepdim=True) / area) * inside)
         unit = (((colour.abs() + FLOOR).log() * inside).sum(dim=(1, 2, 3), keepdim=True) / (3 * area)).exp()
         share = share_inside(inside, NEIGHBOURHOODS[-1], beyond=True) * inside

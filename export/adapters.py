@@ -44,6 +44,7 @@ class SemanticEncoderStage(nn.Module):
 class SpamStage(nn.Module):
     def __init__(self, model: AGVAS) -> None:
         super().__init__()
+        assert model.spam is not None  # see export.bundle: an ablation is refused
         self.spam = model.spam
 
     def forward(self, semantic_features: Tensor, pixel_embeddings: Tensor) -> tuple[Tensor]:

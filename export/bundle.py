@@ -18,7 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
-from agvas.checkpoint import load
+from agvas.checkpoint import CheckpointError, load
+from agvas.config import ROLES
 from agvas.model import AGVAS
 from engines import EngineOptions
 from export.adapters import axis_sizes
@@ -70,6 +71,8 @@ def export_bundle(settings: ExportSettings, progress: Progress) -> tuple[Bundle,
     pictures = parity_pictures(settings.images, settings.pictures)  # first: a wrong folder should not be told after the export
     progress.begin("load checkpoint")
     model = load(settings.checkpoint)
+    if model.spam is None or model.mask_decoder.roles != ROLES:
+        raise CheckpointError(f"{settings.checkpoint} is an ablation ({model.config.name}), which has no bundle; measure it with agvas-eval")
     _check_space(settings.output, model, settings.precision)
     with _whole_or_nothing(settings.output) as folder:
         for stage in STAGES:

@@ -38,11 +38,12 @@ def teach(model: AGVAS, answer: tuple[int, ...], steps: int = 150) -> AGVAS:
     with torch.no_grad():
         vision = model.see(pixels, semantics)
     parameters = list(model.language.parameters())
+    prompts, answers = [prompt] * len(pixels), [answer] * len(pixels)
     optimizer = torch.optim.Adam(parameters, lr=1e-2)
     for _ in range(steps):
-        embeddings = model.input_embeddings(vision, prompt, answer)
+        embeddings = model.input_embeddings(vision, prompts, answers)
         states = model.language.model(inputs_embeds=embeddings).last_hidden_state
-        loss = text_loss(model.language.lm_head(states[:, -len(answer) - 1 : -1]), answer)
+        loss = text_loss(model.language.lm_head(states[:, -len(answer) - 1 : -1]), answers)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

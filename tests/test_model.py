@@ -349,26 +349,31 @@ def test_positions_agree_with_transformers_sam(decoder: MaskDecoder) -> None:
 
 
 def test_a_map_can_be_fused_without_the_decoder_that_made_its_logits(decoder: MaskDecoder) -> None:
-    maps = decoder.fuse(torch.zeros(1, 2, 2), torch.tensor([math.log(1.0), math.log(3.0)]).reshape(1, 2, 1, 1).expand(1, 2, 2, 2))
+    maps = decoder.fuse(torch.tensor([math.log(1.0), math.log(3.0), 0.0]).reshape(1, 3, 1, 1).expand(1, 3, 2, 2))
     assert isinstance(maps, Maps)
     torch.testing.assert_close(maps.anomaly_map, torch.full((1, 2, 2), 0.5 * 0.5 + 0.5 * 0.75))
 
 
 # --- the whole ---
 
+ANCHORS = "[NOR][ANO][SEG]"
+
 
 @torch.no_grad()
 def test_the_language_model_reads_prefix_image_aligned_suffix_answer(random_tiny: AGVAS) -> None:
     vision = random_tiny.see(*inputs(random_tiny, batch=2))
     prompt = random_tiny.prompt_encoder.encode()
-    answer = (5, 300, 7)
-    got = random_tiny.input_embeddings(vision, prompt, answer)
+    other = dataclasses.replace(prompt, suffix=prompt.suffix[:-4])
+    answers = ((5, 300, 7), (9,))
+    got = random_tiny.input_embeddings(vision, [prompt, other], answers)
     table = random_tiny.language.get_input_embeddings().weight
     for b in range(2):
         expected = [table[i] for i in prompt.prefix]
         expected += list(vision.image_embeddings[b]) + list(vision.aligned_embeddings[b])
-        expected += [table[i] for i in (*prompt.suffix, *answer)]
-        torch.testing.assert_close(got[b], torch.stack(expected))
+        expected += [table[i] for i in (*(prompt, other)[b].suffix, *answers[b])]
+        torch.testing.assert_close(got[b, : len(expected)], torch.stack(expected))
+    end = table[random_tiny.prompt_encoder.end_id]
+    torch.testing.assert_close(got[1, -6:], end.expand(6, -1))  # four of the suffix and two of the answer less
 
 
 @pytest.mark.parametrize("anchor_position", ["own", "predicting"])
@@ -384,8 +389,8 @@ def test_a_given_answer_and_a_generated_one_have_the_same_states(tiny_model: AGV
         output = model(
             torch.from_numpy(pixel_image)[None],
             torch.from_numpy(preprocess.semantic_image(Image.fromarray(image), settings))[None],
-            prompt,
-            segmented.answer_ids,
+            [prompt],
+            [segmented.answer_ids],
         )
     # One pass sums in another order than a pass per token over a cache does.
     np.testing.assert_allclose(output.anchor_states[0], segmented.anchor_states, atol=1e-4)
@@ -400,37 +405,42 @@ def test_an_anchors_state_is_its_own_or_the_one_that_predicts_it(random_tiny: AG
     vision_inputs = inputs(random_tiny)
     prompt = random_tiny.prompt_encoder.encode()
     assert prompt.draft is not None
-    embeddings = random_tiny.input_embeddings(random_tiny.see(*vision_inputs), prompt, prompt.draft)
+    embeddings = random_tiny.input_embeddings(random_tiny.see(*vision_inputs), [prompt], [prompt.draft])
     states = random_tiny.language.model(inputs_embeds=embeddings).last_hidden_state[0]
     places = [embeddings.shape[1] - len(prompt.draft) + prompt.draft.index(i) for i in random_tiny.prompt_encoder.anchor_ids]
     for anchor_position, shift in (("own", 0), ("predicting", -1)):
         prompts = dataclasses.replace(random_tiny.config.prompts, anchor_position=anchor_position)
-        got = with_prompts(random_tiny, prompts)(*vision_inputs, prompt, prompt.draft).anchor_states[0]
+        got = with_prompts(random_tiny, prompts)(*vision_inputs, [prompt], [prompt.draft]).anchor_states[0]
         expected = torch.stack([states[place + shift] for place in places])
         torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
-def test_a_batch_is_its_images_one_by_one(random_tiny: AGVAS) -> None:
-    pixel_images, semantic_images = inputs(random_tiny, batch=2)
-    prompt = random_tiny.prompt_encoder.encode()
-    assert prompt.draft is not None
-    both = random_tiny(pixel_images, semantic_images, prompt, prompt.draft)
-    assert both.logits.shape == (2, len(prompt.draft), 512)
-    assert both.anchor_states.shape == (2, 3, 24)
-    for b in range(2):
-        alone = random_tiny(pixel_images[b : b + 1], semantic_images[b : b + 1], prompt, prompt.draft)
-        torch.testing.assert_close(alone.logits[0], both.logits[b], atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(alone.maps.anomaly_map[0], both.maps.anomaly_map[b], atol=1e-5, rtol=1e-5)
+def test_a_batch_is_its_images_one_by_one_whatever_is_asked_and_answered(random_tiny: AGVAS) -> None:
+    """Questions and answers of different lengths, one answer without anchors: padding changes nothing that counts."""
+    pixel_images, semantic_images = inputs(random_tiny, batch=3)
+    encoder = random_tiny.prompt_encoder
+    prompts = [encoder.encode("Segment."), encoder.encode("Please describe the picture in your own words."), encoder.encode()]
+    answers = [encoder.encode_answer(text) for text in (f"There is a large hole. {ANCHORS}", "A cat.", ANSWER)]
+    together = random_tiny(pixel_images, semantic_images, prompts, answers)
+    assert together.logits.shape == (3, max(map(len, answers)), 512)
+    assert together.anchor_states.shape == (3, 3, 24)
+    for b, (prompt, answer) in enumerate(zip(prompts, answers)):
+        alone = random_tiny(pixel_images[b : b + 1], semantic_images[b : b + 1], [prompt], [answer])
+        torch.testing.assert_close(together.logits[b, : len(answer)], alone.logits[0], atol=1e-5, rtol=1e-5)
+        if encoder.find_anchors(answer) is not None:
+            torch.testing.assert_close(together.anchor_states[b], alone.anchor_states[0], atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(together.maps.anomaly_map[b], alone.maps.anomaly_map[0], atol=1e-5, rtol=1e-5)
 
 
-def test_an_answer_without_its_anchors_is_refused(random_tiny: AGVAS) -> None:
+@torch.no_grad()
+def test_features_that_were_kept_stand_for_the_images(random_tiny: AGVAS) -> None:
     prompt = random_tiny.prompt_encoder.encode()
     assert prompt.draft is not None
-    normal, anomalous, segment = random_tiny.prompt_encoder.anchor_ids
-    for answer in ((), (normal, anomalous, prompt.draft[-1]), (normal, anomalous, segment)):
-        with pytest.raises(ValueError, match=r"\[NOR\], \[ANO\], \[SEG\]"):
-            random_tiny(*inputs(random_tiny), prompt, answer)
+    images = inputs(random_tiny)
+    seen = random_tiny(*images, [prompt], [prompt.draft])
+    kept = random_tiny(*(torch.full_like(image, torch.nan) for image in images), [prompt], [prompt.draft], random_tiny.encode(*images))
+    torch.testing.assert_close(kept.maps.anomaly_map, seen.maps.anomaly_map, atol=0, rtol=0)
 
 
 @pytest.mark.parametrize(("height", "width"), [(41, 67), (67, 41), (1, 1)])

@@ -7,7 +7,7 @@ alike. Camera effects (noise, blur, JPEG) are not added here: the whole sample s
 import cv2
 import numpy as np
 
-from agvas.training.noise import blur, chance, colour, fbm, glyphs, log_uniform, over, pick, pixels, plane, rgb, smoothstep
+from agvas.training.noise import blur, chance, colour, fbm, glyphs, grid_noise, log_uniform, over, pick, pixels, plane, rgb, smoothstep
 from agvas.training.parts import any_part, filled, outline, placed
 from agvas.training.surfaces import any_surface
 
@@ -110,6 +110,27 @@ def _tilted(rng, image):
     return cv2.warpPerspective(image, matrix, (width, height), borderMode=cv2.BORDER_REFLECT)
 
 
+def _bevelled(rng, image):
+    """The object ends near one to four sides of the view: a bevel or a ground edge, dark or bright, streaked along itself, with or without
+    what lies beyond."""
+    height, width = image.shape[:2]
+    y, x = pixels(height, width)
+    for far, along, reach in ((y, x, height), (height - 1 - y, x, height), (x, y, width), (width - 1 - x, y, width)):
+        if not chance(rng, 0.45):
+            continue
+        broad = log_uniform(rng, 0.006, 0.09) * reach
+        slant = rng.normal(0, 0.02) * (along - 0.5 * float(along.max()))
+        inward = far + slant - broad + rng.uniform(0, 0.12) * broad * fbm(rng, height, width, rng.uniform(0.05, 0.5) * reach, 2)
+        bevel = smoothstep(-log_uniform(rng, 0.5, 0.3 * broad + 1), 0.5, -inward)
+        cells = (2, reach) if along is x else (reach, 2)
+        tone = rng.uniform(0.25, 1.7) * (1 + rng.uniform(0, 0.3) * grid_noise(rng, height, width, *cells))
+        image = image * rgb(1 + bevel * (tone - 1).astype(np.float32))
+        if chance(rng, 0.4):
+            beyond = smoothstep(-1, 1, -(inward + rng.uniform(0.3, 0.9) * broad))
+            image = over(image, beyond, colour(rng) * rng.uniform(0, 0.6))
+    return image
+
+
 def _exposed(rng, image):
     """Brought to a brightness that someone at the camera would leave: not all black, not all white, though cast to either side."""
     level, wanted = float(np.clip(image, 0, 1).mean()), rng.uniform(0.2, 0.75)
@@ -118,9 +139,9 @@ def _exposed(rng, image):
     return image * min(wanted / max(level, 0.02), 6.0)
 
 
-PLAIN_EXTRAS = ((_vignette, 0.25), (_slow_tone, 0.25))
+PLAIN_EXTRAS = ((_vignette, 0.25), (_slow_tone, 0.25), (_bevelled, 0.15))
 EXTRAS = ((_soft_shadow, 0.15), (_glare, 0.12), (_seams, 0.10), (_fixtures, 0.07), (_writing, 0.07), (_paint_line, 0.06),
-          (_patchwork, 0.07), (_vignette, 0.25), (_slow_tone, 0.25))
+          (_patchwork, 0.07), (_vignette, 0.25), (_slow_tone, 0.25), (_bevelled, 0.22))
 
 
 def background_and_region(

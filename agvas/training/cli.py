@@ -1,4 +1,4 @@
-"""agvas-train: train a small AG-VAS from nothing, or go on where an interrupted run stopped."""
+"""agvas-train: tune an AG-VAS on your data as the paper does, or train a small one from nothing; a stopped run goes on where it was."""
 
 from __future__ import annotations
 
@@ -6,40 +6,91 @@ import argparse
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from agvas.training.recipe import Recipe
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="agvas-train", description=__doc__)
-    parser.add_argument("--config", default="nano", choices=("nano", "tiny"), help="named size to train (default nano)")
-    parser.add_argument("--output", type=Path, default=Path("training-run"), help="folder of pool, state and checkpoint")
-    parser.add_argument("--steps", type=int, default=None, help="optimiser steps of each of the two phases (default: the recipe's)")
-    parser.add_argument("--batch", type=int, default=None, help="images per step (default: the recipe's)")
-    parser.add_argument("--samples", type=int, default=None, help="procedural samples in the pool (default: the recipe's)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cpu", help="cpu or cuda:N")
-    parser.add_argument("--workers", type=int, default=2, help="processes that make samples")
-    options = parser.parse_args(arguments)
-
+    options = _parser().parse_args(arguments)
     try:
-        from agvas.training.trainer import Diverged, TrainSettings, train
+        from agvas.training.loop import Diverged
+
+        output = _tune(options) if options.checkpoint is not None else _from_nothing(options)
     except ModuleNotFoundError as error:
         print(f'agvas-train: {error.name} is not installed; pip install "agvas[train]"', file=sys.stderr)
         return 2
-
-    settings = TrainSettings(config=options.config, seed=options.seed)
-    if options.steps is not None:
-        settings = replace(settings, steps=options.steps, encoder_steps=options.steps, plain_until=options.steps // 3)
-    if options.batch is not None:
-        settings = replace(settings, batch=options.batch)
-    if options.samples is not None:
-        settings = replace(settings, pool=replace(settings.pool, samples=options.samples, plain=options.samples * 2 // 5))
-    try:
-        train(settings, options.output, options.device, options.workers)
-    except (ValueError, Diverged, OSError) as error:
+    except (ValueError, OSError) as error:
         print(f"agvas-train: {error}", file=sys.stderr)
         return 1
-    print(f"saved {options.output / 'checkpoint'}")
+    except Diverged as error:
+        print(f"agvas-train: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"agvas-train: stopped; the same command goes on from the last save in {options.output}", file=sys.stderr)
+        return 130
+    if output is not None:
+        print(f"saved {output}")
     return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="agvas-train", description=__doc__)
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--config", choices=("nano", "tiny"), help="train this named size from nothing on procedural samples (default nano)")
+    what.add_argument("--checkpoint", metavar="nano|DIR", help="tune this checkpoint: LoRA, SPAM, AGMD, embeddings and head (paper B.2)")
+    parser.add_argument("--mixture", type=Path, metavar="FILE.json", help="what to tune on; see the README")
+    parser.add_argument("--settings", type=Path, metavar="FILE.json", help="tuning settings that differ from the paper's; see the README")
+    parser.add_argument("--feature-cache", type=Path, metavar="DIR", help="keep what the frozen encoders say of each picture")
+    parser.add_argument("--output", type=Path, default=Path("training-run"), help="folder of states, logs and checkpoint")
+    parser.add_argument("--steps", type=int, help="optimiser steps (of each of the two phases with --config)")
+    parser.add_argument("--batch", type=int, help="samples an optimiser step learns from, over all processes")
+    parser.add_argument("--micro-batch", type=int, help="samples a process computes with at a time")
+    parser.add_argument("--samples", type=int, help="procedural samples in the pool, with --config")
+    parser.add_argument("--ablation", choices=("no-seg", "no-relative", "no-spam", "single-anchor"), help="leave a part out, with --config")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu", help="cpu or cuda:N; with accelerate launch: cpu or cuda")
+    parser.add_argument("--workers", type=int, default=2, help="processes or threads that make samples")
+    return parser
+
+
+def _from_nothing(options: argparse.Namespace) -> Path | None:
+    for name in ("mixture", "settings", "feature_cache"):
+        if getattr(options, name) is not None:
+            raise ValueError(f"--{name.replace('_', '-')} is for tuning; give --checkpoint, too")
+    from agvas.training.loop import is_main_process
+    from agvas.training.recipe import Recipe, train_from_nothing
+
+    recipe = _changed(replace(Recipe(config=options.config or "nano", ablation=options.ablation).with_seed(options.seed)), options)
+    train_from_nothing(recipe, options.output, options.device, options.workers)
+    return options.output / "checkpoint" if is_main_process() else None
+
+
+def _changed(recipe: Recipe, options: argparse.Namespace) -> Recipe:
+    pretraining, tuning, pool = recipe.pretraining, recipe.tuning, recipe.pool
+    if options.steps is not None:
+        # What falls at a share of the run falls at the same share of a shorter one.
+        share = options.steps / pretraining.loop.steps
+        early = round(tuning.objective.early_until * options.steps / tuning.loop.steps)
+        pretraining = replace(
+            pretraining, plain_until=round(pretraining.plain_until * share), loop=replace(pretraining.loop, steps=options.steps)
+        )
+        tuning = replace(
+            tuning, objective=replace(tuning.objective, early_until=early), loop=replace(tuning.loop, steps=options.steps)
+        )
+    if options.batch is not None or options.micro_batch is not None:
+        batch = options.batch or tuning.loop.global_batch
+        micro = options.micro_batch or min(batch, tuning.loop.micro_batch)
+        pretraining = replace(pretraining, loop=replace(pretraining.loop, global_batch=batch, micro_batch=micro))
+        tuning = replace(tuning, loop=replace(tuning.loop, global_batch=batch, micro_batch=micro))
+    if options.samples is not None:
+        pool = replace(pool, samples=options.samples, plain=options.samples * 2 // 5)
+    return replace(recipe, pretraining=pretraining, tuning=tuning, pool=pool)
+
+
+def _tune(options: argparse.Namespace) -> Path | None:
+    raise NotImplementedError
 
 
 if __name__ == "__main__":

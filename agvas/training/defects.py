@@ -34,6 +34,8 @@ from agvas.training.surfaces import any_surface
 
 ATTEMPTS = 4
 LARGEST = 0.7  # share of the image; beyond it the defect is the surface
+# The eye follows a line along its whole length, and sees it at a contrast at which it would miss a spot.
+LINES = ("scratch", "crack", "cut", "wrinkle", "fibre")
 
 
 @dataclass(frozen=True)
@@ -558,8 +560,9 @@ def add_defect(image: np.ndarray, rng: np.random.Generator, kind: str | None = N
     grey = bool((image[..., 0] == image[..., 1]).all() and (image[..., 1] == image[..., 2]).all())
     before, best = image.astype(np.float32), (0.0, image, np.zeros(image.shape[:2], bool))
     on_object = blur(region.astype(np.float32), 0.7)[..., None] if kept and not region.all() else None
+    wanted = rng.uniform(0.4, 1) if kind in LINES and chance(rng, 0.5) else 1.0
     for attempt in range(ATTEMPTS):
-        site = _survey(before, region, rng, 1 + 0.5 * attempt)
+        site = _survey(before, region, rng, wanted * (1 + 0.5 * attempt))
         after, mask = draw(site, rng)
         if on_object is not None:
             after, mask = before + on_object * (after - before), mask & region
@@ -569,6 +572,6 @@ def add_defect(image: np.ndarray, rng: np.random.Generator, kind: str | None = N
         seen = visibility(before, after, mask, site.texture) * (1.0 if mask.mean() < LARGEST else 0.1)
         if seen > best[0]:
             best = (seen, np.round(after).astype(np.uint8), mask)
-        if seen >= 1 and mask.sum() >= max(4, 2e-4 * mask.size):
+        if seen >= wanted and mask.sum() >= max(4, 2e-4 * mask.size):
             break
     return best[1], best[2], kind

@@ -1,10 +1,12 @@
 """The paper's objective (§3.2, eq. 9-11): cross-entropy of the answer, and BCE plus Dice of each anchor's map.
 
-Padding of the square image counts in no term. Means are over images, so that a large picture weighs no more than a small one.
+Padding of the square image counts in no term. Means are over images, so that a large picture weighs no more than a small one, a long
+answer no more than a short one, and the loss of a batch is the mean of its parts' losses however it is split.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,26 +24,38 @@ class MaskLossWeights:
     dice: float = 2.0
 
 
-def text_loss(logits: Tensor, answer: tuple[int, ...]) -> Tensor:
-    """Cross-entropy over all answer tokens, anchors included (eq. 9). logits: [B, A, V]."""
-    target = torch.tensor(answer, device=logits.device).expand(logits.shape[0], -1)
-    return F.cross_entropy(logits.float().flatten(0, 1), target.flatten())
+def text_loss(logits: Tensor, answers: Sequence[tuple[int, ...]]) -> Tensor:
+    """Cross-entropy over all tokens of each answer, anchors included (eq. 9). logits: [B, A, V]; answers may be shorter than A."""
+    ignored = -100
+    rows = [[*answer, *[ignored] * (logits.shape[1] - len(answer))] for answer in answers]
+    target = torch.tensor(rows, device=logits.device)  # [B, A]
+    losses = F.cross_entropy(logits.float().transpose(1, 2), target, ignore_index=ignored, reduction="none")  # [B, A]
+    return (losses.sum(dim=1) / (target != ignored).sum(dim=1)).mean()
 
 
-def mask_loss(maps: Maps, target: Tensor, valid: Tensor, weights: MaskLossWeights) -> Tensor:
-    """Sum over the three anchors of weighted BCE and Dice (eq. 10); the normal anchor's target is the complement.
+def mask_loss(
+    maps: Maps, target: Tensor, valid: Tensor, weights: MaskLossWeights, absolute: Tensor | None = None, relative: Tensor | None = None
+) -> Tensor:
+    """Sum over the anchors of weighted BCE and Dice (eq. 10), mean over images; the normal anchor's target is the complement.
 
     Args:
         target: [B, M, M], the share of each cell that is anomalous, 0..1.
         valid: [B, M, M], 1 inside the picture and 0 in the padding.
+        absolute, relative: [B], 1 where [SEG], or [NOR] and [ANO], are supervised (None: everywhere).
     """
-    contrast = maps.logit_relative[:, 1] - maps.logit_relative[:, 0]  # softmax over two is a sigmoid of their difference
-    anchors = ((contrast, target), (-contrast, 1 - target), (maps.logit_absolute, target))  # ANO, NOR, SEG
-    return torch.stack([anchor_loss(logit, wanted, valid, weights) for logit, wanted in anchors]).sum()
+    total = torch.zeros(len(target), device=target.device)
+    if maps.logit_relative is not None:
+        contrast = maps.logit_relative[:, 1] - maps.logit_relative[:, 0]  # softmax over two is a sigmoid of their difference
+        both = anchor_losses(contrast, target, valid, weights) + anchor_losses(-contrast, 1 - target, valid, weights)  # ANO, NOR
+        total = total + (both if relative is None else both * relative)
+    if maps.logit_absolute is not None:
+        alone = anchor_losses(maps.logit_absolute, target, valid, weights)  # SEG
+        total = total + (alone if absolute is None else alone * absolute)
+    return total.mean()
 
 
-def anchor_loss(logit: Tensor, target: Tensor, valid: Tensor, weights: MaskLossWeights) -> Tensor:
-    """Weighted BCE and Dice of one logit map [B, M, M]."""
+def anchor_losses(logit: Tensor, target: Tensor, valid: Tensor, weights: MaskLossWeights) -> Tensor:
+    """Weighted BCE and Dice of each logit map: [B, M, M] → [B]."""
     logit = logit.float()
     area = valid.sum(dim=(1, 2))
     bce = (F.binary_cross_entropy_with_logits(logit, target, reduction="none") * valid).sum(dim=(1, 2)) / area
@@ -49,4 +63,4 @@ def anchor_loss(logit: Tensor, target: Tensor, valid: Tensor, weights: MaskLossW
     overlap = (probability * target).sum(dim=(1, 2))
     # One cell of smoothing: an empty target then asks for an empty map instead of dividing by zero.
     dice = 1 - (2 * overlap + 1) / (probability.sum(dim=(1, 2)) + (target * valid).sum(dim=(1, 2)) + 1)
-    return (weights.bce * bce + weights.dice * dice).mean()
+    return weights.bce * bce + weights.dice * dice

@@ -1,26 +1,28 @@
-"""A pool of procedural samples on disk, and the augmented batches drawn from it.
+"""A pool of procedural samples on disk, and the augmented samples with their questions that training draws from it.
 
 Making a sample costs more than a training step spends on one, so samples are made once and each is seen several times, cropped,
-turned, recoloured and rescaled differently. Pool and batches depend on seeds and step numbers alone: a resumed run draws what
+turned, recoloured and rescaled differently. Pool and samples depend on seeds and step numbers alone: a resumed run draws what
 an uninterrupted one would have drawn.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import cv2
 import numpy as np
-import torch
-from PIL import Image
-from torch import Tensor
 from tqdm import tqdm
 
+from agvas.config import ANCHORS
+from agvas.training.defects import KINDS
+from agvas.training.descriptions import describe
+from agvas.training.instructions import dialogue
 from agvas.training.procedural import Sample, make_samples
-from runtime import preprocess
-from runtime.preprocess import Preprocessing
+from agvas.training.sample import TrainingSample
+from runtime.prompts import DIRECT
 
 
 @dataclass(frozen=True)
@@ -44,9 +46,14 @@ class SamplePool:
         shape = (settings.samples, settings.side, settings.side)
         self.images = np.load(folder / "images.npy", mmap_mode="r")
         self.masks = np.load(folder / "masks.npy", mmap_mode="r")
+        self.kinds = np.load(folder / "kinds.npy", mmap_mode="r")
         self.plain = settings.plain
         if self.masks.shape != shape:
             raise ValueError(f"pool in {folder} is {self.masks.shape}, expected {shape}; remove the folder and make it again")
+
+    def kind(self, index: int) -> str:
+        """Kind of the sample's (first) defect, "" when it is normal."""
+        return ("", *KINDS)[self.kinds[index]]
 
     @classmethod
     def make(cls, folder: Path, settings: PoolSettings, workers: int) -> SamplePool:
@@ -64,14 +71,17 @@ class SamplePool:
             mode = "r+" if made else "w+"
             images = np.lib.format.open_memmap(folder / "images.npy", mode, np.uint8, (*shape, 3))
             masks = np.lib.format.open_memmap(folder / "masks.npy", mode, np.bool_, shape)
+            kinds = np.lib.format.open_memmap(folder / "kinds.npy", mode, np.uint8, shape[:1])
+            number = {kind: place for place, kind in enumerate(("", *KINDS))}
             bar = tqdm(total=settings.samples, initial=made, desc="procedural samples", unit="image")
             for sample in _samples(settings, made, workers):
-                images[made], masks[made] = sample.image, sample.mask
+                images[made], masks[made], kinds[made] = sample.image, sample.mask, number[sample.kind]
                 made += 1
                 bar.update()
                 if made % 100 == 0 or made == settings.samples:
                     images.flush()
                     masks.flush()
+                    kinds.flush()
                     progress_file.write_text(json.dumps({"settings": asdict(settings), "made": made}))
             bar.close()
         return cls(folder, settings)
@@ -84,26 +94,41 @@ def _samples(settings: PoolSettings, made: int, workers: int) -> Iterator[Sample
     yield from make_samples(range(first + max(made, settings.plain), first + settings.samples), side, side, workers)
 
 
-@dataclass(frozen=True)
-class Batch:
-    """What one step sees."""
-
-    pixel_image: Tensor  # [B, 3, S, S]
-    semantic_image: Tensor  # [B, 3, s, s]
-    target: Tensor  # [B, M, M] share of each cell that is anomalous
-    valid: Tensor  # [B, M, M] 1 inside the picture
-
-
-def draw_batch(
-    pool: SamplePool, settings: Preprocessing, map_side: int, size: int, rng: np.random.Generator, plain_share: float = 0.0
-) -> Batch:
-    """`size` augmented samples, preprocessed exactly as the runtime does.
+class ProceduralSource:
+    """Samples for the training loop: a pool's pictures, augmented, with a question and an answer in one of the modes.
 
     Args:
         plain_share: probability that a sample is drawn from the plain ones; the rest comes from all the others.
+        plain_until: until this step plain samples come alone.
+        modes: share of each mode.
+        anchors: those the answers hold: fewer than three in an ablation.
     """
-    rows = [_draw(pool, settings, map_side, rng, plain_share) for _ in range(size)]
-    return Batch(*(torch.from_numpy(np.stack(column)) for column in zip(*rows, strict=True)))
+
+    def __init__(
+        self,
+        pool: SamplePool,
+        plain_share: float,
+        plain_until: int = 0,
+        modes: Mapping[str, float] | None = None,
+        anchors: Sequence[str] = ANCHORS,
+    ) -> None:
+        self.pool, self.plain_share, self.plain_until, self.anchors = pool, plain_share, plain_until, anchors
+        shares = modes or {DIRECT: 1.0}
+        self.modes, self.shares = list(shares), np.array(list(shares.values())) / sum(shares.values())
+
+    def sample(self, seed: int, step: int, index: int) -> TrainingSample:
+        rng = np.random.default_rng([seed, step, index])
+        image, mask, kind = self._picture(rng, 1.0 if step < self.plain_until else self.plain_share)
+        mode = self.modes[int(rng.choice(len(self.modes), p=self.shares))]
+        instruction, answer = dialogue(mode, describe(kind, mask, rng), rng)
+        return TrainingSample(image, instruction, answer.replace("".join(ANCHORS), "".join(self.anchors)), mask, relative=True)
+
+    def _picture(self, rng: np.random.Generator, plain_share: float) -> tuple[np.ndarray, np.ndarray, str]:
+        number = _index(self.pool, rng, plain_share)
+        image, mask = _mirror(self.pool.images[number], self.pool.masks[number], rng)
+        image, mask = _turn(*_crop_with_defect(image, mask, rng), rng)
+        mask = _drawn_wide(mask, rng)
+        return _recolour(_shade_sides(image, rng), rng), mask, self.pool.kind(number)
 
 
 def _index(pool: SamplePool, rng: np.random.Generator, plain_share: float) -> int:
@@ -112,24 +137,6 @@ def _index(pool: SamplePool, rng: np.random.Generator, plain_share: float) -> in
     if pool.plain in (0, total):
         return int(rng.integers(total))
     return int(rng.integers(pool.plain) if from_plain else rng.integers(pool.plain, total))
-
-
-def _draw(
-    pool: SamplePool, settings: Preprocessing, map_side: int, rng: np.random.Generator, plain_share: float
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    index = _index(pool, rng, plain_share)
-    image, mask = _mirror(pool.images[index], pool.masks[index], rng)
-    image, mask = _turn(*_crop_with_defect(image, mask, rng), rng)
-    image = _recolour(_shade_sides(image, rng), rng)
-    pixel, semantic, frame = preprocess.encoder_images(image, settings)
-    target = np.zeros((map_side, map_side), np.float32)
-    valid = np.zeros((map_side, map_side), np.float32)
-    rows = max(1, round(map_side * frame.resized_height / frame.padded_size))
-    columns = max(1, round(map_side * frame.resized_width / frame.padded_size))
-    shares = Image.fromarray(mask.astype(np.float32)).resize((columns, rows), Image.Resampling.BOX)
-    target[:rows, :columns] = np.asarray(shares)
-    valid[:rows, :columns] = 1
-    return pixel, semantic, target, valid
 
 
 def _mirror(image: np.ndarray, mask: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -162,6 +169,14 @@ def _crop(image: np.ndarray, mask: np.ndarray, rng: np.random.Generator) -> tupl
     width = int(np.clip(side * zoom * min(1.0, 1 / aspect), 24, side))
     top, left = rng.integers(side - height + 1), rng.integers(side - width + 1)
     return image[top : top + height, left : left + width], mask[top : top + height, left : left + width]
+
+
+def _drawn_wide(mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Half of the time, a mask as a person draws it: up to three pixels over the border. On a hairline that is most of its width."""
+    if rng.random() < 0.5 or not mask.any():
+        return mask
+    side = 2 * int(rng.integers(1, 4)) + 1
+    return cv2.dilate(mask.astype(np.uint8), cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (side, side))) > 0
 
 
 def _turn(image: np.ndarray, mask: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:

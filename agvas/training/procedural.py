@@ -22,9 +22,10 @@ from agvas.training.noise import blur, chance, grain, log_uniform, pick, rgb
 # the constant answer for hundreds of steps.
 PLAIN_MATERIALS = (surfaces.mottled, surfaces.smooth, surfaces.smooth, surfaces.granular, surfaces.brushed, surfaces.orange_peel,
                    surfaces.ground_ceramic, surfaces.leather, surfaces.road, surfaces.woven)
-# Large patches, stains and clouds stand twice: they are drawn twice as often.
-PLAIN_KINDS = ("scratch", "crack", "crack_net", "hole", "large_patch", "stain", "spalling", "corrosion", "inclusion", "cut", "dent",
-               "burn", "contamination", "extra_part", "fibre", "band", "large_patch", "stain", "clouding", "clouding")
+# What stands twice is drawn twice as often: large patches, stains and clouds, and the thin lines that are hardest to see.
+PLAIN_KINDS = ("scratch", "scratch", "crack", "crack", "wrinkle", "crack_net", "hole", "large_patch", "stain", "spalling", "corrosion",
+               "inclusion", "cut", "dent", "burn", "contamination", "extra_part", "fibre", "band", "large_patch", "stain", "clouding",
+               "clouding")
 NORMAL_SHARE = 1 / 3
 THEMED_SHARE = 0.3
 # Materials and the defects they are known for. Most samples mix anything with anything; these keep the likely pairs from being rare.

@@ -1,0 +1,43 @@
+"""An AG-VAS under the paper's objective (eq. 11): what the training loop calls."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from agvas.model import AGVAS, Features
+from agvas.training.batch import Batch
+from agvas.training.losses import MaskLossWeights, mask_loss, text_loss
+
+
+@dataclass(frozen=True)
+class ObjectiveSettings:
+    """Weights of the terms; the defaults are the paper's.
+
+    Attributes:
+        early_mask, early_until: other weights of the mask terms until this step. From scratch Dice alone stalls before there is anything
+            to overlap; a pretrained model needs none.
+    """
+
+    text: float = 1.0
+    mask: MaskLossWeights = MaskLossWeights()
+    early_mask: MaskLossWeights | None = None
+    early_until: int = 0
+
+
+class Objective(nn.Module):
+    """A batch → {"text": loss, "mask": loss}, weighted."""
+
+    def __init__(self, model: AGVAS, settings: ObjectiveSettings) -> None:
+        super().__init__()
+        self.model, self.settings = model, settings
+
+    def forward(self, batch: Batch, step: int, features: Features | None = None) -> dict[str, Tensor]:
+        settings = self.settings
+        weights = settings.early_mask if settings.early_mask is not None and step < settings.early_until else settings.mask
+        output = self.model(batch.pixel_image, batch.semantic_image, batch.prompts, batch.answers, features)
+        return {
+            "text": settings.text * text_loss(output.logits, batch.answers),
+            "mask": mask_loss(output.maps, batch.target, batch.valid, weights, batch.absolute, batch.relative),
+        }

@@ -1,0 +1,135 @@
+"""How nano is made from nothing: procedural samples, pixel pretraining, then the whole model under the paper's objective.
+
+It stands for what the 7B gets from SAM, SigLIP and LLaVA-OneVision before AG-VAS is trained, at a size that two CPU cores train in well
+under an hour. Every number is a field; the folder is resumable at any time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import torch
+
+from agvas.config import ANCHORS, ANSWER, NAMED, ROLES, AGVASConfig
+from agvas.model import AGVAS
+from agvas.tokenizer import train_tokenizer
+from agvas.training.adaptation import TrainedParts
+from agvas.training.batch import Batch, collate
+from agvas.training.descriptions import all_sentences
+from agvas.training.instructions import all_instructions
+from agvas.training.loop import LoopSettings, is_main_process, keep_settings, main_process_first, run
+from agvas.training.losses import MaskLossWeights
+from agvas.training.objective import ObjectiveSettings
+from agvas.training.pool import PoolSettings, ProceduralSource, SamplePool
+from agvas.training.pretraining import PixelPretraining, PretrainingSettings, hand_over
+from agvas.training.sample import TrainingSample
+from agvas.training.trainer import TuningSettings, tune
+
+ABLATIONS = ("no-seg", "no-relative", "no-spam", "single-anchor")
+MODES = {"direct": 0.55, "describe-then-segment": 0.15, "describe-then-segment-plus": 0.15, "segment-then-explain": 0.15}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One training from nothing.
+
+    Attributes:
+        plain_share: share of a batch drawn from the plain samples, once the others are there.
+        modes: share of each instruction mode.
+        ablation: one of ABLATIONS (tables 3 and 1: "single-anchor" is [SEG] alone without SPAM, as LISA), None for AG-VAS.
+    """
+
+    config: str = "nano"
+    seed: int = 0
+    pool: PoolSettings = PoolSettings()
+    plain_share: float = 0.6
+    pretraining: PretrainingSettings = field(default_factory=PretrainingSettings)
+    tuning: TuningSettings = field(
+        default_factory=lambda: TuningSettings(
+            LoopSettings(
+                steps=900,
+                global_batch=8,
+                micro_batch=8,
+                learning_rate=5e-4,
+                warmup_steps=60,
+                betas=(0.9, 0.98),
+                weight_decay=0.02,
+                average_decay=0.997,
+            ),
+            TrainedParts(lora=None, encoders=True, slow=("pixel_encoder.patch_embed", "mask_decoder.upscaling"), slow_share=0.1),
+            ObjectiveSettings(text=0.1, early_mask=MaskLossWeights(bce=4.0, dice=0.25), early_until=540),
+        )
+    )
+    modes: dict[str, float] = field(default_factory=lambda: dict(MODES))
+    ablation: str | None = None
+
+    def with_seed(self, seed: int) -> Recipe:
+        """The same recipe with other random weights and another order of samples; the pool stays."""
+        return replace(
+            self,
+            seed=seed,
+            pretraining=replace(self.pretraining, loop=replace(self.pretraining.loop, seed=seed)),
+            tuning=replace(self.tuning, loop=replace(self.tuning.loop, seed=seed)),
+        )
+
+
+def train_from_nothing(recipe: Recipe, folder: Path, device: str = "cpu", workers: int = 2) -> AGVAS:
+    """The recipe's model, also in folder/checkpoint in 16 bit; goes on where an interrupted run stopped.
+
+    Raises:
+        ValueError: the folder holds another run.
+        Diverged: see loop.py.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with main_process_first(device):
+        if is_main_process():
+            keep_settings(folder / "recipe.json", asdict(recipe))
+        pool = SamplePool.make(folder / "pool", recipe.pool, workers)
+    model = new_model(recipe.config, recipe.seed, recipe.ablation)
+    first = PixelPretraining(model.train(), recipe.pretraining.weights, recipe.seed)
+    anchors = model.config.prompts.anchors
+    source = ProceduralSource(pool, recipe.plain_share, recipe.pretraining.plain_until, anchors=anchors)
+
+    def batch(samples: Sequence[TrainingSample]) -> Batch:
+        return collate(samples, model.config, model.prompt_encoder)
+
+    run(first, first.groups(), source, batch, recipe.pretraining.loop, folder / "pretraining", device, "pixel pretraining")
+    hand_over(first.kernel, model)
+    source = ProceduralSource(pool, recipe.plain_share, modes=recipe.modes, anchors=anchors)
+    return tune(model, source, recipe.tuning, folder, device, dtype=torch.float16)
+
+
+def new_model(config: str, seed: int, ablation: str | None = None) -> AGVAS:
+    """A randomly initialised model of a named size with the small tokenizer."""
+    settings = ablated(NAMED[config](), ablation)
+    torch.manual_seed(seed)
+    tokenizer = train_tokenizer([*all_instructions(), *all_sentences(), ANSWER], settings.language.vocabulary)
+    model = AGVAS(settings, tokenizer)
+    # transformers starts SAM's absolute positions at zero, which a pretrained checkpoint overwrites; from scratch they must differ.
+    torch.nn.init.trunc_normal_(model.pixel_encoder.pos_embed, std=0.02)
+    torch.nn.init.trunc_normal_(model.semantic_encoder.embeddings.position_embedding.weight, std=0.02)
+    torch.nn.init.ones_(model.mask_decoder.upscaling[3].bias)  # see PixelPretraining: features begin in GELU's straight part
+    # The decoder's blocks begin by leaving the pixels as they are: tuning starts where pretraining ended.
+    for block in model.mask_decoder.transformer.layers:
+        torch.nn.init.zeros_(block.cross_attn_image_to_token.out_proj.weight)
+        torch.nn.init.zeros_(block.cross_attn_image_to_token.out_proj.bias)
+    return model
+
+
+def ablated(config: AGVASConfig, ablation: str | None) -> AGVASConfig:
+    """The config without what an ablation leaves out."""
+    if ablation is None:
+        return config
+    if ablation not in ABLATIONS:
+        raise ValueError(f"ablation: expected one of {', '.join(ABLATIONS)}, got {ablation!r}")
+    kept = {"no-seg": slice(0, 2), "no-spam": slice(0, 3)}.get(ablation, slice(2, 3))
+    anchors, roles = config.prompts.anchors[kept], tuple(ROLES[kept])
+    return replace(
+        config,
+        name=f"{config.name}-{ablation}",
+        spam=None if ablation in ("no-spam", "single-anchor") else config.spam,
+        mask_decoder=replace(config.mask_decoder, roles=roles),
+        prompts=replace(config.prompts, anchors=anchors, answer=config.prompts.answer.replace("".join(ANCHORS), "".join(anchors))),
+    )

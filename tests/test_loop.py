@@ -1,0 +1,216 @@
+"""The training loop: stopped and resumed, accumulated, spread over processes, it is one and the same run."""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from tensorboardX.proto.event_pb2 import Event
+from torch import Tensor, nn
+
+from agvas.config import ANSWER, tiny
+from agvas.tokenizer import train_tokenizer
+from agvas.training.batch import Batch, collate
+from agvas.training.loop import Diverged, Group, LoopSettings, run, warmup_decay
+from agvas.training.sample import TrainingSample
+from runtime.prompts import PromptEncoder
+
+SETTINGS = LoopSettings(
+    steps=7, global_batch=4, micro_batch=2, learning_rate=0.05, warmup_steps=2, average_decay=0.9, precision="no", save_every=2, log_every=1
+)
+ENCODER = PromptEncoder(train_tokenizer([ANSWER], 512), tiny().prompts)
+
+
+class Learner(nn.Module):
+    """Learns how bright a picture is; with dropout, so that random numbers matter, and a buffer that training changes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(nn.Flatten(), nn.Linear(3 * 45 * 45, 6), nn.Dropout(0.3), nn.Tanh(), nn.Linear(6, 1))
+        self.still = nn.Linear(2, 2).requires_grad_(False)
+        self.register_buffer("seen", torch.zeros(1))
+
+    def forward(self, batch: Batch, step: int) -> dict[str, Tensor]:
+        self.seen += len(batch.prompts)
+        wanted = batch.pixel_image.mean(dim=(1, 2, 3))
+        return {"brightness": (self.layers(batch.semantic_image)[:, 0] - wanted).square().mean(), "constant": torch.ones(()) * 0.25}
+
+    def groups(self) -> list[Group]:
+        return [Group([p for p in self.parameters() if p.requires_grad])]
+
+
+class Noise:
+    """Pictures of random brightness; what was asked for is kept, and at `stop_at` it raises."""
+
+    def __init__(self, stop_at: int | None = None) -> None:
+        self.stop_at, self.asked = stop_at, set[tuple[int, int]]()
+
+    def sample(self, seed: int, step: int, index: int) -> TrainingSample:
+        if step == self.stop_at:
+            raise KeyboardInterrupt
+        self.asked.add((step, index))
+        level = np.random.default_rng([seed, step, index]).integers(256)
+        return TrainingSample(np.full((9, 9, 3), level, np.uint8), "Look.", ANSWER, np.zeros((9, 9), bool), True)
+
+
+def make_batch(samples: Sequence[TrainingSample]) -> Batch:
+    return collate(samples, tiny(), ENCODER)
+
+
+def trained(folder: Path, settings: LoopSettings = SETTINGS, source: Any = None, module: nn.Module | None = None) -> dict[str, Tensor]:
+    learner = module or Learner()
+    run(learner, learner.groups(), source or Noise(), make_batch, settings, folder)
+    return {name: tensor.clone() for name, tensor in learner.state_dict().items()}
+
+
+def logged(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def assert_same(got: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 0.0) -> None:
+    assert got.keys() == expected.keys()
+    for name, tensor in got.items():
+        torch.testing.assert_close(tensor, expected[name], atol=tolerance, rtol=0, msg=name)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    return trained(folder), logged(folder)
+
+
+@pytest.mark.parametrize("stop_at", [1, 2, 5, 6])
+def test_a_stopped_run_ends_where_an_uninterrupted_one_does(tmp_path: Path, uninterrupted: Any, stop_at: int) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        trained(tmp_path, source=Noise(stop_at))
+    source = Noise()
+    weights = trained(tmp_path, source=source)
+    assert_same(weights, uninterrupted[0])
+    saved = max((stop_at - 1) // 2 * 2, 0)  # samples are drawn ahead: the step before the stop may not have been taken
+    assert min(step for step, _ in source.asked) in (saved, stop_at // 2 * 2)
+    timing = {"seconds", "images_per_second"}
+    assert [{k: v for k, v in line.items() if k not in timing} for line in logged(tmp_path)] == [
+        {k: v for k, v in line.items() if k not in timing} for line in uninterrupted[1]
+    ]
+
+
+def test_a_finished_run_takes_no_more_steps_and_gives_the_same_weights(tmp_path: Path, uninterrupted: Any) -> None:
+    trained(tmp_path)
+    source = Noise()
+    assert_same(trained(tmp_path, source=source), uninterrupted[0])
+    assert not source.asked
+
+
+def test_a_batch_is_the_same_in_one_part_or_four(tmp_path: Path) -> None:
+    """Without dropout, whose random numbers fall on other samples when the batch is split otherwise."""
+
+    def run_with(micro_batch: int) -> dict[str, Tensor]:
+        module = Learner()
+        module.layers[2].p = 0.0
+        return trained(tmp_path / str(micro_batch), replace(SETTINGS, micro_batch=micro_batch), module=module)
+
+    whole, parts = run_with(4), run_with(1)
+    assert_same(parts, whole, tolerance=2e-6)  # sums in another order, over seven steps of Adam
+
+
+def test_every_place_of_the_global_batch_is_asked_for_once(tmp_path: Path) -> None:
+    source = Noise()
+    trained(tmp_path, source=source)
+    assert source.asked == {(step, index) for step in range(7) for index in range(4)}
+
+
+def test_training_moves_what_it_was_given_and_nothing_else(tmp_path: Path) -> None:
+    start = Learner().state_dict()
+    moved = {name for name, tensor in trained(tmp_path).items() if not torch.equal(tensor, start[name])}
+    assert moved == {name for name in start if name.startswith("layers.")} | {"seen"}
+
+
+def test_a_group_with_a_share_of_the_rate_moves_by_that_share(tmp_path: Path) -> None:
+    """Adam's first step is the rate, whatever the gradient."""
+    module, start = Learner(), Learner().state_dict()
+    settings = replace(SETTINGS, steps=1, warmup_steps=1, average_decay=None, clip_norm=1e9)
+    run(module, [Group([module.layers[1].weight], 0.1), Group([module.layers[4].weight])], Noise(), make_batch, settings, tmp_path)
+    slow = (module.layers[1].weight - start["layers.1.weight"]).abs().max().item()
+    fast = (module.layers[4].weight - start["layers.4.weight"]).abs().max().item()
+    assert slow == pytest.approx(0.005, rel=1e-3) and fast == pytest.approx(0.05, rel=1e-3)
+
+
+def test_the_weights_kept_are_the_average_over_the_last_steps(tmp_path: Path) -> None:
+    averaged = trained(tmp_path / "averaged")
+    last = trained(tmp_path / "last", replace(SETTINGS, average_decay=None))
+    on_disk = load_file(tmp_path / "averaged" / "state.safetensors")
+    name = "layers.1.weight"
+    torch.testing.assert_close(on_disk[f"weights.{name}"], last[name])
+    torch.testing.assert_close(on_disk[f"average.{name}"], averaged[name])
+    assert not torch.equal(averaged[name], last[name])
+
+
+def test_the_learning_rate_warms_up_and_falls_to_zero() -> None:
+    rates = [warmup_decay(step, 4, 10) for step in range(11)]
+    assert rates == pytest.approx([0.25, 0.5, 0.75, 1, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6, 0])
+    assert warmup_decay(0, 0, 1) == 1
+    assert [warmup_decay(step, 100, 2) for step in range(2)] == [0.01, 0.02]  # a run shorter than its warm-up
+
+
+@pytest.mark.parametrize("spoil", [lambda level: math.nan, lambda level: math.inf])
+def test_a_loss_that_is_no_number_stops_the_run_and_leaves_the_last_save(tmp_path: Path, spoil: Callable[[float], float]) -> None:
+    class Spoiled(Learner):
+        def forward(self, batch: Batch, step: int) -> dict[str, Tensor]:
+            losses = super().forward(batch, step)
+            return losses | {"brightness": losses["brightness"] * (spoil(1.0) if step == 4 else 1.0)}
+
+    with pytest.raises(Diverged, match="brightness is (nan|inf) at step 4"):
+        trained(tmp_path, module=Spoiled())
+    with safe_open(tmp_path / "state.safetensors", "pt") as file:
+        assert file.metadata() == {"step": "4"}
+    assert all(torch.isfinite(tensor).all() for tensor in load_file(tmp_path / "state.safetensors").values())
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_a_folder_holds_one_run_and_says_what_differs(tmp_path: Path) -> None:
+    trained(tmp_path)
+    with pytest.raises(ValueError, match=r"learning_rate was 0.05, is 0.1.*choose another folder"):
+        trained(tmp_path, replace(SETTINGS, learning_rate=0.1))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"), [({"global_batch": 5}, "multiple of 1 processes x 2 samples, got 5"), ({"precision": "fp8"}, "one of no, bf16")]
+)
+def test_settings_that_cannot_be_are_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        trained(tmp_path, replace(SETTINGS, **changes))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_device_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    module = Learner()
+    with pytest.raises(ValueError, match="sees none; use --device cpu"):
+        run(module, module.groups(), Noise(), make_batch, SETTINGS, tmp_path, device="cuda")
+
+
+def test_tensorboard_reads_the_log(tmp_path: Path) -> None:
+    trained(tmp_path)
+    (path,) = (tmp_path / "tensorboard").glob("events*")
+    data, place, scalars = path.read_bytes(), 0, dict[str, list[float]]()
+    while place < len(data):  # TFRecord: length, its checksum, the message, its checksum
+        (length,) = struct.unpack_from("<Q", data, place)
+        event = Event.FromString(data[place + 12 : place + 12 + length])
+        place += 12 + length + 4
+        for value in event.summary.value:
+            scalars.setdefault(value.tag, []).append(value.simple_value)
+    lines = logged(tmp_path)
+    assert scalars["brightness"] == pytest.approx([line["brightness"] for line in lines], rel=1e-6)
+    assert scalars["rate"] == pytest.approx([line["rate"] for line in lines], rel=1e-6)
+    assert len(lines) == 7 and all(line["images_per_second"] > 0 for line in lines)
+
