@@ -93,7 +93,7 @@ def _pictures(root: Path) -> dict[str, Path]:
 def _image(image: Path, annotation: Path) -> BoxedImage:
     try:
         objects = ElementTree.parse(annotation).getroot().findall("object")
-    except ElementTree.ParseError as error:
+    except (ElementTree.ParseError, ValueError, LookupError) as error:  # the latter two: an encoding that is unknown or not kept
         raise DatasetError(annotation, None, "Pascal-VOC XML", str(error), "download it again") from error
     size = picture_size(image)
     boxes = tuple(_box(item, annotation) for item in objects)

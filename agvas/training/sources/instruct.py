@@ -4,8 +4,8 @@
      "summary": "... [NOR][ANO][SEG] ...", "explanation": "..."}
 
 Paths are relative to the file's folder and may lead out of it ("../real-iad/..."), since the pictures stay where their release put them.
-Non-zero mask pixels are anomalous; "mask" null or "" is a normal picture, "kind" may be null. The summary holds each anchor once, in the order [NOR], [ANO],
-[SEG]; the other fields hold none. Further keys are ignored.
+Non-zero mask pixels are anomalous; "mask" null or "" is a normal picture, "kind" may be null. The summary holds each anchor once, in the
+order [NOR], [ANO], [SEG]; the other fields hold none. Further keys are ignored.
 """
 
 from __future__ import annotations

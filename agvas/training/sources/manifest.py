@@ -26,7 +26,7 @@ from PIL import Image
 from agvas.training.sources.errors import DatasetError
 from agvas.training.sources.texts import checked
 
-__all__ = ["Item", "Phrase", "read_manifest", "read_phrases"]
+__all__ = ["Item", "Phrase", "read_manifest", "read_phrases", "read_split"]
 
 MANIFEST = "manifest.csv"
 REQUIRED_COLUMNS = ("image", "mask", "label")
@@ -125,9 +125,19 @@ class Phrase:
         return self.text, self.item.read_mask(height, width)
 
 
-def read_phrases(folder: str | os.PathLike[str]) -> list[Phrase]:
-    """`read_manifest`, each line with a text without control tokens and label 1; raises DatasetError."""
-    return [_phrase(item) for item in read_manifest(folder)]
+def read_split(folder: str | os.PathLike[str], split: str | None = None) -> list[Item]:
+    """`read_manifest`, and of it the lines whose column split says so; DatasetError where there are none."""
+    items = read_manifest(folder)
+    chosen = [item for item in items if split in (None, item.split)]
+    if not chosen:
+        found = ", ".join(sorted({item.split or "(empty)" for item in items}))
+        raise DatasetError(Path(folder) / MANIFEST, None, f"images of split {split}", found, "give another split")
+    return chosen
+
+
+def read_phrases(folder: str | os.PathLike[str], split: str | None = None) -> list[Phrase]:
+    """`read_split`, each line with label 1 and a text without control tokens; raises DatasetError."""
+    return [_phrase(item) for item in read_split(folder, split)]
 
 
 def _phrase(item: Item) -> Phrase:
