@@ -3,6 +3,12 @@
 Everything that can be checked without decoding pixels is checked when the manifest is read, so that a run of hours does
 not end at line 900; masks are decoded one at a time. It downloads nothing, converts nothing and never guesses: a mask
 of 0 / 1 is an error.
+
+Columns: image, mask (may be empty for label 0), label (1 anomalous, 0 normal), and optionally class, kind, split and text.
+As anomaly data, in evaluation and in the mixture's group "anomaly", class, kind and split name the picture and `text` is
+not used: an anomaly with a description belongs into instruct.jsonl, whose five fields one sentence does not fill. In
+the mixture's group "general", `text` is the referring phrase ("the man in red"), the mask is what it refers to, and
+every line needs both, with label 1 (see read_phrases).
 """
 
 from __future__ import annotations
@@ -18,8 +24,9 @@ import numpy.typing as npt
 from PIL import Image
 
 from agvas.training.sources.errors import DatasetError
+from agvas.training.sources.texts import checked
 
-__all__ = ["Item", "read_manifest"]
+__all__ = ["Item", "Phrase", "read_manifest", "read_phrases", "read_split"]
 
 MANIFEST = "manifest.csv"
 REQUIRED_COLUMNS = ("image", "mask", "label")
@@ -100,6 +107,45 @@ def read_manifest(folder: str | os.PathLike[str]) -> list[Item]:
     if not items:
         raise DatasetError(manifest, None, "at least one image", "only the header", "add a line per image")
     return items
+
+
+@dataclass(frozen=True)
+class Phrase:
+    """One line of a manifest as general segmentation: its text refers to what its mask shows."""
+
+    item: Item
+    text: str
+
+    @property
+    def image(self) -> Path:
+        return self.item.image
+
+    def draw(self, height: int, width: int, rng: np.random.Generator) -> tuple[str, npt.NDArray[np.bool_]] | None:
+        """(text, mask bool [H, W]); nothing is drawn."""
+        return self.text, self.item.read_mask(height, width)
+
+
+def read_split(folder: str | os.PathLike[str], split: str | None = None) -> list[Item]:
+    """`read_manifest`, and of it the lines whose column split says so; DatasetError where there are none."""
+    items = read_manifest(folder)
+    chosen = [item for item in items if split in (None, item.split)]
+    if not chosen:
+        found = ", ".join(sorted({item.split or "(empty)" for item in items}))
+        raise DatasetError(Path(folder) / MANIFEST, None, f"images of split {split}", found, "give another split")
+    return chosen
+
+
+def read_phrases(folder: str | os.PathLike[str], split: str | None = None) -> list[Phrase]:
+    """`read_split`, each line with label 1 and a text without control tokens; raises DatasetError."""
+    return [_phrase(item) for item in read_split(folder, split)]
+
+
+def _phrase(item: Item) -> Phrase:
+    if item.text is None or not item.is_anomalous:
+        found = "no text" if item.text is None else "label 0"
+        remedy = "fill in the column text and the mask, or list the folder under anomaly"
+        raise DatasetError(item.manifest, item.line, "a text that refers to a mask with label 1", found, remedy)
+    return Phrase(item, checked(item.text, item.manifest, "text", item.line))
 
 
 def _rows(manifest: Path) -> Iterator[tuple[int, dict[str, str]]]:

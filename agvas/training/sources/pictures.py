@@ -1,0 +1,98 @@
+"""Pictures and masks of data sets, decoded one at a time by fixed rules of their headers, never of their pixel values.
+
+The rules are those of runtime/images.py, so that training and the line see the same picture: the EXIF orientation is applied (here with
+Pillow's exif_transpose), 16-bit grey is shifted to 8 bits, alpha is dropped, 32-bit float is refused, and PNG, JPEG, BMP, TIFF and PNM
+are read, told apart by content. agvas may not import that file (the runtime is deployed without it), so they are written again here.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps
+
+from agvas.training.sources.errors import DatasetError
+
+_FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "PPM")
+_SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N", "I")
+_EIGHT_BIT = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV")
+
+
+def read_picture(path: Path) -> npt.NDArray[np.uint8]:
+    """uint8 RGB [H, W, 3]. Raises DatasetError naming the file where it does not decode: training never skips a picture."""
+    opened = _decoded(path)
+    if opened.mode in _SIXTEEN_BIT:
+        samples = np.asarray(opened)
+        if samples.size and not (samples.min() >= 0 and samples.max() <= 65535):
+            found = f"{samples.min()}..{samples.max()} in 32-bit integers"
+            raise DatasetError(path, None, "16-bit samples 0..65535", found, "save the picture as 8-bit")
+        return np.repeat((samples >> 8).astype(np.uint8)[:, :, None], 3, axis=2)
+    if opened.mode in ("P", "PA", "RGBA", "LA"):  # by way of RGBA: its colours stay as stored, the alpha beside them is dropped
+        return np.ascontiguousarray(np.asarray(opened.convert("RGBA"))[..., :3])
+    return np.array(opened.convert("RGB"))
+
+
+def read_indices(path: Path) -> npt.NDArray[np.int32]:
+    """Class indices [H, W] of a one-channel or palette picture, the stored numbers and not the palette's colours."""
+    opened = _decoded(path)
+    if opened.mode not in ("L", "P", *_SIXTEEN_BIT):
+        raise DatasetError(path, None, "one channel of class indices", f"mode {opened.mode}", "restore the mask from the release")
+    return np.asarray(opened).astype(np.int32)
+
+
+def read_nonzero(path: Path) -> npt.NDArray[np.bool_]:
+    """bool [H, W], True where any colour channel is not 0 (alpha is not looked at).
+
+    JPEG is refused: its rounding leaves values near 0 where the mask was 0.
+    """
+    opened = _decoded(path)
+    if opened.format == "JPEG":
+        raise DatasetError(path, None, "a mask in a lossless format", "JPEG", "restore the PNG of the data set's release")
+    if opened.mode in ("P", "PA", "RGBA", "LA"):
+        opened = opened.convert("RGBA").convert("RGB")
+    values = np.asarray(opened)
+    return np.asarray(values.any(axis=2) if values.ndim == 3 else values != 0)
+
+
+def picture_size(path: Path) -> tuple[int, int]:
+    """(height, width) as the header says, EXIF orientation applied; pixels are not decoded."""
+    try:
+        with Image.open(path, formats=_FORMATS) as opened:
+            width, height = opened.size
+            turned = opened.getexif().get(0x0112) in (5, 6, 7, 8)
+    except Exception as error:  # Pillow's decoders raise SyntaxError, struct.error and more on damaged files
+        raise _unreadable(path, error) from error
+    return (width, height) if turned else (height, width)
+
+
+def check_size(mask: npt.NDArray[np.bool_] | npt.NDArray[np.int32], height: int, width: int, file: Path, image: Path) -> None:
+    """DatasetError unless a mask [H, W] has the size of the decoded image."""
+    if mask.shape != (height, width):
+        raise DatasetError(
+            file,
+            None,
+            f"a mask of {height} x {width} (height x width, as {image})",
+            f"{mask.shape[0]} x {mask.shape[1]}",
+            "take image and mask from the same release",
+        )
+
+
+def _decoded(path: Path) -> Image.Image:
+    """The first frame, decoded and turned upright; `format` is kept."""
+    try:
+        with Image.open(path, formats=_FORMATS) as opened:
+            opened.load()
+            upright = ImageOps.exif_transpose(opened)
+            upright.format = opened.format
+    except Exception as error:  # as above
+        raise _unreadable(path, error) from error
+    if upright.mode not in (*_SIXTEEN_BIT, *_EIGHT_BIT):
+        raise DatasetError(path, None, "8-bit or 16-bit grey or colour", f"Pillow mode {upright.mode}", "save it as 8-bit PNG")
+    return upright
+
+
+def _unreadable(path: Path, error: Exception) -> DatasetError:
+    found = "no such file" if isinstance(error, FileNotFoundError) else f"{type(error).__name__}: {error}"
+    return DatasetError(path, None, "a picture that decodes (PNG, JPEG, BMP, TIFF or PNM)", found, "restore it from its source")
