@@ -44,8 +44,8 @@ def two_convolutions(inputs: int, outputs: int) -> nn.Sequential:
 class ConvolutionalStem(nn.Module):
     """Stands where SAM's patch embedding stands, and says in its own words what the encoder puts out before the ViT adds to it.
 
-    Features at a quarter patch (cells), half a patch and a patch; behind them two coarser grids and their mean, added back, so that a
-    patch knows what the rest of the picture looks like: a dark area is a defect on one surface and the pattern of another.
+    Features at a quarter patch (cells), half a patch and a patch; behind them two coarser grids and their mean, brought back step by step,
+    so that a cell knows what the rest of the picture looks like: a dark area is a defect on one surface and the pattern of another.
 
     Args:
         width, outputs: channels of the ViT's tokens and of the embeddings.
@@ -69,7 +69,10 @@ class ConvolutionalStem(nn.Module):
         # Kernels overlap, or each coarse cell would show in the map as a square.
         self.returns = nn.ModuleList([nn.ConvTranspose2d(width, width, 4, stride=2, padding=1) for _ in range(CONTEXTS)])
         self.mix = ConvolutionNorm(width, width)
-        # Fine structure goes to the output directly: a grid of patches hands the mask decoder 4 x 4 cells each.
+        # Back to the finer grids, as in a U-Net: what a patch knows of its surroundings says which of its cells matter.
+        self.to_halves, self.to_cells = nn.ConvTranspose2d(width, middle, 2, stride=2), nn.ConvTranspose2d(middle, narrow, 2, stride=2)
+        self.join_halves, self.join_cells = ConvolutionNorm(2 * middle, middle), ConvolutionNorm(2 * narrow, narrow)
+        # A grid of patches hands the mask decoder 4 x 4 cells each.
         self.from_cells = nn.Conv2d(narrow, outputs, 4, stride=4)
         self.from_halves = nn.Conv2d(middle, outputs, 2, stride=2)
         self.from_patches = nn.Conv2d(width, outputs, 1)
@@ -86,6 +89,8 @@ class ConvolutionalStem(nn.Module):
         for finer, bring_back in zip(reversed(grids), self.returns, strict=True):
             patches = finer + bring_back(patches)[:, :, : finer.shape[2], : finer.shape[3]]  # an odd side was rounded up
         patches = self.mix(patches)
+        halves = self.join_halves(torch.cat([halves, self.to_halves(patches)], dim=1))
+        cells = self.join_cells(torch.cat([cells, self.to_cells(halves)], dim=1))
         embeddings = self.from_cells(cells) + self.from_halves(halves) + self.from_patches(patches)
         return patches.permute(0, 2, 3, 1), embeddings
 
