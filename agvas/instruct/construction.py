@@ -179,6 +179,7 @@ class Construction:
                     event.outcome = _Undone(str(error) if str(record.image) in str(error) else f"{record.image}: {error}")
                 except Exception as error:  # EndpointClosed, or a fault of ours: the run must end aloud, not one thread in silence
                     event.outcome = error
+                    self.stop()  # here, not in the collector: this worker must not send one request more
                 self._results.put(event)
         finally:
             self._results.put(_Event(ended=True))
