@@ -156,7 +156,7 @@ def test_help_comes_without_loading_torch(script: str) -> None:
     finished = python(
         f"import sys\nfrom {module} import {function} as main\n"
         "try:\n    main(['--help'])\nexcept SystemExit as end:\n    code = end.code\n"
-        "heavy = {'torch', 'transformers', 'onnx', 'onnxruntime', 'openvino', 'cv2'} & set(sys.modules)\n"
+        "heavy = {'torch', 'transformers', 'onnx', 'onnxruntime', 'openvino', 'cv2', 'skimage', 'scipy'} & set(sys.modules)\n"
         "print('HEAVY', *heavy, file=sys.stderr)\nsys.exit(code)"
     )
     assert finished.returncode == 0, finished.stderr

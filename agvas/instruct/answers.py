@@ -1,0 +1,150 @@
+"""A model's answer, read and checked: a Description, or every reason why it is none.
+
+The model sees drawings of the ground truth that the trained model will never see, so an answer that speaks of them teaches it to invent.
+Words are therefore refused in every inflection. All reasons are given at once, in words that can be sent back to the model. Nothing is
+repaired but white space; a text that is nearly right is asked for again.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+from agvas.config import ANCHORS
+from agvas.training.instructions import Description, find_anchor_fault
+
+__all__ = ["FIELDS", "LENGTHS", "check_fields", "read_answer", "salvage_fields"]
+
+LENGTHS = {
+    "expectation": (20, 400),  # stands in an instruction (describe-then-segment-plus), which is limited
+    "observation": (20, 800),
+    "diagnosis": (20, 800),
+    "summary": (40, 600),
+    "explanation": (80, 1500),
+}
+"""Fewest and most characters of each field."""
+FIELDS = tuple(LENGTHS)
+
+_DESCRIBED_BEFORE_ANCHORS = 20  # characters: the model must say what it sees before it points at it
+
+# Each pattern with the words it is named by. "box" and "mask" may be part of a category's name (a food box), see _excused.
+_FORBIDDEN = {
+    r"ground[\s_-]*truths?": "ground truth",
+    r"(?:un)?mask(?:s|ed|ing|ings)?": "mask",
+    r"(?:bounding[\s_-]*)?box(?:es|ed|ing)?": "box",
+    r"bounding|bbox(?:es)?": "bounding box",
+    r"green[\s-]+(?:\w+[\s-]+)?(?:outlines?|rectangles?|frames?|lines?|borders?|squares?)": "green outline",
+    r"referenc(?:e|es|ed|ing)|referential": "reference",
+    r"prior[\s_-]+(?:knowledge|information)": "prior knowledge",
+    r"overla(?:y|ys|id|ying|yed)": "overlay",
+    r"annotat(?:e|es|ed|ing|ion|ions|or|ors)": "annotation",
+    r"highlight(?:ed|ing)": "highlighted",
+    r"(?:first|second|third|other|previous|provided|given|normal|comparison)[\s-]+(?:images?|pictures?|photos?)": "another picture",
+    r"(?:images?|pictures?)\s+(?:\d|one|two|three)": "a picture's number",
+}
+_FORBIDDEN_PATTERNS = {re.compile(rf"(?<![^\W_])(?:{pattern})(?![^\W_])", re.IGNORECASE): name for pattern, name in _FORBIDDEN.items()}
+_CONTROL_TOKEN = re.compile(r"<\|.*?\|>|</?(?:think|image|img)\b[^>]*>", re.IGNORECASE)
+_ANCHOR_LIKE = re.compile(r"\[\s*(?:NOR|ANO|SEG)\s*\]", re.IGNORECASE)
+
+
+def read_answer(text: str, category: str = "") -> tuple[Description | None, list[str]]:
+    """The description that an answer holds and no reasons, or None and the reasons against it.
+
+    The JSON object may stand in a code fence, after a <think> block, or between other words; its keys may have any case.
+
+    Args:
+        category: words of the category's name are not held against the answer ("box" of a food box).
+    """
+    fields, reason = _find_object(text)
+    if fields is None:
+        return None, [reason]
+    named: dict[str, Any] = {}
+    reasons = []
+    for key, value in fields.items():
+        name = key.strip().lower()
+        if name not in FIELDS:
+            reasons.append(f"the JSON object has an unknown field {key!r}; expected only {', '.join(FIELDS)}")
+        elif name in named:
+            reasons.append(f"the field {name} stands twice")
+        named[name] = value
+    for name in FIELDS:
+        if name not in named:
+            reasons.append(f"the field {name} is missing")
+        elif not isinstance(named[name], str):
+            reasons.append(f"the field {name} must be a text, it is {type(named[name]).__name__}")
+    if reasons:
+        return None, reasons
+    description = Description(**{name: " ".join(named[name].split()) for name in FIELDS})
+    reasons = check_fields(description, category)
+    return (None, reasons) if reasons else (description, [])
+
+
+def check_fields(description: Description, category: str = "") -> list[str]:
+    """The reasons why a description's texts cannot be trained on; none if they can."""
+    reasons = []
+    excused = _excused(category)
+    for name, (fewest, most) in LENGTHS.items():
+        text = getattr(description, name)
+        if not fewest <= len(text) <= most:
+            reasons.append(f"the field {name} must have {fewest} to {most} characters, it has {len(text)}")
+        elif not text[0].isalnum():  # spreadsheets, in which descriptions are reviewed, run texts that begin with = + - @
+            reasons.append(f"the field {name} must begin with a letter or digit, it begins with {text[0]!r}")
+        for pattern, word in _FORBIDDEN_PATTERNS.items():
+            if found := sorted({match for match in pattern.findall(text) if match.lower() not in excused}):
+                reasons.append(f"the field {name} mentions {', '.join(map(repr, found))} ({word}), which it must not")
+        if found := _CONTROL_TOKEN.findall(text):
+            reasons.append(f"the field {name} holds control tokens: {', '.join(found)}")
+        if name != "summary" and _ANCHOR_LIKE.search(text):
+            reasons.append(f"the field {name} holds {_ANCHOR_LIKE.findall(text)[0]}; only the summary may")
+    return reasons + _check_anchors(description.summary)
+
+
+def salvage_fields(text: str) -> dict[str, str]:
+    """What of a refused answer a reviewer can correct: its known fields that are texts; the others are empty."""
+    fields = _find_object(text)[0] or {}
+    texts = {str(key).strip().lower(): " ".join(value.split()) for key, value in fields.items() if isinstance(value, str)}
+    return {name: texts.get(name, "") if texts.get(name, "")[:1].isalnum() else "" for name in FIELDS}
+
+
+def _check_anchors(summary: str) -> list[str]:
+    wanted = "".join(ANCHORS)
+    if fault := find_anchor_fault(summary):
+        return [f"the summary must hold {wanted} once each and in this order, but {fault}"]
+    if len(_ANCHOR_LIKE.findall(summary)) != len(ANCHORS):
+        return [f"the summary must hold {wanted} once each, in capitals and without spaces"]
+    if len(summary[: summary.index(ANCHORS[0])].strip()) < _DESCRIBED_BEFORE_ANCHORS:
+        return [f"the summary must describe what is seen before {wanted}"]
+    return []
+
+
+def _excused(category: str) -> set[str]:
+    """The words of a category's name and their plurals; none of them is held against an answer where it stands alone."""
+    words = set(re.findall(r"[^\W_]+", category.lower()))
+    return words | {word + ending for word in words for ending in ("s", "es")}
+
+
+def _find_object(text: str) -> tuple[dict[str, Any] | None, str]:
+    """The first JSON object of the answer, or None and why there is none."""
+    spoken = text.rpartition("</think>")[2]
+    begin = spoken.find("{")
+    if begin < 0:
+        return None, "the answer holds no JSON object"
+    try:
+        value, end = json.JSONDecoder(object_pairs_hook=_no_key_twice).raw_decode(spoken[begin:])
+    except (json.JSONDecodeError, RecursionError, _KeyTwice) as error:
+        return None, f"the answer is not valid JSON: {error}"
+    if "{" in spoken[begin + end :]:
+        return None, "the answer holds more than one JSON object"
+    return value, ""
+
+
+class _KeyTwice(ValueError):
+    pass
+
+
+def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys = [key for key, _ in pairs]
+    if twice := {key for key in keys if keys.count(key) > 1}:
+        raise _KeyTwice(f"the field {', '.join(sorted(twice))} stands twice")
+    return dict(pairs)

@@ -1,0 +1,248 @@
+"""One run of the offline stage: workers that claim samples, ask, check and ask again; a collector that writes what they found.
+
+Threads, since all but the drawing is waiting. Only the collector writes, so a line is never torn. `stop` lets the requests in flight come
+home, as they are paid for; a process that is killed loses those alone. Everything written stays, and the next run goes on after it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import queue
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from agvas.instruct.answers import read_answer
+from agvas.instruct.endpoint import Endpoint, EndpointClosed, Pace, RequestFailed, Stopped
+from agvas.instruct.journal import DESCRIBED, REFUSED, Entry, Journal, Refusal, read_entries, read_refusals, relative_path
+from agvas.instruct.references import References
+from agvas.instruct.request import RequestSettings, first_request, with_reasons
+from agvas.instruct.samples import Explanations, Record, Sample, identify, mask_file
+
+__all__ = ["Construction", "RunSettings", "Tally"]
+
+_FAILURES_IN_A_ROW = 5  # by then it is the endpoint, not a sample
+_SHOWN_ANSWER = 8000  # characters of a refused answer that are kept
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """How a run goes.
+
+    Attributes:
+        request: what is set about every request.
+        answers: answers a sample may take before it goes to review.
+        concurrency: workers.
+        limit: most samples described in this run; None has no limit.
+        retry_refused: ask anew about samples whose every answer was refused in an earlier run.
+    """
+
+    request: RequestSettings
+    answers: int = 3
+    concurrency: int = 4
+    limit: int | None = None
+    retry_refused: bool = False
+
+
+@dataclass
+class Tally:
+    """What a run did. `undone` samples got no reply or could not be read, and are tried again by the next run; `errors` says why."""
+
+    described: int = 0
+    refused: int = 0
+    undone: int = 0
+    done_before: int = 0
+    duplicates: int = 0
+    input_tokens: int = 0
+    output_tokens: int = 0
+    replies_without_usage: int = 0
+    errors: list[str] = field(default_factory=list)
+
+
+class Construction:
+    """A run into one output folder."""
+
+    def __init__(
+        self,
+        records: Sequence[Record],
+        references: References,
+        endpoint: Endpoint,
+        pace: Pace,
+        output: Path,
+        settings: RunSettings,
+        explanations: Explanations | None = None,
+        note: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        """
+        Args:
+            records: only anomalous ones are described.
+            pace: the endpoint's, which an interruption stops.
+            note: takes one line about a sample that went wrong.
+        """
+        self.records = [record for record in records if record.is_anomalous]
+        self._references, self._endpoint, self._pace = references, endpoint, pace
+        self._output, self._settings, self._explanations, self._note = output, settings, explanations or {}, note
+        self.tally = Tally()
+        self._lock = threading.Lock()
+        self._results: queue.Queue[_Event] = queue.Queue()
+        self._stopping = threading.Event()
+        self._claimed: set[str] = set()
+        self._claims_left = settings.limit
+
+    def run(self, progress: Callable[[Tally], None] = lambda tally: None) -> Tally:
+        """Describe what is not described yet; `progress` is called after each record.
+
+        Raises:
+            EndpointClosed: the endpoint refuses every request, or several in a row got no reply.
+            DatasetError: a damaged journal.
+            OSError: the output cannot be written.
+        """
+        with Journal(self._output / DESCRIBED) as described, Journal(self._output / REFUSED) as refused:
+            for name, cut in ((DESCRIBED, described.cut_bytes), (REFUSED, refused.cut_bytes)):
+                if cut:
+                    self._note(f"{name}: dropped {cut} bytes of a line that an earlier run did not finish")
+            self._done = {entry.id for entry in read_entries(self._output / DESCRIBED)}
+            if not self._settings.retry_refused:
+                self._done |= {refusal.id for refusal in read_refusals(self._output / REFUSED)}
+            turn = iter(self.records)
+            workers = [threading.Thread(target=self._work, args=(turn,), daemon=True) for _ in range(self._settings.concurrency)]
+            for worker in workers:
+                worker.start()
+            try:
+                self._collect(described, refused, len(workers), progress)
+            finally:
+                self.stop()
+        return self.tally
+
+    def stop(self) -> None:
+        """Start nothing more; `run` returns when the requests in flight have been answered and written."""
+        self._stopping.set()
+        self._pace.stop()
+
+    def _collect(self, described: Journal, refused: Journal, working: int, progress: Callable[[Tally], None]) -> None:
+        """Write events until all workers have ended; a fault that ends the run is raised after the others have come home."""
+        in_a_row, fault = 0, None
+        while working:
+            event = self._results.get()
+            outcome = event.outcome
+            self._count(event)
+            if event.ended:
+                working -= 1
+            elif isinstance(outcome, Entry):
+                described.append(outcome.to_json())
+                self.tally.described += 1
+                in_a_row = 0
+            elif isinstance(outcome, Refusal):
+                refused.append(outcome.to_json())
+                self.tally.refused += 1
+                in_a_row = 0
+                self._note(f"{outcome.image}: to review after {outcome.attempts} answers: {outcome.reasons[0]}")
+            elif isinstance(outcome, _Undone):
+                self.tally.undone += 1
+                self.tally.errors.append(outcome.reason)
+                self._note(f"left for the next run: {outcome.reason}")
+                in_a_row += outcome.of_endpoint
+                if in_a_row >= _FAILURES_IN_A_ROW:
+                    outcome = EndpointClosed(f"{in_a_row} requests in a row failed, the last with: {outcome.reason}")
+            if isinstance(outcome, Exception):
+                fault = fault or outcome
+                self.stop()
+            progress(self.tally)
+        if fault is not None:
+            raise fault
+
+    def _count(self, event: _Event) -> None:
+        self.tally.input_tokens += event.input_tokens
+        self.tally.output_tokens += event.output_tokens
+        self.tally.replies_without_usage += event.without_usage
+        self.tally.done_before += event.outcome == _DONE_BEFORE
+        self.tally.duplicates += event.outcome == _DUPLICATE
+
+    def _work(self, turn: Iterator[Record]) -> None:
+        try:
+            while not self._stopping.is_set():
+                with self._lock:
+                    if self._claims_left == 0:
+                        return
+                    record = next(turn, None)
+                if record is None:
+                    return
+                event = _Event()
+                try:
+                    event.outcome = self._handle(record, event)
+                except Stopped:
+                    pass
+                except RequestFailed as error:
+                    event.outcome = _Undone(f"{record.image}: {error}", of_endpoint=True)
+                except (ValueError, LookupError, OSError) as error:
+                    event.outcome = _Undone(str(error) if str(record.image) in str(error) else f"{record.image}: {error}")
+                except Exception as error:  # EndpointClosed, or a fault of ours: the run must end aloud, not one thread in silence
+                    event.outcome = error
+                    self.stop()  # here, not in the collector: this worker must not send one request more
+                self._results.put(event)
+        finally:
+            self._results.put(_Event(ended=True))
+
+    def _handle(self, record: Record, event: _Event) -> Entry | Refusal | str | None:
+        sample = identify(record, self._explanations)
+        with self._lock:
+            if sample.id in self._done:
+                return _DONE_BEFORE
+            if sample.id in self._claimed:
+                return _DUPLICATE
+            if self._claims_left is not None:
+                if self._claims_left == 0:
+                    return None
+                self._claims_left -= 1
+            self._claimed.add(sample.id)
+        return self._describe(sample, event)
+
+    def _describe(self, sample: Sample, event: _Event) -> Entry | Refusal:
+        settings = self._settings
+        record, mask = sample.record, mask_file(sample.record)
+        jpegs, _ = sample.draw(self._references, settings.request.max_side)
+        first = body = first_request(settings.request, jpegs, sample.knowledge)
+        image = relative_path(record.image, self._output)
+        place = (sample.id, image, relative_path(mask, self._output) if mask else None, record.category, record.kind)
+        for attempt in itertools.count(1):
+            reply = self._endpoint.ask(body)
+            event.add(reply.input_tokens, reply.output_tokens)
+            description, reasons = read_answer(reply.text, record.category)
+            if description is not None:
+                return Entry(*place, description, settings.request.model, attempt, event.usage())
+            if reply.finish_reason == "length":
+                reasons = ["the answer was cut off at the length limit; write less", *reasons]
+            if attempt >= settings.answers:
+                answer = reply.text[:_SHOWN_ANSWER]
+                return Refusal(*place, answer, tuple(reasons), settings.request.model, attempt, event.usage())
+            body = with_reasons(first, reply.text, reasons)
+        raise AssertionError("unreachable")
+
+
+_DONE_BEFORE, _DUPLICATE = "done before", "duplicate"
+
+
+@dataclass(frozen=True)
+class _Undone:
+    reason: str
+    of_endpoint: bool = False
+
+
+@dataclass
+class _Event:
+    """What a worker tells the collector: what became of one record, or that the worker has ended."""
+
+    outcome: Entry | Refusal | _Undone | Exception | str | None = None
+    input_tokens: int = 0
+    output_tokens: int = 0
+    without_usage: int = 0
+    ended: bool = False
+
+    def add(self, input_tokens: int | None, output_tokens: int | None) -> None:
+        self.input_tokens += input_tokens or 0
+        self.output_tokens += output_tokens or 0
+        self.without_usage += input_tokens is None or output_tokens is None
+
+    def usage(self) -> dict[str, int] | None:
+        return None if self.without_usage else {"input_tokens": self.input_tokens, "output_tokens": self.output_tokens}

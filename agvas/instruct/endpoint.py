@@ -1,0 +1,245 @@
+"""An OpenAI-compatible chat endpoint: one request at a time in, one reply out, with patience where patience helps.
+
+urllib is enough: one POST, whose bytes are exactly those of --dry-run. Our own are the waits, since all workers share them: a rate limit
+spaces the requests of all threads, and a Retry-After holds all of them. Redirects are not followed: they would carry the key elsewhere.
+The key comes from the caller and goes into one header, never into an error, a log or a file.
+"""
+
+from __future__ import annotations
+
+import email.utils
+import http.client
+import json
+import random
+import threading
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["Endpoint", "EndpointClosed", "Pace", "Reply", "RequestFailed", "Stopped"]
+
+_PATH = "/chat/completions"
+_RETRIED = frozenset({408, 409, 425, 429})  # and every 5xx
+_CLOSED = {
+    401: "check the key and the variable that holds it (--api-key-variable)",
+    403: "the key may not use this model or endpoint; check the account",
+    404: "check --endpoint (it usually ends in /v1) and --model",
+}
+_LONGEST_BACKOFF = 60.0
+_LONGEST_RETRY_AFTER = 900.0
+_SHOWN = 300  # characters of an error's body
+
+
+class EndpointClosed(Exception):
+    """Every further request would fail in the same way: the run stops."""
+
+
+class RequestFailed(Exception):
+    """This request got no reply, and asking again did not help or would not."""
+
+
+class Stopped(Exception):
+    """The run was interrupted while a request waited for its turn."""
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A model's answer. Token counts are None where the endpoint does not say them."""
+
+    text: str
+    finish_reason: str | None
+    input_tokens: int | None
+    output_tokens: int | None
+
+
+class Pace:
+    """When the next request may start: evenly spaced, and not before a hold ends. Shared by all workers."""
+
+    def __init__(
+        self,
+        per_minute: float | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], object] | None = None,
+    ) -> None:
+        """`sleep` waits that many seconds; the default returns early, and for good, after `stop`."""
+        self._gap = 60.0 / per_minute if per_minute else 0.0
+        self._clock = clock
+        self._stopped = threading.Event()
+        self._sleep = sleep or self._stopped.wait
+        self._lock = threading.Lock()
+        self._next = clock()
+        self._held_until = clock()
+
+    def wait(self) -> None:
+        """Return when it is this caller's turn. Raises Stopped."""
+        with self._lock:
+            turn = max(self._next, self._held_until, self._clock())
+            self._next = turn + self._gap
+        while True:
+            self._pause(turn - self._clock())
+            with self._lock:
+                if self._held_until <= turn:
+                    return
+                # A hold came while this caller waited: a new turn after it, one gap behind the others that wait too.
+                turn = max(self._next, self._held_until)
+                self._next = turn + self._gap
+
+    def pause(self, seconds: float) -> None:
+        """Let only this caller wait. Raises Stopped."""
+        self._pause(seconds)
+
+    def hold(self, seconds: float) -> None:
+        """No request starts within the next `seconds`."""
+        with self._lock:
+            self._held_until = max(self._held_until, self._clock() + seconds)
+
+    def stop(self) -> None:
+        """Everyone who waits, now or later, gets Stopped."""
+        self._stopped.set()
+
+    def _pause(self, seconds: float) -> None:
+        if seconds > 0 and not self._stopped.is_set():
+            self._sleep(seconds)
+        if self._stopped.is_set():
+            raise Stopped
+
+
+class Endpoint:
+    """POSTs chat requests to URL/chat/completions. Safe to use from several threads."""
+
+    def __init__(self, url: str, key: str | None, pace: Pace, timeout: float = 300.0, tries: int = 6) -> None:
+        """
+        Args:
+            url: base ("https://host/v1") or the whole address that ends in /chat/completions.
+            key: sent as a bearer token; None sends none.
+            timeout: seconds of silence after which a request counts as lost.
+            tries: how often one request is sent before RequestFailed.
+
+        Raises:
+            ValueError: no http or https URL, or one with a user name or password in it.
+        """
+        parts = urllib.parse.urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError(f"endpoint: expected a URL like http://localhost:8000/v1, got {url!r}")
+        if parts.username or parts.password:
+            raise ValueError("endpoint: expected a URL without user name and password; put the key into an environment variable")
+        base = parts.path.rstrip("/")
+        self.url = parts._replace(path=base if base.endswith(_PATH) else base + _PATH, fragment="").geturl()
+        if key is not None and not (key.isascii() and key.isprintable()):
+            raise ValueError("key: expected printable ASCII characters; look for a stray line end or quote in the variable")
+        self._headers = {"Content-Type": "application/json", "Accept": "application/json", "User-Agent": "agvas-instruct"}
+        if key is not None:
+            self._headers["Authorization"] = f"Bearer {key}"
+        self._pace, self._timeout, self._tries = pace, timeout, tries
+        self._opener = urllib.request.build_opener(_NoRedirect)
+        self._lock = threading.Lock()
+        self.requests_sent = 0
+
+    def ask(self, body: dict[str, Any]) -> Reply:
+        """Send until a reply comes: again after 408, 409, 425, 429, 5xx, a lost connection or a body that is no reply.
+
+        Waits 1, 2, 4 ... 60 seconds with jitter, or what Retry-After says.
+
+        Raises:
+            EndpointClosed: 401, 403, 404, a redirect, or a Retry-After of more than a quarter of an hour.
+            RequestFailed: any other refusal at once, a fault that can pass after all tries.
+            Stopped: the run was interrupted.
+        """
+        data = json.dumps(body).encode()
+        for attempt in range(1, self._tries + 1):
+            self._pace.wait()
+            with self._lock:
+                self.requests_sent += 1
+            try:
+                return self._post(data)
+            except _Passing as fault:
+                if attempt == self._tries:
+                    raise RequestFailed(f"{self.url}: {fault} ({attempt} tries)") from fault
+                if fault.retry_after is None:
+                    self._pace.pause(min(_LONGEST_BACKOFF, 2.0 ** (attempt - 1)) * random.uniform(0.75, 1.25))
+                elif fault.retry_after > _LONGEST_RETRY_AFTER:
+                    raise EndpointClosed(
+                        f"{self.url}: {fault}; it asks to wait {fault.retry_after:.0f} s: run the same command again after that"
+                    ) from fault
+                else:
+                    self._pace.hold(fault.retry_after)
+        raise AssertionError("unreachable")
+
+    def _post(self, data: bytes) -> Reply:
+        request = urllib.request.Request(self.url, data, self._headers, method="POST")
+        try:
+            with self._opener.open(request, timeout=self._timeout) as response:
+                content = response.read()
+        except urllib.error.HTTPError as error:
+            with error:
+                raise self._judge(error) from None  # the original would carry the request, and with it the key
+        except (OSError, http.client.HTTPException) as error:  # URLError and timeouts are OSErrors
+            raise _Passing(f"no reply: {getattr(error, 'reason', None) or error or type(error).__name__}") from None
+        return _read_reply(content)
+
+    def _judge(self, error: urllib.error.HTTPError) -> Exception:
+        try:
+            said = " ".join(error.read(4096).decode("utf-8", "replace").split())[:_SHOWN]
+        except (OSError, http.client.HTTPException):
+            said = ""
+        message = f"HTTP {error.code} {error.reason}" + (f": {said}" if said else "")
+        if error.code in _RETRIED or error.code >= 500:
+            return _Passing(message, _seconds(error.headers.get("Retry-After")))
+        if error.code in _CLOSED:
+            return EndpointClosed(f"{self.url}: {message}; {_CLOSED[error.code]}")
+        if 300 <= error.code < 400:
+            where = error.headers.get("Location", "an unnamed place")
+            return EndpointClosed(f"{self.url}: {message}, a redirect to {where}; give that address to --endpoint if you trust it")
+        return RequestFailed(f"{self.url}: {message}")
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, *_: Any) -> None:
+        """None: the redirect becomes an HTTPError."""
+
+
+class _Passing(Exception):
+    """A fault that may be gone next time."""
+
+    def __init__(self, message: str, retry_after: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+def _seconds(retry_after: str | None) -> float | None:
+    """Of a Retry-After header, seconds or a date; None where there is none that can be read."""
+    if retry_after is None:
+        return None
+    try:
+        seconds = float(retry_after)
+        return seconds if 0 <= seconds < float("inf") else None
+    except ValueError:
+        pass
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(retry_after).timestamp() - time.time())
+    except (TypeError, ValueError):
+        return None
+
+
+def _read_reply(content: bytes) -> Reply:
+    try:
+        reply = json.loads(content)
+        choice = reply["choices"][0]
+        text = choice["message"]["content"]
+        if isinstance(text, list):  # some servers send parts
+            text = "".join(part.get("text", "") for part in text)
+        if text is not None and not isinstance(text, str):
+            raise TypeError("content is no text")
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+        shown = content[:_SHOWN].decode("utf-8", "replace")
+        raise _Passing(f"expected a chat completion, got {shown!r} ({type(error).__name__}: {error})") from error
+    usage = reply.get("usage") if isinstance(reply.get("usage"), dict) else {}
+    return Reply(text or "", choice.get("finish_reason"), _count(usage.get("prompt_tokens")), _count(usage.get("completion_tokens")))
+
+
+def _count(value: Any) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None

@@ -1,0 +1,664 @@
+"""agvas-instruct against a small server that plays the endpoint: every sample described once, whatever goes wrong in between."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from agvas.instruct.cli import main
+from agvas.instruct.endpoint import Endpoint, EndpointClosed, Pace, RequestFailed, Stopped
+from agvas.instruct.journal import Journal, read_entries
+from agvas.training.instructions import dialogue
+from agvas.training.sources.errors import DatasetError
+
+ROOT = Path(__file__).parents[1]
+GOOD = {
+    "Expectation": "A normal bolt has a straight shaft and an even thread.",
+    "Observation": "On the left flank of the thread lies a dark notch, about a twentieth of the length.",
+    "Diagnosis": "The notch interrupts the thread, so it cannot carry load evenly.",
+    "Summary": "A small dark notch on the left flank of the thread: [NOR][ANO][SEG].",
+    "Explanation": "The thread of a sound bolt runs evenly along the shaft. Here its left flank is interrupted by a dark notch.",
+}
+ANSWER = json.dumps(GOOD)
+KEY = "sk-secret-of-the-test"
+
+Play = Callable[[int, dict[str, Any]], "tuple[int, str | dict[str, Any], dict[str, str]]"]
+
+
+def completion(text: str, usage: dict[str, int] | None = None, finish: str = "stop") -> dict[str, Any]:
+    reply: dict[str, Any] = {"choices": [{"message": {"role": "assistant", "content": text}, "finish_reason": finish}]}
+    return reply | {"usage": {"prompt_tokens": 1000, "completion_tokens": 100} if usage is None else usage}
+
+
+class Server:
+    """`play` gives (status, body, headers) for the number of a request, from 0, and its body."""
+
+    def __init__(self) -> None:
+        self.play: Play = lambda number, body: (200, completion(ANSWER), {})
+        self.requests: list[dict[str, Any]] = []
+        self.headers: list[dict[str, str]] = []
+        self.times: list[float] = []
+        self.at_once = self.most_at_once = 0
+        lock = threading.Lock()
+        server = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                with lock:
+                    number = len(server.requests)
+                    server.requests.append(body)
+                    server.headers.append({**dict(self.headers), "path": self.path})
+                    server.times.append(time.monotonic())
+                    server.at_once += 1
+                    server.most_at_once = max(server.most_at_once, server.at_once)
+                status, content, headers = server.play(number, body)
+                with lock:
+                    server.at_once -= 1
+                data = (content if isinstance(content, str) else json.dumps(content)).encode()
+                try:
+                    self.send_response(status)
+                    for name, value in {"Content-Length": str(len(data)), **headers}.items():
+                        self.send_header(name, value)
+                    self.end_headers()
+                    self.wfile.write(data)
+                except OSError:
+                    pass  # the client has gone
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._http.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self._http.server_port}/v1"
+        threading.Thread(target=self._http.serve_forever, args=(0.02,), daemon=True).start()
+
+    def close(self) -> None:
+        self._http.shutdown()
+        self._http.server_close()
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    server = Server()
+    yield server
+    server.close()
+
+
+@pytest.fixture(autouse=True)
+def key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+
+
+def write_dataset(root: Path, anomalous: int = 3) -> Path:
+    """Anomalous pictures 0.png, 1.png ... with a square each, and two normal ones."""
+    (root / "images").mkdir(parents=True)
+    (root / "masks").mkdir()
+    rng = np.random.default_rng(0)
+    lines = ["image,mask,label,class,kind"]
+    for number in range(anomalous):
+        mask = np.zeros((48, 64), np.uint8)
+        mask[10:20, 5 + number : 15 + number] = 255
+        Image.fromarray(rng.integers(0, 256, (48, 64, 3), dtype=np.uint8)).save(root / f"images/{number}.png")
+        Image.fromarray(mask).save(root / f"masks/{number}.png")
+        lines.append(f"images/{number}.png,masks/{number}.png,1,hex_bolt,cut_notch")
+    for name in ("good_a", "good_b"):
+        Image.fromarray(rng.integers(0, 256, (48, 64, 3), dtype=np.uint8)).save(root / f"images/{name}.png")
+        lines.append(f"images/{name}.png,,0,hex_bolt,")
+    (root / "manifest.csv").write_text("\n".join(lines) + "\n")
+    return root
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> Path:
+    return write_dataset(tmp_path / "bolts")
+
+
+def run(dataset: Path, server: Server, *more: str) -> int:
+    arguments = ["--dataset", str(dataset), "--endpoint", server.url, "--model", "m-1", "--output", str(dataset / "instruct")]
+    return main([*arguments, "--quiet", "--json", "--concurrency", "1", *more])
+
+
+def last_line(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    record: dict[str, Any] = json.loads(capsys.readouterr().out.splitlines()[-1])
+    return record
+
+
+def lines_of(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """How long the run would have waited: nobody waits in truth."""
+    waited: list[float] = []
+    now = [0.0]
+
+    def sleep(seconds: float) -> None:
+        waited.append(seconds)
+        now[0] += seconds
+
+    plain = Pace.__init__
+    monkeypatch.setattr(Pace, "__init__", lambda self, per_minute=None: plain(self, per_minute, lambda: now[0], sleep))
+    return waited
+
+
+def test_each_anomalous_picture_is_described_once_with_paths_that_move_with_the_folder(
+    dataset: Path, server: Server, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert run(dataset, server, "--price-input", "2", "--price-output", "10") == 0
+    summary = last_line(capsys)
+    assert (summary["described"], summary["refused"], summary["undone"], summary["requests"]) == (3, 0, 0, 3)
+    assert (summary["input_tokens"], summary["output_tokens"]) == (3000, 300)
+    assert summary["cost"] == pytest.approx(3000 * 2e-6 + 300 * 10e-6)
+    moved = dataset.rename(tmp_path / "elsewhere")
+    records = lines_of(moved / "instruct/instruct.jsonl")
+    assert [record["image"] for record in records] == [f"../images/{number}.png" for number in range(3)]
+    for record in records:
+        assert (moved / "instruct" / record["image"]).is_file() and (moved / "instruct" / record["mask"]).is_file()
+        assert {name.lower(): text for name, text in GOOD.items()}.items() <= record.items()
+        assert (record["class"], record["kind"], record["model"], record["attempts"]) == ("hex_bolt", "cut_notch", "m-1", 1)
+        assert record["usage"] == {"input_tokens": 1000, "output_tokens": 100}
+    entry = read_entries(moved / "instruct/instruct.jsonl")[0]
+    assert dialogue("describe-then-segment", entry.description, np.random.default_rng(0))[1] == GOOD["Summary"]
+
+
+def test_the_request_shows_boxes_tint_and_normal_picture_and_tells_what_is_known(dataset: Path, server: Server, tmp_path: Path) -> None:
+    (tmp_path / "kinds.csv").write_text("class,kind,explanation\nhex_bolt,cut_notch,a tool cut into the thread\n")
+    assert run(dataset, server, "--explanations", str(tmp_path / "kinds.csv"), "--temperature", "0.3") == 0
+    body = server.requests[0]
+    assert (body["model"], body["temperature"]) == ("m-1", 0.3) and body["messages"][0]["role"] == "system"
+    content = body["messages"][1]["content"]
+    boxes, tint, normal = (
+        np.asarray(Image.open(io.BytesIO(base64.b64decode(part["image_url"]["url"].removeprefix("data:image/jpeg;base64,")))), int)
+        for part in content
+        if part["type"] == "image_url"
+    )
+    assert boxes.shape == tint.shape == normal.shape == (48, 64, 3)
+    assert tint[11:19, 6:14, 0].mean() > tint[11:19, 30:60, 0].mean() + 40
+    assert boxes[9, 5:15, 1].mean() > 200 and boxes[9, 5:15, 0].mean() < 80
+    goods = [np.asarray(Image.open(dataset / f"images/{name}.png"), int) for name in ("good_a", "good_b")]
+    assert min(np.abs(normal - good).mean() for good in goods) < 15  # JPEG of noise; two different pictures are 85 apart
+    assert all(words in content[-1]["text"] for words in ("'hex bolt'", "'cut notch'", "a tool cut into the thread"))
+    assert server.headers[0]["path"] == "/v1/chat/completions" and server.headers[0]["Authorization"] == f"Bearer {KEY}"
+
+
+def test_the_key_is_written_nowhere(dataset: Path, server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    server.play = lambda number, body: (200, completion(ANSWER), {}) if number < 2 else (401, "no such key", {})
+    assert run(dataset, server) == 2
+    captured = capsys.readouterr()
+    assert KEY not in captured.out + captured.err
+    assert not [path for path in dataset.rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()]
+
+
+def test_without_a_key_none_is_sent(dataset: Path, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY")
+    assert run(dataset, server) == 0 and "Authorization" not in server.headers[0]
+
+
+@pytest.mark.parametrize(
+    ("bad", "told"),
+    [
+        ("{not json", "not valid JSON"),
+        (json.dumps(GOOD | {"Observation": "The green box holds a dark notch."}), "'box' (box)"),
+        (json.dumps(GOOD | {"Summary": "A small dark notch on the left flank of the thread."}), "[NOR] stands 0 times"),
+    ],
+    ids=["broken JSON", "forbidden word", "no anchors"],
+)
+def test_a_refused_answer_is_asked_for_again_with_the_reasons(
+    dataset: Path, server: Server, capsys: pytest.CaptureFixture[str], bad: str, told: str
+) -> None:
+    server.play = lambda number, body: (200, completion(ANSWER if number else bad), {})
+    assert run(dataset, server) == 0
+    assert last_line(capsys)["requests"] == 4
+    first, second = server.requests[:2]
+    assert second["messages"][:2] == first["messages"] and second["messages"][2]["content"] == bad
+    assert told in second["messages"][3]["content"]
+    record = lines_of(dataset / "instruct/instruct.jsonl")[0]
+    assert record["attempts"] == 2 and record["usage"] == {"input_tokens": 2000, "output_tokens": 200}
+
+
+def test_an_answer_that_was_cut_off_is_told_so(dataset: Path, server: Server) -> None:
+    server.play = lambda number, body: (200, completion(ANSWER[:99], finish="length") if number == 0 else completion(ANSWER), {})
+    assert run(dataset, server) == 0
+    assert "cut off at the length limit" in server.requests[1]["messages"][3]["content"]
+
+
+def test_a_sample_without_a_usable_answer_goes_to_review_and_is_not_asked_about_again_unless_wanted(
+    dataset: Path, server: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad = json.dumps(GOOD | {"Observation": "The masked notch is dark and small."})
+    server.play = lambda number, body: (200, completion(bad if number < 2 else ANSWER), {})
+    assert run(dataset, server, "--answers", "2") == 0
+    summary = last_line(capsys)
+    assert (summary["described"], summary["refused"]) == (2, 1)
+    (refusal,) = lines_of(dataset / "instruct/refused.jsonl")
+    assert refusal["image"] == "../images/0.png" and refusal["answer"] == bad and "mask" in refusal["reasons"][0]
+    assert refusal["usage"] == {"input_tokens": 2000, "output_tokens": 200}
+    assert run(dataset, server) == 0 and last_line(capsys)["requests"] == 0
+    assert run(dataset, server, "--retry-refused") == 0 and last_line(capsys)["described"] == 1
+    with (dataset / "instruct/review.csv").open(newline="", encoding="utf-8-sig") as file:
+        assert sorted((row["image"], row["status"]) for row in csv.DictReader(file)) == [
+            (f"../images/{number}.png", "described") for number in range(3)
+        ]
+
+
+def test_a_busy_endpoint_is_given_the_time_it_asks_for(dataset: Path, server: Server, waits: list[float]) -> None:
+    server.play = lambda number, body: (429, "slow down", {"Retry-After": "7"}) if number == 1 else (200, completion(ANSWER), {})
+    assert run(dataset, server) == 0
+    assert waits == [pytest.approx(7.0)] and len(server.requests) == 4
+
+
+def test_server_faults_are_waited_out_with_growing_pauses(dataset: Path, server: Server, waits: list[float]) -> None:
+    replies = {0: (500, "oops", {}), 1: (503, "", {}), 2: (502, "", {}), 3: (200, "not json", {}), 4: (408, "", {})}
+    server.play = lambda number, body: replies.get(number, (200, completion(ANSWER), {}))
+    assert run(dataset, server) == 0
+    assert [round(seconds / 2**n * 2) / 2 for n, seconds in enumerate(waits)] == [1.0] * 5, "1, 2, 4, 8, 16 seconds, a quarter more or less"
+
+
+def test_silence_counts_as_a_fault(dataset: Path, server: Server, waits: list[float]) -> None:
+    def play(number: int, body: dict[str, Any]) -> tuple[int, dict[str, Any], dict[str, str]]:
+        if number == 0:
+            time.sleep(0.6)
+        return 200, completion(ANSWER), {}
+
+    server.play = play
+    assert run(dataset, server, "--timeout", "0.3") == 0
+    assert len(waits) == 1 and len(server.requests) == 4 and len(lines_of(dataset / "instruct/instruct.jsonl")) == 3
+
+
+def test_a_sample_that_the_endpoint_cannot_answer_is_left_for_the_next_run(
+    dataset: Path, server: Server, waits: list[float], capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.play = lambda number, body: (500, "always", {}) if number < 3 else (200, completion(ANSWER), {})
+    assert run(dataset, server, "--tries", "3") == 1
+    summary = last_line(capsys)
+    assert (summary["described"], summary["undone"], summary["requests"]) == (2, 1, 5)
+    assert run(dataset, server) == 0
+    assert {record["image"] for record in lines_of(dataset / "instruct/instruct.jsonl")} == {f"../images/{n}.png" for n in range(3)}
+
+
+def test_an_outage_ends_the_run_and_not_every_sample(
+    tmp_path: Path, server: Server, waits: list[float], capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.play = lambda number, body: (400, "no such parameter", {})
+    assert run(write_dataset(tmp_path / "many", 9), server) == 2
+    assert len(server.requests) == 5 and "5 requests in a row failed" in (error := capsys.readouterr().err) and "no such parameter" in error
+
+
+@pytest.mark.parametrize(
+    ("status", "headers", "remedy"),
+    [
+        (401, {}, "check the key"),
+        (403, {}, "may not use this model"),
+        (404, {}, "check --endpoint"),
+        (302, {"Location": "http://other.example/v1"}, "redirect to http://other.example/v1"),
+        (429, {"Retry-After": "86400"}, "asks to wait 86400 s"),
+    ],
+)
+def test_an_endpoint_that_refuses_everything_stops_the_run_at_once_and_keeps_what_is_done(
+    dataset: Path, server: Server, capsys: pytest.CaptureFixture[str], status: int, headers: dict[str, str], remedy: str
+) -> None:
+    server.play = lambda number, body: (status, "refused", headers) if number else (200, completion(ANSWER), {})
+    assert run(dataset, server) == 2
+    assert len(server.requests) == 2 and len(lines_of(dataset / "instruct/instruct.jsonl")) == 1
+    error = capsys.readouterr().err
+    assert remedy in error and f"HTTP {status}" in error and server.url in error
+    server.play = lambda number, body: (200, completion(ANSWER), {})
+    assert run(dataset, server) == 0 and len(server.requests) == 4
+
+
+def test_samples_are_described_side_by_side_and_each_once(tmp_path: Path, server: Server) -> None:
+    def play(number: int, body: dict[str, Any]) -> tuple[int, dict[str, Any], dict[str, str]]:
+        time.sleep(0.1)
+        return 200, completion(ANSWER), {}
+
+    server.play = play
+    dataset = write_dataset(tmp_path / "many", 12)
+    assert run(dataset, server, "--concurrency", "4") == 0
+    assert 2 <= server.most_at_once <= 4 and len(server.requests) == 12
+    assert len({record["id"] for record in lines_of(dataset / "instruct/instruct.jsonl")}) == 12
+
+
+def test_a_picture_that_stands_twice_in_the_manifest_is_asked_about_once(
+    dataset: Path, server: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with (dataset / "manifest.csv").open("a") as file:
+        file.write("images/0.png,masks/0.png,1,hex_bolt,cut_notch\n")
+    assert run(dataset, server) == 0
+    summary = last_line(capsys)
+    assert (summary["described"], summary["duplicates"]) == (3, 1) and len(server.requests) == 3
+
+
+def test_a_limit_is_kept_and_the_next_run_goes_on(dataset: Path, server: Server) -> None:
+    assert run(dataset, server, "--limit", "2", "--concurrency", "3") == 0 and len(server.requests) == 2
+    assert run(dataset, server, "--limit", "2") == 0 and len(server.requests) == 3
+
+
+def test_a_corrected_mask_is_described_anew_and_a_moved_folder_is_not(dataset: Path, server: Server, tmp_path: Path) -> None:
+    assert run(dataset, server) == 0
+    moved = dataset.rename(tmp_path / "elsewhere")
+    assert run(moved, server) == 0 and len(server.requests) == 3
+    mask = np.zeros((48, 64), np.uint8)
+    mask[30:40, 30:40] = 255
+    Image.fromarray(mask).save(moved / "masks/1.png")
+    assert run(moved, server) == 0 and len(server.requests) == 4
+
+
+def start(dataset: Path, server: Server, *more: str) -> subprocess.Popen[str]:
+    arguments = ["--dataset", str(dataset), "--endpoint", server.url, "--model", "m-1", "--output", str(dataset / "instruct"), *more]
+    command = [sys.executable, "-m", "agvas.instruct.cli", *arguments]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ})
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 60.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "nothing happened"
+        time.sleep(0.02)
+
+
+def hold_from(server: Server, first_held: int) -> threading.Event:
+    """Requests from this number on wait until the event is set."""
+    let_go = threading.Event()
+
+    def play(number: int, body: dict[str, Any]) -> tuple[int, dict[str, Any], dict[str, str]]:
+        if number >= first_held:
+            let_go.wait(60)
+        return 200, completion(ANSWER), {}
+
+    server.play = play
+    return let_go
+
+
+def test_a_killed_run_goes_on_where_it_was_without_asking_twice(tmp_path: Path, server: Server) -> None:
+    dataset = write_dataset(tmp_path / "many", 8)
+    let_go = hold_from(server, 5)
+    process = start(dataset, server, "--concurrency", "2")
+    journal = dataset / "instruct/instruct.jsonl"
+    wait_for(lambda: len(server.requests) == 7 and journal.read_text().count("\n") == 5)
+    process.kill()
+    process.communicate()
+    let_go.set()
+    with journal.open("a") as file:
+        file.write('{"id": "half a li')  # as a crash in the middle of a write leaves it
+    assert run(dataset, server) == 0
+    assert len(server.requests) == 7 + 3, "only the two in flight were asked about again, and the one that was never begun"
+    records = lines_of(journal)
+    assert len(records) == len({record["id"] for record in records}) == 8
+
+
+def test_an_interruption_lets_the_requests_in_flight_come_home(tmp_path: Path, server: Server) -> None:
+    dataset = write_dataset(tmp_path / "many", 8)
+    let_go = hold_from(server, 1)
+    process = start(dataset, server, "--concurrency", "2", "--json")
+    wait_for(lambda: len(server.requests) == 3)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.3)
+    let_go.set()
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "the same command goes on" in err
+    assert json.loads(out.splitlines()[-1])["described"] == 3 == len(lines_of(dataset / "instruct/instruct.jsonl")) == len(server.requests)
+    assert (dataset / "instruct/review.csv").is_file()
+
+
+def test_a_second_interruption_leaves_at_once(dataset: Path, server: Server) -> None:
+    let_go = hold_from(server, 1)
+    process = start(dataset, server, "--concurrency", "1")
+    wait_for(lambda: len(server.requests) == 2)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=30)
+    assert process.returncode == 130 and not let_go.is_set() and len(lines_of(dataset / "instruct/instruct.jsonl")) == 1
+    let_go.set()
+
+
+def test_two_runs_do_not_write_one_output(dataset: Path, server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    with Journal(dataset / "instruct/instruct.jsonl"):
+        assert run(dataset, server) == 2
+    assert "another agvas-instruct writes it" in capsys.readouterr().err and not server.requests
+
+
+def test_a_damaged_line_in_the_middle_is_named_and_nothing_is_sent(
+    dataset: Path, server: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(dataset, server, "--limit", "2") == 0
+    journal = dataset / "instruct/instruct.jsonl"
+    journal.write_text("{broken\n" + journal.read_text())
+    assert run(dataset, server) == 2 and "instruct.jsonl, line 1" in capsys.readouterr().err and len(server.requests) == 2
+
+
+def test_a_dry_run_writes_exactly_what_would_be_sent_and_sends_nothing(
+    dataset: Path, server: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(dataset, server, "--dry-run", "2") == 0
+    folders = [Path(folder) for folder in last_line(capsys)["dry_run"]]
+    assert not server.requests and len(folders) == 2 and not (dataset / "instruct/instruct.jsonl").exists()
+    for folder in folders:
+        assert {path.name for path in folder.iterdir()} == {"boxes.jpg", "tint.jpg", "normal.jpg", "request.json"}
+    assert run(dataset, server) == 0
+    assert [json.loads((folder / "request.json").read_text()) for folder in folders] == server.requests[:2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--endpoint", "localhost:8000"], "expected a URL like"),
+        (["--endpoint", "http://user:pass@localhost/v1"], "without user name"),
+        (["--price-input", "3"], "expected both or none"),
+        (["--split", "test"], "anomalous samples (label 1) of split 'test'"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_is_sent(
+    dataset: Path, server: Server, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
+) -> None:
+    assert run(dataset, server, *arguments) == 2
+    error = capsys.readouterr().err
+    assert said in error and "pass@" not in error and not server.requests
+
+
+def test_normals_come_from_another_folder_and_a_category_without_any_is_named(
+    dataset: Path, server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = dataset / "manifest.csv"
+    manifest.write_text("".join(line for line in manifest.read_text().splitlines(keepends=True) if ",0," not in line))
+    assert run(dataset, server) == 2 and "none of hex_bolt" in capsys.readouterr().err
+    (tmp_path / "normals/hex_bolt").mkdir(parents=True)
+    (dataset / "images/good_a.png").rename(tmp_path / "normals/hex_bolt/a.png")
+    assert run(dataset, server, "--normals", str(tmp_path / "normals")) == 0 and len(server.requests) == 3
+
+
+def test_replies_that_do_not_say_their_tokens_are_counted_as_such(
+    dataset: Path, server: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.play = lambda number, body: (200, completion(ANSWER, usage={}), {})
+    assert run(dataset, server) == 0
+    summary = last_line(capsys)
+    assert (summary["input_tokens"], summary["replies_without_usage"], summary["cost"]) == (0, 3, None)
+    assert lines_of(dataset / "instruct/instruct.jsonl")[0]["usage"] is None
+
+
+def test_requests_keep_the_rate_with_any_number_of_workers() -> None:
+    now, lock = [100.0], threading.Lock()
+    started: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        with lock:
+            now[0] += seconds
+
+    pace = Pace(30, lambda: now[0], sleep)
+    for _ in range(10):
+        pace.wait()
+        started.append(now[0])
+    assert np.diff(started) == pytest.approx([2.0] * 9)
+    now[0] += 60
+    for _ in range(3):
+        pace.wait()
+        started.append(now[0])
+    assert np.diff(started[-3:]) == pytest.approx([2.0] * 2), "time that went unused is not caught up"
+
+
+def test_a_hold_keeps_everyone_back_even_who_waits_already() -> None:
+    now = [0.0]
+    waited: list[float] = []
+    pace: Pace
+
+    def sleep(seconds: float) -> None:
+        waited.append(seconds)
+        now[0] += seconds
+        if len(waited) == 1:
+            pace.hold(10.0)
+
+    pace = Pace(60, lambda: now[0], sleep)
+    pace.wait()
+    pace.wait()
+    assert waited == [1.0, 10.0] and now[0] == 11.0
+
+
+def test_a_stopped_pace_wakes_who_waits() -> None:
+    pace = Pace(0.1)
+    pace.wait()
+    ended: list[bool] = []
+
+    def wait() -> None:
+        with pytest.raises(Stopped):
+            pace.wait()
+        ended.append(True)
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    pace.stop()
+    thread.join(5)
+    assert ended == [True]
+
+
+def test_an_endpoint_may_be_given_with_or_without_its_last_part() -> None:
+    for url in ("http://h/v1", "http://h/v1/", "http://h/v1/chat/completions"):
+        assert Endpoint(url, None, Pace()).url == "http://h/v1/chat/completions"
+    assert Endpoint("https://h/d?api-version=1", None, Pace()).url == "https://h/d/chat/completions?api-version=1"
+
+
+def test_nobody_listening_is_a_failed_request(waits: list[float]) -> None:
+    with pytest.raises(RequestFailed, match="no reply.*2 tries"):
+        Endpoint("http://127.0.0.1:1/v1", None, Pace(), tries=2).ask({})
+    assert len(waits) == 1
+
+
+def test_a_retry_after_may_be_a_date(server: Server) -> None:
+    server.play = lambda number, body: (503, "", {"Retry-After": "Wed, 21 Oct 2099 07:28:00 GMT"})
+    with pytest.raises(EndpointClosed, match="asks to wait"):
+        Endpoint(server.url, None, Pace()).ask({})
+
+
+def review_rows(dataset: Path) -> list[dict[str, str]]:
+    with (dataset / "instruct/review.csv").open(newline="", encoding="utf-8-sig") as file:
+        return list(csv.DictReader(file))
+
+
+def write_review(dataset: Path, rows: list[dict[str, str]]) -> None:
+    with (dataset / "instruct/review.csv").open("w", newline="", encoding="utf-8-sig") as file:
+        table = csv.DictWriter(file, list(rows[0]))
+        table.writeheader()
+        table.writerows(rows)
+
+
+@pytest.fixture
+def reviewed(dataset: Path, server: Server) -> Path:
+    """Sample 0 was refused for one word, 1 and 2 were described."""
+    bad = json.dumps(GOOD | {"Observation": "The masked notch is dark and small."})
+    server.play = lambda number, body: (200, completion(bad if number < 3 else ANSWER), {})
+    assert run(dataset, server) == 0
+    return dataset
+
+
+def test_a_reviewer_accepts_rejects_and_corrects_and_the_journals_stay_as_they_are(
+    reviewed: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = [(reviewed / "instruct" / name).read_bytes() for name in ("instruct.jsonl", "refused.jsonl")]
+    rows = review_rows(reviewed)
+    for row in rows:
+        number = row["image"].removeprefix("../images/")[0]
+        row["accept"] = {"0": "yes", "1": "No", "2": "TRUE"}[number]
+        if number == "0":
+            assert row["status"] == "refused" and "mask" in row["reasons"] and row["observation"] == "The masked notch is dark and small."
+            row["observation"] = "The notch is dark, small and lies on the left."
+    write_review(reviewed, rows)
+    assert main(["review", "--output", str(reviewed / "instruct"), "--apply", "--json"]) == 0
+    summary = last_line(capsys)
+    assert (summary["accepted"], summary["rejected"], summary["unmarked"], summary["edited"]) == (2, 1, 0, 1)
+    accepted = {entry.image: entry for entry in read_entries(reviewed / "instruct/accepted.jsonl")}
+    assert accepted.keys() == {"../images/0.png", "../images/2.png"}
+    assert accepted["../images/0.png"].description.observation == "The notch is dark, small and lies on the left."
+    assert accepted["../images/0.png"].model == "m-1, edited" and accepted["../images/2.png"].model == "m-1"
+    assert before == [(reviewed / "instruct" / name).read_bytes() for name in ("instruct.jsonl", "refused.jsonl")]
+
+
+def test_unmarked_samples_are_left_out_unless_wanted_and_refused_ones_always(reviewed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["review", "--output", str(reviewed / "instruct"), "--apply", "--json"]) == 0
+    assert (last_line(capsys)["accepted"], read_entries(reviewed / "instruct/accepted.jsonl")) == (0, [])
+    assert main(["review", "--output", str(reviewed / "instruct"), "--apply", "--accept-unmarked", "--json"]) == 0
+    summary = last_line(capsys)
+    assert (summary["accepted"], summary["unmarked"]) == (2, 1)
+
+
+def test_a_later_run_keeps_decisions_corrections_and_columns_of_the_reviewer(reviewed: Path, server: Server) -> None:
+    rows = review_rows(reviewed)
+    for row in rows:
+        row["note"] = "looked at" if row["status"] == "described" else ""
+    decided = next(row for row in rows if row["status"] == "described")
+    decided["accept"], decided["diagnosis"] = "yes", "The thread is interrupted, says the reviewer."
+    write_review(reviewed, rows)
+    assert run(reviewed, server, "--retry-refused") == 0
+    after = {row["id"]: row for row in review_rows(reviewed)}
+    assert len(after) == 3 and after[decided["id"]] == decided
+    assert {row["status"] for row in after.values()} == {"described"}
+    assert sorted(row["note"] for row in after.values()) == ["", "looked at", "looked at"]
+
+
+@pytest.mark.parametrize(
+    ("column", "cell", "said"),
+    [
+        ("accept", "maybe", "expected yes, no or nothing in column accept, found 'maybe'"),
+        ("id", "0123", "expected an id of a described or refused sample, found 0123"),
+        ("summary", "A dark notch without any anchors at all, here.", r"\[NOR\] stands 0 times"),
+    ],
+)
+def test_a_line_that_cannot_be_taken_is_named_and_nothing_is_written(
+    reviewed: Path, capsys: pytest.CaptureFixture[str], column: str, cell: str, said: str
+) -> None:
+    from agvas.instruct.review import apply_review
+
+    rows = review_rows(reviewed)
+    index = next(index for index, row in enumerate(rows) if row["status"] == "described")
+    rows[index] |= {"accept": "yes", column: cell}
+    write_review(reviewed, rows)
+    with pytest.raises(DatasetError, match=said) as raised:
+        apply_review(reviewed / "instruct")
+    assert raised.value.line == index + 2 and not (reviewed / "instruct/accepted.jsonl").exists()
+
+
+def test_a_review_file_that_was_saved_with_other_separators_is_refused_and_left_alone(
+    reviewed: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    review = reviewed / "instruct/review.csv"
+    review.write_text(review.read_text(encoding="utf-8-sig").replace(",", ";"), encoding="utf-8")
+    before = review.read_bytes()
+    assert main(["review", "--output", str(reviewed / "instruct"), "--apply"]) == 2
+    assert "review.csv, line 1: expected the columns id, accept" in capsys.readouterr().err and review.read_bytes() == before
