@@ -79,7 +79,12 @@ class ConvolutionalStem(nn.Module):
 
     def forward(self, pixel_image: Tensor) -> tuple[Tensor, Tensor]:
         """[B, 3, S, S] → tokens [B, G, G, W] and embeddings [B, P, G, G], G = S / patch."""
-        cells = self.cells(torch.cat([self.detail(pixel_image), self.contrast(pixel_image)], dim=1))  # [B, C, 4 G, 4 G]
+        cells, halves, patches = self.features(pixel_image)
+        return patches.permute(0, 2, 3, 1), self.embed(cells, halves, patches)
+
+    def features(self, pixel_image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Cells [B, C, 4 G, 4 G], halves [B, 2 C, 2 G, 2 G] and patches [B, W, G, G], each with its surroundings in mind."""
+        cells = self.cells(torch.cat([self.detail(pixel_image), self.contrast(pixel_image)], dim=1))
         halves = self.halves(cells)
         grids = [self.patches(halves)]  # from fine to coarse
         for context in self.contexts:
@@ -90,9 +95,11 @@ class ConvolutionalStem(nn.Module):
             patches = finer + bring_back(patches)[:, :, : finer.shape[2], : finer.shape[3]]  # an odd side was rounded up
         patches = self.mix(patches)
         halves = self.join_halves(torch.cat([halves, self.to_halves(patches)], dim=1))
-        cells = self.join_cells(torch.cat([cells, self.to_cells(halves)], dim=1))
-        embeddings = self.from_cells(cells) + self.from_halves(halves) + self.from_patches(patches)
-        return patches.permute(0, 2, 3, 1), embeddings
+        return self.join_cells(torch.cat([cells, self.to_cells(halves)], dim=1)), halves, patches
+
+    def embed(self, cells: Tensor, halves: Tensor, patches: Tensor) -> Tensor:
+        """The three grids as one: [B, P, G, G]."""
+        return self.from_cells(cells) + self.from_halves(halves) + self.from_patches(patches)
 
     def contrast(self, pixel_image: Tensor) -> Tensor:
         """Colour against the small neighbourhood's mean; grey against the larger ones' and the whole picture's; a cell's darkest and

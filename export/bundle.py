@@ -72,7 +72,7 @@ def export_bundle(settings: ExportSettings, progress: Progress) -> tuple[Bundle,
     progress.begin("load checkpoint")
     model = load(settings.checkpoint)
     if model.spam is None or model.mask_decoder.roles != ROLES:
-        raise CheckpointError(f"{settings.checkpoint} is an ablation ({model.config.name}), which has no bundle; measure it with agvas-eval")
+        raise CheckpointError(f"{settings.checkpoint} is an ablation ({model.config.name}) and has no bundle; measure it with agvas-eval")
     _check_space(settings.output, model, settings.precision)
     with _whole_or_nothing(settings.output) as folder:
         for stage in STAGES:

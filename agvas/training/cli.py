@@ -8,7 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from agvas.training.settings import read_settings
+
 if TYPE_CHECKING:
+    from agvas.training.loop import LoopSettings
     from agvas.training.recipe import Recipe
 
 
@@ -49,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--micro-batch", type=int, help="samples a process computes with at a time")
     parser.add_argument("--samples", type=int, help="procedural samples in the pool, with --config")
     parser.add_argument("--ablation", choices=("no-seg", "no-relative", "no-spam", "single-anchor"), help="leave a part out, with --config")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, help="of weights and of the order of samples (default: the recipe's, 0)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda:N; with accelerate launch: cpu or cuda")
     parser.add_argument("--workers", type=int, default=2, help="processes or threads that make samples")
     return parser
@@ -62,7 +65,7 @@ def _from_nothing(options: argparse.Namespace) -> Path | None:
     from agvas.training.loop import is_main_process
     from agvas.training.recipe import Recipe, train_from_nothing
 
-    recipe = _changed(replace(Recipe(config=options.config or "nano", ablation=options.ablation).with_seed(options.seed)), options)
+    recipe = _changed(Recipe(config=options.config or "nano", ablation=options.ablation).with_seed(options.seed or 0), options)
     train_from_nothing(recipe, options.output, options.device, options.workers)
     return options.output / "checkpoint" if is_main_process() else None
 
@@ -73,24 +76,43 @@ def _changed(recipe: Recipe, options: argparse.Namespace) -> Recipe:
         # What falls at a share of the run falls at the same share of a shorter one.
         share = options.steps / pretraining.loop.steps
         early = round(tuning.objective.early_until * options.steps / tuning.loop.steps)
-        pretraining = replace(
-            pretraining, plain_until=round(pretraining.plain_until * share), loop=replace(pretraining.loop, steps=options.steps)
-        )
-        tuning = replace(
-            tuning, objective=replace(tuning.objective, early_until=early), loop=replace(tuning.loop, steps=options.steps)
-        )
-    if options.batch is not None or options.micro_batch is not None:
-        batch = options.batch or tuning.loop.global_batch
-        micro = options.micro_batch or min(batch, tuning.loop.micro_batch)
-        pretraining = replace(pretraining, loop=replace(pretraining.loop, global_batch=batch, micro_batch=micro))
-        tuning = replace(tuning, loop=replace(tuning.loop, global_batch=batch, micro_batch=micro))
+        pretraining = replace(pretraining, plain_until=round(pretraining.plain_until * share))
+        tuning = replace(tuning, objective=replace(tuning.objective, early_until=early))
+    pretraining = replace(pretraining, loop=_changed_loop(pretraining.loop, options))
+    tuning = replace(tuning, loop=_changed_loop(tuning.loop, options))
     if options.samples is not None:
         pool = replace(pool, samples=options.samples, plain=options.samples * 2 // 5)
     return replace(recipe, pretraining=pretraining, tuning=tuning, pool=pool)
 
 
 def _tune(options: argparse.Namespace) -> Path | None:
-    raise NotImplementedError
+    for name in ("samples", "ablation"):
+        if getattr(options, name) is not None:
+            raise ValueError(f"--{name} is for training from nothing; leave it or --checkpoint out")
+    if options.mixture is None:
+        raise ValueError("--checkpoint needs what to tune on; give --mixture FILE.json (see the README)")
+    from agvas.checkpoint import load
+    from agvas.training.loop import is_main_process
+    from agvas.training.mixture import Mixture, MixtureSettings
+    from agvas.training.trainer import TuningSettings, tune
+
+    settings = TuningSettings() if options.settings is None else read_settings(options.settings, TuningSettings())
+    settings = replace(settings, loop=_changed_loop(settings.loop, options))
+    mixture = Mixture(MixtureSettings.read(options.mixture))
+    if is_main_process():
+        print(mixture.describe(), file=sys.stderr)
+    model = load(options.checkpoint)
+    facts = {"checkpoint": str(options.checkpoint), "mixture": mixture.describe()}
+    tune(model, mixture, settings, options.output, options.device, options.workers, options.feature_cache, facts)
+    return options.output / "checkpoint" if is_main_process() else None
+
+
+def _changed_loop(loop: LoopSettings, options: argparse.Namespace) -> LoopSettings:
+    steps = loop.steps if options.steps is None else options.steps
+    batch = loop.global_batch if options.batch is None else options.batch
+    micro = min(batch, loop.micro_batch) if options.micro_batch is None else options.micro_batch
+    seed = loop.seed if options.seed is None else options.seed
+    return replace(loop, steps=steps, global_batch=batch, micro_batch=micro, seed=seed)
 
 
 if __name__ == "__main__":

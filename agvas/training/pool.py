@@ -102,6 +102,7 @@ class ProceduralSource:
         plain_until: until this step plain samples come alone.
         modes: share of each mode.
         anchors: those the answers hold: fewer than three in an ablation.
+        pieces: draw pieces of pictures, at the scale whole ones would have, for a network that is shown half of its own side.
     """
 
     def __init__(
@@ -111,8 +112,10 @@ class ProceduralSource:
         plain_until: int = 0,
         modes: Mapping[str, float] | None = None,
         anchors: Sequence[str] = ANCHORS,
+        pieces: bool = False,
     ) -> None:
-        self.pool, self.plain_share, self.plain_until, self.anchors = pool, plain_share, plain_until, anchors
+        self.pool, self.plain_share, self.plain_until = pool, plain_share, plain_until
+        self.anchors, self.pieces = anchors, pieces
         shares = modes or {DIRECT: 1.0}
         self.modes, self.shares = list(shares), np.array(list(shares.values())) / sum(shares.values())
 
@@ -125,8 +128,10 @@ class ProceduralSource:
 
     def _picture(self, rng: np.random.Generator, plain_share: float) -> tuple[np.ndarray, np.ndarray, str]:
         number = _index(self.pool, rng, plain_share)
-        image, mask = _mirror(self.pool.images[number], self.pool.masks[number], rng)
-        image, mask = _turn(*_crop_with_defect(image, mask, rng), rng)
+        image, mask = self.pool.images[number], self.pool.masks[number]
+        if not self.pieces:
+            image, mask = _mirror(image, mask, rng)
+        image, mask = _turn(*_crop_with_defect(image, mask, rng, self.pieces), rng)
         mask = _drawn_wide(mask, rng)
         return _recolour(_shade_sides(image, rng), rng), mask, self.pool.kind(number)
 
@@ -150,20 +155,25 @@ def _mirror(image: np.ndarray, mask: np.ndarray, rng: np.random.Generator) -> tu
     return np.pad(image, ((0, extra), (0, extra), (0, 0)), mode="symmetric"), np.pad(mask, ((0, extra), (0, extra)), mode="symmetric")
 
 
-def _crop_with_defect(image: np.ndarray, mask: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def _crop_with_defect(
+    image: np.ndarray, mask: np.ndarray, rng: np.random.Generator, pieces: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
     """A crop that keeps a third of the defects if one of five tries does: otherwise most pictures would be normal."""
     wanted = mask.sum() / 3
     for _ in range(5):
-        cropped = _crop(image, mask, rng)
+        cropped = _crop(image, mask, rng, pieces)
         if cropped[1].sum() >= wanted:
             break
     return cropped
 
 
-def _crop(image: np.ndarray, mask: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """A crop of 35-100 % of the side and, half of the time, of another aspect ratio."""
+def _crop(image: np.ndarray, mask: np.ndarray, rng: np.random.Generator, pieces: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """A crop of 35-100 % of the side (a piece: mostly 20-60 %) and, half of the time, of another aspect ratio."""
     side = image.shape[0]
-    zoom = rng.uniform(0.35, 1.0) if rng.random() < 0.6 else 1.0
+    if pieces:
+        zoom = rng.uniform(0.2, 0.6) if rng.random() < 0.7 else rng.uniform(0.6, 1.0)
+    else:
+        zoom = rng.uniform(0.35, 1.0) if rng.random() < 0.6 else 1.0
     aspect = np.exp(rng.uniform(-0.8, 0.8)) if rng.random() < 0.5 else 1.0
     height = int(np.clip(side * zoom * min(1.0, aspect), 24, side))
     width = int(np.clip(side * zoom * min(1.0, 1 / aspect), 24, side))

@@ -90,10 +90,13 @@ def train_from_nothing(recipe: Recipe, folder: Path, device: str = "cpu", worker
     model = new_model(recipe.config, recipe.seed, recipe.ablation)
     first = PixelPretraining(model.train(), recipe.pretraining.weights, recipe.seed)
     anchors = model.config.prompts.anchors
-    source = ProceduralSource(pool, recipe.plain_share, recipe.pretraining.plain_until, anchors=anchors)
+    config = pieces_config(model.config, recipe.pretraining.side)
+    source = ProceduralSource(
+        pool, recipe.plain_share, recipe.pretraining.plain_until, anchors=anchors, pieces=config is not model.config
+    )
 
     def batch(samples: Sequence[TrainingSample]) -> Batch:
-        return collate(samples, model.config, model.prompt_encoder)
+        return collate(samples, config, model.prompt_encoder)
 
     run(first, first.groups(), source, batch, recipe.pretraining.loop, folder / "pretraining", device, "pixel pretraining")
     hand_over(first.kernel, model)
@@ -116,6 +119,21 @@ def new_model(config: str, seed: int, ablation: str | None = None) -> AGVAS:
         torch.nn.init.zeros_(block.cross_attn_image_to_token.out_proj.weight)
         torch.nn.init.zeros_(block.cross_attn_image_to_token.out_proj.bias)
     return model
+
+
+def pieces_config(config: AGVASConfig, side: int | None) -> AGVASConfig:
+    """The config whose batches show a convolutional stem pieces of `side` pixels; the config itself for any other encoder.
+
+    Raises:
+        ValueError: a side that the stem's grids do not divide.
+    """
+    if side is None or config.pixel.stem != "convolutional":
+        return config
+    if side % config.pixel.patch_size or side > config.pixel.image_size:
+        raise ValueError(f"side: expected a multiple of {config.pixel.patch_size} up to {config.pixel.image_size} pixels, got {side}")
+    return replace(
+        config, pixel=replace(config.pixel, image_size=side), preprocessing=replace(config.preprocessing, pixel_size=side)
+    )
 
 
 def ablated(config: AGVASConfig, ablation: str | None) -> AGVASConfig:

@@ -1,0 +1,65 @@
+"""Settings dataclasses from JSON: what is left out keeps its default, what is unknown or of another type is named."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import types
+import typing
+from pathlib import Path
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+def read_settings(path: Path, defaults: T) -> T:
+    """`defaults` with what the JSON file says put in.
+
+    Raises:
+        ValueError: a file that is none, a name that is not a setting, a value of another type; says where.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: expected a JSON file of settings: {error}") from error
+    try:
+        return changed(defaults, content)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def changed(defaults: T, values: Any, where: str = "") -> T:
+    """A frozen dataclass with some fields replaced, nested objects likewise."""
+    if not isinstance(values, dict):
+        raise ValueError(f"{where or 'settings'}: expected an object, got {json.dumps(values)[:60]}")
+    hints = typing.get_type_hints(type(defaults))
+    new = {}
+    for name, value in values.items():
+        place = f"{where}.{name}" if where else name
+        if name not in hints:
+            near = difflib.get_close_matches(name, hints, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"{place}: not a setting; expected one of {', '.join(hints)}{hint}")
+        new[name] = _value(hints[name], getattr(defaults, name), value, place)
+    return dataclasses.replace(defaults, **new)  # type: ignore[type-var]
+
+
+def _value(hint: Any, default: Any, value: Any, place: str) -> Any:
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if value is None and type(None) in options:
+        return None
+    kind = next(option for option in options if option is not type(None))
+    origin = typing.get_origin(kind) or kind
+    if dataclasses.is_dataclass(kind):
+        return changed(default if default is not None else kind(), value, place)  # type: ignore[operator]
+    if origin is tuple and isinstance(value, list):
+        inner = typing.get_args(kind)
+        if inner[1:] != (Ellipsis,) and len(inner) != len(value):
+            raise ValueError(f"{place}: expected {len(inner)} values, got {len(value)}")
+        return tuple(_value(inner[0], None, item, f"{place}[{number}]") for number, item in enumerate(value))
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, origin) or (isinstance(value, bool) and kind is not bool):
+        raise ValueError(f"{place}: expected {getattr(origin, '__name__', origin)}, got {json.dumps(value)[:60]}")
+    return value
