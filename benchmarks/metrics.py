@@ -178,7 +178,7 @@ class PixelScores:
             return None, None, None
         _, n, _, f, mixed = self._descending()
         filled = np.flatnonzero(self._positives + self._negatives)[::-1]
-        overlap = np.cumsum(self._weights[filled]) / self._regions
+        overlap = np.minimum(np.cumsum(self._weights[filled]) / self._regions, 1.0)  # rounding must not find more than everything
         before = np.concatenate([[0.0], overlap[:-1]])
         width = np.clip(limit - f / negatives, 0.0, n / negatives)  # of each bin, what lies below the limit
         reached = np.divide(width * negatives, n, out=np.zeros_like(n), where=n > 0)  # the share of the bin that this is

@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,8 +17,11 @@ import pytest
 from PIL import Image
 
 from agvas.training.sources.manifest import Item, read_manifest
-from benchmarks import accuracy, baselines
-from benchmarks.accuracy import evaluate, evaluate_datasets, main, open_predictor
+from benchmarks import accuracy, baselines, evaluation, predictors
+from benchmarks.accuracy import evaluate_datasets, main, read_datasets
+from benchmarks.datasets import Judged
+from benchmarks.evaluation import Prediction, evaluate
+from benchmarks.predictors import Question, Source, open_predictor, read_normal_text
 
 HEIGHT, WIDTH = 11, 17
 HEADER = "image,mask,label,class,split"
@@ -58,20 +62,20 @@ def parts(tmp_path: Path) -> Path:
     )
 
 
-def perfect(path: Path) -> accuracy.Prediction:
-    with Image.open(path) as opened:
+def perfect(item: Judged) -> Prediction:
+    with Image.open(item.image) as opened:
         mask = np.asarray(opened)[..., 0] == 255
-    return mask.astype(np.float32), mask, float(mask.any())
+    return Prediction(mask.astype(np.float32), mask, float(mask.any()))
 
 
-def says(anomaly_map: Any, mask: Any, score: Any = 0.5) -> Callable[[Path], accuracy.Prediction]:
-    return lambda path: (anomaly_map, mask, score)
+def says(anomaly_map: Any, mask: Any, score: Any = 0.5) -> Callable[[Judged], Prediction]:
+    return lambda item: Prediction(anomaly_map, mask, score)
 
 
 def test_a_perfect_prediction_scores_one_in_everything(parts: Path) -> None:
     result = evaluate(read_manifest(parts), perfect)
     bolt = result["categories"]["bolt"]
-    for name in accuracy.METRICS:
+    for name in evaluation.METRICS:
         assert bolt[name] == 1.0
     assert (bolt["images"], bolt["normal_images"], bolt["ap_error"]) == (4, 2, 0.0)
 
@@ -88,11 +92,11 @@ def test_predicting_nothing_scores_the_share_of_pixels_and_empties_every_normal(
 def test_pixels_are_pooled_over_images_before_they_are_ranked(tmp_path: Path) -> None:
     items = read_manifest(write_dataset(tmp_path / "set", ("a", 1, "", ""), ("b", 1, "", "")))
 
-    def faint_then_strong(path: Path) -> accuracy.Prediction:
+    def faint_then_strong(item: Judged) -> Prediction:
         """Each image ranks its own pixels perfectly, but a's anomaly is fainter than b's background."""
-        faint = path.name == "a.png"
+        faint = item.image.name == "a.png"
         values = np.where(truth(), 0.2 if faint else 0.9, 0.1 if faint else 0.5).astype(np.float32)
-        return values, truth(), 1.0
+        return Prediction(values, truth(), 1.0)
 
     metrics = evaluate(items, faint_then_strong)["categories"]["set"]
     assert metrics["ap"] == pytest.approx(0.5 * 1.0 + 0.5 * 80 / (80 + 147))
@@ -102,9 +106,9 @@ def test_pixels_are_pooled_over_images_before_they_are_ranked(tmp_path: Path) ->
 def test_iou_is_a_mean_over_anomalous_images_and_not_over_pixels(tmp_path: Path) -> None:
     items = read_manifest(write_dataset(tmp_path / "set", ("a", 1, "", ""), ("b", 1, "", ""), ("c", 0, "", "")))
 
-    def predict(path: Path) -> accuracy.Prediction:
-        mask = np.ones((HEIGHT, WIDTH), bool) if path.name in ("b.png", "c.png") else truth()
-        return truth().astype(np.float32), mask, 0.0
+    def predict(item: Judged) -> Prediction:
+        mask = np.ones((HEIGHT, WIDTH), bool) if item.image.name in ("b.png", "c.png") else truth()
+        return Prediction(truth().astype(np.float32), mask, 0.0)
 
     metrics = evaluate(items, predict)["categories"]["set"]
     assert metrics["iou_anomalous"] == pytest.approx((1 + 40 / 187) / 2)
@@ -124,9 +128,9 @@ def test_undefined_metrics_are_none_and_left_out_of_the_mean(parts: Path) -> Non
 
 
 def test_the_mean_weighs_categories_alike_whatever_their_number_of_images(parts: Path) -> None:
-    def only_bolts(path: Path) -> accuracy.Prediction:
-        anomaly_map, mask, score = perfect(path)
-        return (anomaly_map, mask & (path.name != "b.png"), score)
+    def only_bolts(item: Judged) -> Prediction:
+        said = perfect(item)
+        return said._replace(mask=said.mask & (item.image.name != "b.png"))
 
     mean = evaluate(read_manifest(parts), only_bolts)["mean"]
     assert mean["iou_anomalous"] == 0.5  # bolt 1 (two images), nut 0 (one image)
@@ -172,11 +176,11 @@ def test_a_limit_takes_images_evenly_spaced_and_a_split_only_its_own(parts: Path
     def count(**settings: Any) -> list[str]:
         seen: list[str] = []
 
-        def predict(path: Path) -> accuracy.Prediction:
-            seen.append(path.stem)
-            return perfect(path)
+        def predict(item: Judged) -> Prediction:
+            seen.append(item.image.stem)
+            return perfect(item)
 
-        evaluate_datasets([parts], lambda: predict, **settings)
+        evaluate_datasets(read_datasets([("manifest", parts)], **settings), predict)
         return sorted(seen)
 
     assert count() == list("abcde")
@@ -187,12 +191,15 @@ def test_a_limit_takes_images_evenly_spaced_and_a_split_only_its_own(parts: Path
         count(split="val")
 
 
-def test_every_manifest_is_read_before_a_model_is_opened(parts: Path, tmp_path: Path) -> None:
-    def too_early() -> accuracy.Predict:
+def test_every_data_set_is_read_before_a_model_is_opened(
+    parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def too_early(*_: Any) -> None:
         raise AssertionError("the model was opened although a data set is missing")
 
-    with pytest.raises(ValueError, match="manifest"):
-        evaluate_datasets([parts, tmp_path / "nowhere"], too_early)
+    monkeypatch.setattr(accuracy, "open_predictor", too_early)
+    assert main([str(parts), str(tmp_path / "nowhere"), "--bundle", "any"]) == 2
+    assert "nowhere" in capsys.readouterr().err
 
 
 # The command, with a fake model in the place of the real ones.
@@ -279,28 +286,47 @@ def test_bad_arguments_end_with_2(parts: Path, extra: list[str]) -> None:
 
 def test_exactly_one_source_of_predictions_is_asked_for() -> None:
     with pytest.raises(ValueError, match="exactly one"):
-        open_predictor()
+        Source()
     with pytest.raises(ValueError, match="exactly one"):
-        open_predictor(bundle=Path("b"), baseline="constant")
+        Source(bundle=Path("b"), baseline="constant")
+
+
+INSTRUCTIONS = {"direct": "Segment.", "describe-then-segment-plus": "Describe."}
+
+
+@dataclass(frozen=True)
+class FakeDecoder:
+    threshold: float = 0.5
+    fusion_weight: float = 0.5
+
+
+@dataclass(frozen=True)
+class FakeConfig:
+    mask_decoder: FakeDecoder = FakeDecoder()
+    prompts: Any = field(default_factory=lambda: SimpleNamespace(instructions=INSTRUCTIONS))
 
 
 class FakeModel:
     """Stands for runtime.Segmenter and for agvas's model: one object, asked in two ways."""
 
-    def __init__(self, *asked: Any, **settings: Any) -> None:
-        self.asked, self.settings, self.overshoot = asked, settings, np.float32(5e-5)
+    def __init__(self, *given: Any, **settings: Any) -> None:
+        self.given, self.settings, self.overshoot = given, settings, np.float32(5e-5)
+        self.asked: list[tuple[Any, ...]] = []
+        self.bundle = SimpleNamespace(manifest=SimpleNamespace(prompts=SimpleNamespace(instructions=INSTRUCTIONS)))
+        self.config, self.mask_decoder = FakeConfig(), SimpleNamespace(fusion_weight=0.5)
 
     def to(self, device: str) -> FakeModel:
         self.settings["device"] = device
         return self
 
-    def segment(self, image: np.ndarray) -> SimpleNamespace:
+    def segment(self, image: np.ndarray, *asked: Any) -> SimpleNamespace:
+        self.asked.append(asked)
         mask = image[..., 0] == 255
-        return SimpleNamespace(anomaly_map=mask.astype(np.float32) + self.overshoot, mask=mask, score=np.float32(0.25))
+        return SimpleNamespace(anomaly_map=mask.astype(np.float32) + self.overshoot, mask=mask, score=np.float32(0.25), text="said")
 
-    def __call__(self, path: Path) -> SimpleNamespace:
+    def __call__(self, path: Path, *asked: Any) -> SimpleNamespace:
         with Image.open(path) as opened:
-            return self.segment(np.asarray(opened))
+            return self.segment(np.asarray(opened), *asked)
 
 
 @pytest.fixture
@@ -308,8 +334,8 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[FakeModel]:
     """The models opened so far, by modules that stand in the place of runtime and agvas."""
     models: list[FakeModel] = []
 
-    def make(*asked: Any, **settings: Any) -> FakeModel:
-        models.append(FakeModel(*asked, **settings))
+    def make(*given: Any, **settings: Any) -> FakeModel:
+        models.append(FakeModel(*given, **settings))
         return models[-1]
 
     images = SimpleNamespace(read_image=lambda path: np.asarray(Image.open(path)))
@@ -319,25 +345,85 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[FakeModel]:
     return models
 
 
-def test_a_bundle_gets_the_engine_and_device_that_were_asked_for(parts: Path, opened: list[FakeModel]) -> None:
-    open_predictor(bundle=Path("b"))
-    open_predictor(bundle=Path("b"), engine="openvino", device="cuda:1", inference_precision="bf16")
-    assert [model.asked for model in opened] == [(Path("b"),)] * 2
+def test_a_bundle_gets_the_settings_that_were_asked_for(opened: list[FakeModel]) -> None:
+    open_predictor(Source(bundle=Path("b")))
+    open_predictor(Source(bundle=Path("b"), engine="openvino", device="cuda:1", inference_precision="bf16", threshold=0.2))
+    assert [model.given for model in opened] == [(Path("b"),)] * 2
     assert [model.settings for model in opened] == [
-        {"engine": "auto", "device": "cpu", "inference_precision": None},
-        {"engine": "openvino", "device": "cuda:1", "inference_precision": "bf16"},
+        {"engine": "auto", "device": "cpu", "inference_precision": None, "threshold": None},
+        {"engine": "openvino", "device": "cuda:1", "inference_precision": "bf16", "threshold": 0.2},
     ]
-    with pytest.raises(ValueError, match="only a bundle has one, got bf16"):
-        open_predictor(checkpoint="nano", inference_precision="bf16")
 
 
-@pytest.mark.parametrize("source", [{"bundle": Path("b"), "device": "cpu"}, {"checkpoint": "nano", "device": "cuda:0"}])
-def test_a_models_map_that_leaves_0_to_1_by_rounding_is_judged_and_one_that_leaves_it_by_more_refused(
-    parts: Path, opened: list[FakeModel], source: dict[str, Any]
-) -> None:
-    predict = open_predictor(**source)
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"checkpoint": "nano", "inference_precision": "bf16"}, "only a bundle has one, got bf16"),
+        ({"bundle": Path("b"), "fusion_weight": 0.3}, "only a checkpoint's"),
+        ({"baseline": "median", "threshold": 0.3}, "a baseline's is fixed"),
+        ({"checkpoint": "nano", "threshold": 1.5}, "threshold: expected a number in 0..1, got 1.5"),
+        ({"checkpoint": "nano", "fusion_weight": -1.0}, "fusion weight: expected a number in 0..1"),
+    ],
+)
+def test_a_setting_that_its_source_does_not_have_is_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Source(**settings)
+
+
+def test_a_checkpoints_threshold_and_fusion_weight_can_be_swept(opened: list[FakeModel]) -> None:
+    open_predictor(Source(checkpoint="nano", threshold=0.2, fusion_weight=0.9))
     (model,) = opened
-    assert model.settings.get("device") == source.get("device")
+    assert model.config.mask_decoder == FakeDecoder(threshold=0.2, fusion_weight=0.9)
+    assert model.mask_decoder.fusion_weight == 0.9
+
+
+@pytest.mark.parametrize("source", [Source(bundle=Path("b")), Source(checkpoint="nano")])
+def test_every_picture_is_asked_the_question(parts: Path, opened: list[FakeModel], source: Source) -> None:
+    evaluate(read_manifest(parts)[:1], open_predictor(source))
+    evaluate(read_manifest(parts)[:1], open_predictor(source, Question("segment-then-explain", "Where is rust?")))
+    plus = Question("describe-then-segment-plus", normal_text={"bolt": "A bolt is straight. ", "nut": "A nut is round."})
+    evaluate(read_manifest(parts)[:2], open_predictor(source, plus))
+    assert [model.asked for model in opened] == [
+        [(None, "direct")],
+        [("Where is rust?", "segment-then-explain")],
+        [("A bolt is straight. Describe.", plus.mode), ("A nut is round. Describe.", plus.mode)],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"mode": "guess"}, "expected one of direct"),
+        ({"mode": "describe-then-segment-plus"}, "got none; give one"),
+        ({"normal_text": "It is round."}, "only describe-then-segment-plus takes it"),
+    ],
+)
+def test_a_question_that_no_mode_takes_is_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Question(**settings)
+
+
+def test_normal_texts_are_read_from_a_file_and_lacking_categories_named(tmp_path: Path) -> None:
+    path = tmp_path / "normal.json"
+    path.write_text('{"bolt": "A bolt is straight."}')
+    texts = read_normal_text(str(path))
+    assert texts == {"bolt": "A bolt is straight."}
+    assert read_normal_text("It is round.") == "It is round."
+    with pytest.raises(ValueError, match="got none for gear, nut"):
+        Question("describe-then-segment-plus", normal_text=texts).check(["nut", "bolt", "gear"])
+    for content in ("[1]", '{"bolt": 3}', '{"bolt": " "}', "bolt"):
+        path.write_text(content)
+        with pytest.raises(ValueError, match="normal.json"):
+            read_normal_text(str(path))
+
+
+@pytest.mark.parametrize("source", [Source(bundle=Path("b"), device="cpu"), Source(checkpoint="nano", device="cuda:0")])
+def test_a_models_map_that_leaves_0_to_1_by_rounding_is_judged_and_one_that_leaves_it_by_more_refused(
+    parts: Path, opened: list[FakeModel], source: Source
+) -> None:
+    predict = open_predictor(source)
+    (model,) = opened
+    assert model.settings.get("device") == source.device
     assert evaluate(read_manifest(parts), predict)["mean"]["ap"] == 1.0
     model.overshoot = np.float32(0.01)
     with pytest.raises(ValueError, match="to 1.01"):
@@ -361,7 +447,7 @@ def test_help_loads_neither_torch_nor_opencv() -> None:
 
 
 def test_the_command_offers_every_baseline() -> None:
-    assert accuracy.BASELINES == baselines.BASELINES
+    assert predictors.BASELINES == baselines.BASELINES
 
 
 @pytest.mark.parametrize("name", baselines.BASELINES)
