@@ -7,7 +7,7 @@ downloaded, converted or resized. The layouts are in READERS_HELP, word for word
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -196,7 +196,7 @@ def _rsdd(root: Path) -> list[Picture]:
         raise DatasetError(root, None, "Type-I RSDDs dataset and Type-II RSDDs dataset", "no folder", "name the unpacked data set")
     pictures = []
     for folder in types:
-        images, masks = _one_of(folder, (("Rail surface images", "GroundTruth"), ("images", "GroundTruth")))
+        images, masks = _one_of(folder, (("Rail surface images", "GroundTruth"),))
         kind = folder.resolve().name.removesuffix(" RSDDs dataset")
         pictures += [Picture(image, mask, True, "rail", kind, smoothed=True) for image, mask in _paired(_files(images), _files(masks), "")]
     return pictures
@@ -232,9 +232,8 @@ def _folder(root: Path) -> list[Picture]:
     return [Picture(image, mask, mask is not None and bool(_read_mask(mask, False).any()), root.resolve().name) for image, mask in found]
 
 
-def _one_of(root: Path, pairs: Iterable[tuple[str, str]]) -> tuple[Path, Path]:
+def _one_of(root: Path, pairs: Sequence[tuple[str, str]]) -> tuple[Path, Path]:
     """The first pair of folder names of which root has one; DatasetError where it has none, half a pair, or two pairs."""
-    pairs = list(pairs)
     present = [(root / images, root / masks) for images, masks in pairs if (root / images).is_dir() or (root / masks).is_dir()]
     wanted = " or ".join(f"{images} and {masks}" for images, masks in pairs)
     if not present:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 import subprocess
@@ -17,10 +18,11 @@ import pytest
 from PIL import Image
 
 from agvas.training.sources.manifest import Item, read_manifest
-from benchmarks import accuracy, baselines, evaluation, predictors
+from benchmarks import accuracy, baselines, contact_sheet, evaluation, predictors
 from benchmarks.accuracy import evaluate_datasets, main, read_datasets
+from benchmarks.contact_sheet import ContactSheet
 from benchmarks.datasets import Judged
-from benchmarks.evaluation import Prediction, evaluate
+from benchmarks.evaluation import Observation, Prediction, evaluate
 from benchmarks.predictors import Question, Source, open_predictor, read_normal_text
 
 HEIGHT, WIDTH = 11, 17
@@ -306,6 +308,216 @@ class FakeConfig:
     prompts: Any = field(default_factory=lambda: SimpleNamespace(instructions=INSTRUCTIONS))
 
 
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def write_mvtec(root: Path) -> Path:
+    """Two categories; `bolt` has a normal image, `nut` a faint anomaly besides the plain one."""
+    for category, kind, name, level in (
+        ("bolt", "good", "0", None),
+        ("bolt", "cut", "0", 255),
+        ("nut", "cut", "0", 255),
+        ("nut", "cut", "1", 91),
+    ):
+        pixels = np.full((HEIGHT, WIDTH, 3), 90, np.uint8)
+        (root / category / "test" / kind).mkdir(parents=True, exist_ok=True)
+        if level is not None:
+            pixels[truth()] = level
+            (root / category / "ground_truth" / kind).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(truth().astype(np.uint8) * 255).save(root / category / "ground_truth" / kind / f"{name}_mask.png")
+        Image.fromarray(pixels).save(root / category / "test" / kind / f"{name}.png")
+    return root
+
+
+@pytest.mark.usefixtures("fake_model")
+def test_published_layouts_and_manifests_are_judged_in_one_run(parts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = write_mvtec(tmp_path / "set")
+    table_path = tmp_path / "images.csv"
+    published = ["--dataset", "mvtec", "--root", str(root), "--dataset", "mvtec", "--root", str(root / "nut")]
+    assert main([str(parts), *published, "--bundle", "any", "--json", "--csv", str(table_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    first, second, third, summary = (json.loads(line) for line in lines[-4:])
+    assert [first["dataset"], second["dataset"], third["dataset"]] == ["parts", "mvtec", "mvtec 2"]
+    assert second["mean"]["iou_anomalous"] == (1 + (1 + 0) / 2) / 2  # macro over categories; the faint one is not found
+    assert second["conventions"]["aupro_limit"] == 0.3 and second["settings"]["mode"] == "direct"
+    assert set(third["categories"]) == {"nut"} and len(summary["datasets"]) == 3
+    rows = rows_of(table_path)
+    assert [row["dataset"] for row in rows] == ["parts"] * 5 + ["mvtec"] * 4 + ["mvtec 2"] * 2
+    faint = rows[8]
+    seconds = float(faint.pop("seconds"))
+    assert 0 <= seconds < 60
+    share = 40 / 187
+    assert faint == {
+        "dataset": "mvtec",
+        "image": "nut/test/cut/1.png",
+        "label": "1",
+        "category": "nut",
+        "kind": "cut",
+        "score": "0.000000",
+        "area": "0",
+        "iou": "0.000000",
+        "ap": f"{share:.6f}",
+        "text": "",
+    }
+    normal = next(row for row in rows if row["dataset"] == "mvtec" and row["kind"] == "good")
+    assert (normal["label"], normal["iou"], normal["ap"], normal["image"]) == ("0", "", "", "bolt/test/good/0.png")
+
+
+@pytest.mark.usefixtures("fake_model")
+def test_the_papers_form_is_per_cent_in_threes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = write_mvtec(tmp_path / "set")
+    assert main(["--dataset", "mvtec", "--root", str(root), "--bundle", "any", "--paper"]) == 0
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in capsys.readouterr().out.splitlines()]
+    assert lines[0][3:] == ["(AP, F1-max, IoU anomalous) %", "empty normal %"]
+    assert lines[2] == ["mvtec", "bolt", "2", "(100.0, 100.0, 100.0)", "100.0"]
+    ap = 0.5 + 0.5 * 80 / 374  # nut: half of the positives alone on top, the rest with everything
+    assert lines[3] == ["mvtec", "nut", "2", f"({100 * ap:.1f}, {100 * 2 / 3:.1f}, 50.0)", "-"]
+    assert lines[4][:2] == ["mvtec", "mean"] and lines[4][4] == "100.0"
+
+
+def test_a_folder_of_pictures_without_masks_gives_lines_and_no_metrics(
+    parts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, sheets = tmp_path / "images.csv", tmp_path / "sheets" / "new"
+    arguments = ["--dataset", "folder", "--root", str(parts / "images"), "--baseline", "median", "--json"]
+    assert main([*arguments, "--csv", str(path), "--overlays", str(sheets)]) == 0
+    mean = json.loads(capsys.readouterr().out.splitlines()[-1])["mean"]
+    assert mean["images"] == 5 and all(mean[name] is None for name in evaluation.METRICS)
+    assert [(row["image"], row["label"], row["iou"]) for row in rows_of(path)] == [(f"{name}.png", "", "") for name in "abcde"]
+    assert [file.name for file in sheets.iterdir()] == ["images.png"]
+
+
+def test_an_interrupted_run_keeps_its_lines_and_says_where(
+    parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, judged = tmp_path / "images.csv", []
+
+    def stopped_at_the_third(item: Judged) -> Prediction:
+        if len(judged) == 2:
+            assert len(rows_of(path)) == 2, "a line must be in the file before the next picture is begun"
+            raise KeyboardInterrupt
+        judged.append(item)
+        return perfect(item)
+
+    monkeypatch.setattr(accuracy, "open_predictor", lambda *_: stopped_at_the_third)
+    assert main([str(parts), "--bundle", "any", "--csv", str(path)]) == 130
+    assert capsys.readouterr().err == f"agvas-eval: interrupted; the images judged so far are in {path}\n"
+    assert [row["image"] for row in rows_of(path)] == ["images/a.png", "images/c.png"]
+    assert main([str(parts), "--bundle", "any", "--csv", str(path)]) == 2
+    assert "exists; move it away" in capsys.readouterr().err
+    assert len(rows_of(path)) == 2
+
+
+def test_a_run_that_judged_nothing_leaves_no_table(parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(item: Judged) -> Prediction:
+        raise ValueError("mode is not one this model was trained for")
+
+    monkeypatch.setattr(accuracy, "open_predictor", lambda *_: fails)
+    assert main([str(parts), "--bundle", "any", "--csv", str(tmp_path / "images.csv")]) == 2
+    assert not (tmp_path / "images.csv").exists()
+
+
+@pytest.mark.usefixtures("fake_model")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "at least one data set"),
+        (["--dataset", "mvtec"], "1 and 0; give a --root for each"),
+        (["--dataset", "mvtec", "--root", "nowhere"], "nowhere: expected a folder, found nothing"),
+        (["--dataset", "mvtec", "--root", ".", "--split", "train"], "without splits"),
+        (["--dataset", "manifest", "--root", ".", "--normal-text", "It is round."], "only describe-then-segment-plus"),
+        (["--dataset", "manifest", "--root", ".", "--csv", "no/such/folder/images.csv"], "existing folder"),
+    ],
+)
+def test_what_the_command_cannot_follow_is_one_line_and_2(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*arguments, "--bundle", "any"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+
+
+def test_a_real_model_is_asked_in_the_mode_it_has_and_says_which_it_lacks(
+    parts: Path, tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "images.csv"
+    given = [str(parts), "--checkpoint", str(tiny_checkpoint), "--limit", "1", "--json", "--csv", str(path)]
+    assert main([*given, "--mode", "segment-then-explain"]) == 2
+    assert "mode 'segment-then-explain' is not one this model was trained for" in capsys.readouterr().err
+    assert main([*given, "--threshold", "1", "--fusion-weight", "0.25"]) == 0
+    settings = json.loads(capsys.readouterr().out.splitlines()[-1])["settings"]
+    assert (settings["threshold"], settings["fusion_weight"]) == (1, 0.25)
+    (row,) = rows_of(path)
+    assert row["text"] == "Sure, it is [NOR][ANO][SEG]." and row["area"] == "0"
+
+
+def test_the_fusion_weight_changes_a_real_models_map(parts: Path, tiny_checkpoint: Path) -> None:
+    (item, *_) = read_manifest(parts)
+    maps = [open_predictor(Source(checkpoint=str(tiny_checkpoint), fusion_weight=weight))(item).anomaly_map for weight in (0.0, 0.5, 1.0)]
+    assert np.abs(maps[0] - maps[2]).max() > 1e-3
+    assert np.allclose((maps[0] + maps[2]) / 2, maps[1], atol=1e-5)  # resampling is linear
+
+
+# The contact sheet.
+
+
+def observed(parts: Path, ious: Sequence[float | None]) -> list[Observation]:
+    """Of the same picture with another IoU each; the order is the caption's score."""
+    (item, *_) = read_manifest(parts)
+    said = perfect(item)
+    return [Observation(item, said._replace(score=float(order)), truth(), iou, iou, 0.0) for order, iou in enumerate(ious)]
+
+
+def shown(sheet: ContactSheet) -> tuple[list[int], ...]:
+    return tuple([row.order for row in rows] for rows in (sheet._best, sheet._worst, sheet._drawn))
+
+
+def test_a_sheet_keeps_the_best_the_worst_and_a_fair_draw(parts: Path) -> None:
+    ious = [0.5, None, 0.9, 0.1, 0.9, 0.3, None, 0.0, 0.7] * 3
+    drawn = []
+    for _ in range(2):
+        sheet = ContactSheet("parts", parts, rows=3)
+        for seen in observed(parts, ious):
+            sheet.add(seen)
+        best, worst, random_rows = shown(sheet)
+        assert best == [2, 4, 11] and worst == [7, 16, 25]
+        assert len(set(random_rows)) == 3
+        drawn.append((random_rows, sheet.image().tobytes()))
+    assert drawn[0] == drawn[1], "the same pictures must give the same sheet"
+
+
+def test_a_sheet_shows_picture_truth_map_and_mask_side_by_side(parts: Path, tmp_path: Path) -> None:
+    sheet = ContactSheet("parts", parts, rows=1)
+    (item, *_) = read_manifest(parts)
+    heat = np.zeros((HEIGHT, WIDTH), np.float32)
+    heat[:, :9] = 1 / 3
+    left = np.zeros((HEIGHT, WIDTH), bool)
+    left[:, :9] = True
+    sheet.add(Observation(item, Prediction(heat, left, 0.5), None, None, None, 0.0))
+    sheet.save(tmp_path / "parts.png")
+    assert [file.name for file in tmp_path.glob("parts.png*")] == ["parts.png"]
+    with Image.open(tmp_path / "parts.png") as saved:
+        pixels = np.asarray(saved)
+    assert pixels.shape[1] == contact_sheet.WIDTH
+    middle = 2 * contact_sheet.LINE + contact_sheet.LINE + contact_sheet.GAP + contact_sheet.LINE + contact_sheet.SIDE // 2
+    lefts = [contact_sheet.GAP + column * (contact_sheet.SIDE + contact_sheet.GAP) for column in range(4)]
+
+    def at(column: int, share: float) -> list[int]:
+        return [int(level) for level in pixels[middle, lefts[column] + int(share * contact_sheet.SIDE)]]
+
+    assert at(0, 0.9) == [90, 90, 90] and at(0, 0.5) == [255, 255, 255]  # the anomaly is white in the picture
+    assert at(1, 0.5) == [48, 48, 48]  # nothing is known
+    assert at(2, 0.25) == [255, 0, 0] and at(2, 0.75) == [0, 0, 0]
+    assert at(3, 0.25) == [255, 255, 255] and at(3, 0.75) == [0, 0, 0]
+
+
+def test_a_defect_thinner_than_a_thumbnails_pixel_does_not_vanish() -> None:
+    mask = np.zeros((1000, 1000), bool)
+    mask[501] = True
+    thumbnail = np.asarray(contact_sheet._thumbnail(contact_sheet._black_and_white(mask)))
+    assert thumbnail.shape == (contact_sheet.SIDE, contact_sheet.SIDE, 3) and thumbnail.max() > 30
+
+
 class FakeModel:
     """Stands for runtime.Segmenter and for agvas's model: one object, asked in two ways."""
 
@@ -452,9 +664,7 @@ def test_the_command_offers_every_baseline() -> None:
 
 @pytest.mark.parametrize("name", baselines.BASELINES)
 @pytest.mark.parametrize("shape", [(53, 71), (401, 307), (3, 5), (1, 1), (7, 900)])
-def test_every_baseline_gives_a_float32_map_of_the_images_size_within_0_and_1(
-    name: baselines.Baseline, shape: tuple[int, int]
-) -> None:
+def test_every_baseline_gives_a_float32_map_of_the_images_size_within_0_and_1(name: baselines.Baseline, shape: tuple[int, int]) -> None:
     image = np.random.default_rng(19).integers(0, 256, (*shape, 3), dtype=np.uint8)
     anomaly_map = baselines.anomaly_map(name, image)
     assert anomaly_map.dtype == np.float32 and anomaly_map.shape == shape
