@@ -1,7 +1,8 @@
 """A sheet of a data set's best, worst and randomly drawn pictures: picture, truth, anomaly map and mask side by side.
 
 What is kept while an evaluation runs is thumbnails only, so a sheet of 10,000 pictures costs no more than one of ten. The same pictures
-and predictions give the same sheet, the random rows included. Best and worst are by IoU, hence of anomalous pictures only.
+and predictions give the same sheet, the random rows included. Best and worst are by IoU, among equals by the picture's own AP, hence of
+anomalous pictures only.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ _BACKGROUND, _BOX, _INK, _FAINT = (24, 24, 24), (48, 48, 48), (235, 235, 235), (
 @dataclass(frozen=True, eq=False)
 class _Row:
     order: int  # of the picture in the data set
-    iou: float | None
+    rank: tuple[float, float] | None  # IoU, then AP; None unless anomalous
     caption: str
     panels: list[Image.Image | None]  # as PANELS; None where there is no truth
 
@@ -50,17 +51,18 @@ class ContactSheet:
         """Takes a picture in if it is among the best, the worst or the drawn ones so far."""
         order, self._seen = self._seen, self._seen + 1
         place = order if order < self._count else self._random.randrange(order + 1)  # each picture is drawn with the same chance
-        best = seen.iou is not None and (len(self._best) < self._count or seen.iou > _iou(self._best[-1]))
-        worst = seen.iou is not None and (len(self._worst) < self._count or seen.iou < _iou(self._worst[-1]))
+        rank = None if seen.iou is None else (seen.iou, seen.ap or 0.0)
+        best = rank is not None and (len(self._best) < self._count or rank > _rank(self._best[-1]))
+        worst = rank is not None and (len(self._worst) < self._count or rank < _rank(self._worst[-1]))
         if not (best or worst or place < self._count):
             return
-        row = _Row(order, seen.iou, self._caption(seen), _panels(seen))
+        row = _Row(order, rank, self._caption(seen), _panels(seen))
         if place < self._count:
             self._drawn[place : place + 1] = [row]
         if best:
-            self._best = sorted([*self._best, row], key=lambda kept: (-_iou(kept), kept.order))[: self._count]
+            self._best = sorted([*self._best, row], key=lambda kept: (*(-value for value in _rank(kept)), kept.order))[: self._count]
         if worst:
-            self._worst = sorted([*self._worst, row], key=lambda kept: (_iou(kept), kept.order))[: self._count]
+            self._worst = sorted([*self._worst, row], key=lambda kept: (_rank(kept), kept.order))[: self._count]
 
     def save(self, path: Path) -> None:
         """Writes the sheet as PNG, whole or not at all."""
@@ -102,9 +104,9 @@ class ContactSheet:
         return _printable("  ".join(word for word in (name, seen.item.category, kind, *words) if word))
 
 
-def _iou(row: _Row) -> float:
-    assert row.iou is not None
-    return row.iou
+def _rank(row: _Row) -> tuple[float, float]:
+    assert row.rank is not None
+    return row.rank
 
 
 def _panels(seen: Observation) -> list[Image.Image | None]:

@@ -451,6 +451,17 @@ def test_a_real_model_is_asked_in_the_mode_it_has_and_says_which_it_lacks(
     assert row["text"] == "Sure, it is [NOR][ANO][SEG]." and row["area"] == "0"
 
 
+def test_a_real_bundle_is_judged_like_its_checkpoint(
+    parts: Path, tiny_checkpoint: Path, tiny_bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    means = []
+    for source in (["--checkpoint", str(tiny_checkpoint)], ["--bundle", str(tiny_bundle), "--engine", "onnxruntime"]):
+        assert main([str(parts), *source, "--threshold", "0.4", "--json"]) == 0
+        means.append(json.loads(capsys.readouterr().out.splitlines()[-1])["mean"])
+    for name in evaluation.METRICS:
+        assert means[0][name] == pytest.approx(means[1][name], abs=0.01)
+
+
 def test_the_fusion_weight_changes_a_real_models_map(parts: Path, tiny_checkpoint: Path) -> None:
     (item, *_) = read_manifest(parts)
     maps = [open_predictor(Source(checkpoint=str(tiny_checkpoint), fusion_weight=weight))(item).anomaly_map for weight in (0.0, 0.5, 1.0)]
