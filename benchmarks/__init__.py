@@ -1,1 +1,1 @@
-"""Measurements: accuracy on manifest data sets, metrics, trivial baselines, latency and reports."""
+"""Measurements: accuracy on published data sets and manifests, metrics, trivial baselines, latency and reports."""

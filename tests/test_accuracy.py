@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,8 +18,12 @@ import pytest
 from PIL import Image
 
 from agvas.training.sources.manifest import Item, read_manifest
-from benchmarks import accuracy, baselines
-from benchmarks.accuracy import evaluate, evaluate_datasets, main, open_predictor
+from benchmarks import accuracy, baselines, contact_sheet, evaluation, predictors
+from benchmarks.accuracy import evaluate_datasets, main, read_datasets
+from benchmarks.contact_sheet import ContactSheet
+from benchmarks.datasets import Judged
+from benchmarks.evaluation import Observation, Prediction, evaluate
+from benchmarks.predictors import Question, Source, open_predictor, read_normal_text
 
 HEIGHT, WIDTH = 11, 17
 HEADER = "image,mask,label,class,split"
@@ -58,20 +64,20 @@ def parts(tmp_path: Path) -> Path:
     )
 
 
-def perfect(path: Path) -> accuracy.Prediction:
-    with Image.open(path) as opened:
+def perfect(item: Judged) -> Prediction:
+    with Image.open(item.image) as opened:
         mask = np.asarray(opened)[..., 0] == 255
-    return mask.astype(np.float32), mask, float(mask.any())
+    return Prediction(mask.astype(np.float32), mask, float(mask.any()))
 
 
-def says(anomaly_map: Any, mask: Any, score: Any = 0.5) -> Callable[[Path], accuracy.Prediction]:
-    return lambda path: (anomaly_map, mask, score)
+def says(anomaly_map: Any, mask: Any, score: Any = 0.5) -> Callable[[Judged], Prediction]:
+    return lambda item: Prediction(anomaly_map, mask, score)
 
 
 def test_a_perfect_prediction_scores_one_in_everything(parts: Path) -> None:
     result = evaluate(read_manifest(parts), perfect)
     bolt = result["categories"]["bolt"]
-    for name in accuracy.METRICS:
+    for name in evaluation.METRICS:
         assert bolt[name] == 1.0
     assert (bolt["images"], bolt["normal_images"], bolt["ap_error"]) == (4, 2, 0.0)
 
@@ -88,11 +94,11 @@ def test_predicting_nothing_scores_the_share_of_pixels_and_empties_every_normal(
 def test_pixels_are_pooled_over_images_before_they_are_ranked(tmp_path: Path) -> None:
     items = read_manifest(write_dataset(tmp_path / "set", ("a", 1, "", ""), ("b", 1, "", "")))
 
-    def faint_then_strong(path: Path) -> accuracy.Prediction:
+    def faint_then_strong(item: Judged) -> Prediction:
         """Each image ranks its own pixels perfectly, but a's anomaly is fainter than b's background."""
-        faint = path.name == "a.png"
+        faint = item.image.name == "a.png"
         values = np.where(truth(), 0.2 if faint else 0.9, 0.1 if faint else 0.5).astype(np.float32)
-        return values, truth(), 1.0
+        return Prediction(values, truth(), 1.0)
 
     metrics = evaluate(items, faint_then_strong)["categories"]["set"]
     assert metrics["ap"] == pytest.approx(0.5 * 1.0 + 0.5 * 80 / (80 + 147))
@@ -102,9 +108,9 @@ def test_pixels_are_pooled_over_images_before_they_are_ranked(tmp_path: Path) ->
 def test_iou_is_a_mean_over_anomalous_images_and_not_over_pixels(tmp_path: Path) -> None:
     items = read_manifest(write_dataset(tmp_path / "set", ("a", 1, "", ""), ("b", 1, "", ""), ("c", 0, "", "")))
 
-    def predict(path: Path) -> accuracy.Prediction:
-        mask = np.ones((HEIGHT, WIDTH), bool) if path.name in ("b.png", "c.png") else truth()
-        return truth().astype(np.float32), mask, 0.0
+    def predict(item: Judged) -> Prediction:
+        mask = np.ones((HEIGHT, WIDTH), bool) if item.image.name in ("b.png", "c.png") else truth()
+        return Prediction(truth().astype(np.float32), mask, 0.0)
 
     metrics = evaluate(items, predict)["categories"]["set"]
     assert metrics["iou_anomalous"] == pytest.approx((1 + 40 / 187) / 2)
@@ -124,9 +130,9 @@ def test_undefined_metrics_are_none_and_left_out_of_the_mean(parts: Path) -> Non
 
 
 def test_the_mean_weighs_categories_alike_whatever_their_number_of_images(parts: Path) -> None:
-    def only_bolts(path: Path) -> accuracy.Prediction:
-        anomaly_map, mask, score = perfect(path)
-        return (anomaly_map, mask & (path.name != "b.png"), score)
+    def only_bolts(item: Judged) -> Prediction:
+        said = perfect(item)
+        return said._replace(mask=said.mask & (item.image.name != "b.png"))
 
     mean = evaluate(read_manifest(parts), only_bolts)["mean"]
     assert mean["iou_anomalous"] == 0.5  # bolt 1 (two images), nut 0 (one image)
@@ -172,11 +178,11 @@ def test_a_limit_takes_images_evenly_spaced_and_a_split_only_its_own(parts: Path
     def count(**settings: Any) -> list[str]:
         seen: list[str] = []
 
-        def predict(path: Path) -> accuracy.Prediction:
-            seen.append(path.stem)
-            return perfect(path)
+        def predict(item: Judged) -> Prediction:
+            seen.append(item.image.stem)
+            return perfect(item)
 
-        evaluate_datasets([parts], lambda: predict, **settings)
+        evaluate_datasets(read_datasets([("manifest", parts)], **settings), predict)
         return sorted(seen)
 
     assert count() == list("abcde")
@@ -187,12 +193,15 @@ def test_a_limit_takes_images_evenly_spaced_and_a_split_only_its_own(parts: Path
         count(split="val")
 
 
-def test_every_manifest_is_read_before_a_model_is_opened(parts: Path, tmp_path: Path) -> None:
-    def too_early() -> accuracy.Predict:
+def test_every_data_set_is_read_before_a_model_is_opened(
+    parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def too_early(*_: Any) -> None:
         raise AssertionError("the model was opened although a data set is missing")
 
-    with pytest.raises(ValueError, match="manifest"):
-        evaluate_datasets([parts, tmp_path / "nowhere"], too_early)
+    monkeypatch.setattr(accuracy, "open_predictor", too_early)
+    assert main([str(parts), str(tmp_path / "nowhere"), "--bundle", "any"]) == 2
+    assert "nowhere" in capsys.readouterr().err
 
 
 # The command, with a fake model in the place of the real ones.
@@ -279,28 +288,268 @@ def test_bad_arguments_end_with_2(parts: Path, extra: list[str]) -> None:
 
 def test_exactly_one_source_of_predictions_is_asked_for() -> None:
     with pytest.raises(ValueError, match="exactly one"):
-        open_predictor()
+        Source()
     with pytest.raises(ValueError, match="exactly one"):
-        open_predictor(bundle=Path("b"), baseline="constant")
+        Source(bundle=Path("b"), baseline="constant")
+
+
+INSTRUCTIONS = {"direct": "Segment.", "describe-then-segment-plus": "Describe."}
+
+
+@dataclass(frozen=True)
+class FakeDecoder:
+    threshold: float = 0.5
+    fusion_weight: float = 0.5
+
+
+@dataclass(frozen=True)
+class FakeConfig:
+    mask_decoder: FakeDecoder = FakeDecoder()
+    prompts: Any = field(default_factory=lambda: SimpleNamespace(instructions=INSTRUCTIONS))
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def write_mvtec(root: Path) -> Path:
+    """Two categories; `bolt` has a normal image, `nut` a faint anomaly besides the plain one."""
+    for category, kind, name, level in (
+        ("bolt", "good", "0", None),
+        ("bolt", "cut", "0", 255),
+        ("nut", "cut", "0", 255),
+        ("nut", "cut", "1", 91),
+    ):
+        pixels = np.full((HEIGHT, WIDTH, 3), 90, np.uint8)
+        (root / category / "test" / kind).mkdir(parents=True, exist_ok=True)
+        if level is not None:
+            pixels[truth()] = level
+            (root / category / "ground_truth" / kind).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(truth().astype(np.uint8) * 255).save(root / category / "ground_truth" / kind / f"{name}_mask.png")
+        Image.fromarray(pixels).save(root / category / "test" / kind / f"{name}.png")
+    return root
+
+
+@pytest.mark.usefixtures("fake_model")
+def test_published_layouts_and_manifests_are_judged_in_one_run(parts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = write_mvtec(tmp_path / "set")
+    table_path = tmp_path / "images.csv"
+    published = ["--dataset", "mvtec", "--root", str(root), "--dataset", "mvtec", "--root", str(root / "nut")]
+    assert main([str(parts), *published, "--bundle", "any", "--json", "--csv", str(table_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    first, second, third, summary = (json.loads(line) for line in lines[-4:])
+    assert [first["dataset"], second["dataset"], third["dataset"]] == ["parts", "mvtec", "mvtec 2"]
+    assert second["mean"]["iou_anomalous"] == (1 + (1 + 0) / 2) / 2  # macro over categories; the faint one is not found
+    assert second["conventions"]["aupro_limit"] == 0.3 and second["settings"]["mode"] == "direct"
+    assert set(third["categories"]) == {"nut"} and len(summary["datasets"]) == 3
+    rows = rows_of(table_path)
+    assert [row["dataset"] for row in rows] == ["parts"] * 5 + ["mvtec"] * 4 + ["mvtec 2"] * 2
+    faint = rows[8]
+    seconds = float(faint.pop("seconds"))
+    assert 0 <= seconds < 60
+    share = 40 / 187
+    assert faint == {
+        "dataset": "mvtec",
+        "image": "nut/test/cut/1.png",
+        "label": "1",
+        "category": "nut",
+        "kind": "cut",
+        "score": "0.000000",
+        "area": "0",
+        "iou": "0.000000",
+        "ap": f"{share:.6f}",
+        "text": "",
+    }
+    normal = next(row for row in rows if row["dataset"] == "mvtec" and row["kind"] == "good")
+    assert (normal["label"], normal["iou"], normal["ap"], normal["image"]) == ("0", "", "", "bolt/test/good/0.png")
+
+
+@pytest.mark.usefixtures("fake_model")
+def test_the_papers_form_is_per_cent_in_threes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = write_mvtec(tmp_path / "set")
+    assert main(["--dataset", "mvtec", "--root", str(root), "--bundle", "any", "--paper"]) == 0
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in capsys.readouterr().out.splitlines()]
+    assert lines[0][3:] == ["(AP, F1-max, IoU anomalous) %", "empty normal %"]
+    assert lines[2] == ["mvtec", "bolt", "2", "(100.0, 100.0, 100.0)", "100.0"]
+    ap = 0.5 + 0.5 * 80 / 374  # nut: half of the positives alone on top, the rest with everything
+    assert lines[3] == ["mvtec", "nut", "2", f"({100 * ap:.1f}, {100 * 2 / 3:.1f}, 50.0)", "-"]
+    assert lines[4][:2] == ["mvtec", "mean"] and lines[4][4] == "100.0"
+
+
+def test_a_folder_of_pictures_without_masks_gives_lines_and_no_metrics(
+    parts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, sheets = tmp_path / "images.csv", tmp_path / "sheets" / "new"
+    arguments = ["--dataset", "folder", "--root", str(parts / "images"), "--baseline", "median", "--json"]
+    assert main([*arguments, "--csv", str(path), "--overlays", str(sheets)]) == 0
+    mean = json.loads(capsys.readouterr().out.splitlines()[-1])["mean"]
+    assert mean["images"] == 5 and all(mean[name] is None for name in evaluation.METRICS)
+    assert [(row["image"], row["label"], row["iou"]) for row in rows_of(path)] == [(f"{name}.png", "", "") for name in "abcde"]
+    assert [file.name for file in sheets.iterdir()] == ["images.png"]
+
+
+def test_an_interrupted_run_keeps_its_lines_and_says_where(
+    parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, judged = tmp_path / "images.csv", []
+
+    def stopped_at_the_third(item: Judged) -> Prediction:
+        if len(judged) == 2:
+            assert len(rows_of(path)) == 2, "a line must be in the file before the next picture is begun"
+            raise KeyboardInterrupt
+        judged.append(item)
+        return perfect(item)
+
+    monkeypatch.setattr(accuracy, "open_predictor", lambda *_: stopped_at_the_third)
+    assert main([str(parts), "--bundle", "any", "--csv", str(path)]) == 130
+    assert capsys.readouterr().err == f"agvas-eval: interrupted; the images judged so far are in {path}\n"
+    assert [row["image"] for row in rows_of(path)] == ["images/a.png", "images/c.png"]
+    assert main([str(parts), "--bundle", "any", "--csv", str(path)]) == 2
+    assert "exists; move it away" in capsys.readouterr().err
+    assert len(rows_of(path)) == 2
+
+
+def test_a_run_that_judged_nothing_leaves_no_table(parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(item: Judged) -> Prediction:
+        raise ValueError("mode is not one this model was trained for")
+
+    monkeypatch.setattr(accuracy, "open_predictor", lambda *_: fails)
+    assert main([str(parts), "--bundle", "any", "--csv", str(tmp_path / "images.csv")]) == 2
+    assert not (tmp_path / "images.csv").exists()
+
+
+@pytest.mark.usefixtures("fake_model")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "at least one data set"),
+        (["--dataset", "mvtec"], "1 and 0; give a --root for each"),
+        (["--dataset", "mvtec", "--root", "nowhere"], "nowhere: expected a folder, found nothing"),
+        (["--dataset", "mvtec", "--root", ".", "--split", "train"], "without splits"),
+        (["--dataset", "manifest", "--root", ".", "--normal-text", "It is round."], "only describe-then-segment-plus"),
+        (["--dataset", "manifest", "--root", ".", "--csv", "no/such/folder/images.csv"], "existing folder"),
+    ],
+)
+def test_what_the_command_cannot_follow_is_one_line_and_2(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*arguments, "--bundle", "any"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+
+
+def test_a_real_model_is_asked_in_the_mode_it_has_and_says_which_it_lacks(
+    parts: Path, tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "images.csv"
+    given = [str(parts), "--checkpoint", str(tiny_checkpoint), "--limit", "1", "--json", "--csv", str(path)]
+    assert main([*given, "--mode", "segment-then-explain"]) == 2
+    assert "mode 'segment-then-explain' is not one this model was trained for" in capsys.readouterr().err
+    assert main([*given, "--threshold", "1", "--fusion-weight", "0.25"]) == 0
+    settings = json.loads(capsys.readouterr().out.splitlines()[-1])["settings"]
+    assert (settings["threshold"], settings["fusion_weight"]) == (1, 0.25)
+    (row,) = rows_of(path)
+    assert row["text"] == "Sure, it is [NOR][ANO][SEG]." and row["area"] == "0"
+
+
+def test_a_real_bundle_is_judged_like_its_checkpoint(
+    parts: Path, tiny_checkpoint: Path, tiny_bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    means = []
+    for source in (["--checkpoint", str(tiny_checkpoint)], ["--bundle", str(tiny_bundle), "--engine", "onnxruntime"]):
+        assert main([str(parts), *source, "--threshold", "0.4", "--json"]) == 0
+        means.append(json.loads(capsys.readouterr().out.splitlines()[-1])["mean"])
+    for name in evaluation.METRICS:
+        assert means[0][name] == pytest.approx(means[1][name], abs=0.01)
+
+
+def test_the_fusion_weight_changes_a_real_models_map(parts: Path, tiny_checkpoint: Path) -> None:
+    (item, *_) = read_manifest(parts)
+    maps = [open_predictor(Source(checkpoint=str(tiny_checkpoint), fusion_weight=weight))(item).anomaly_map for weight in (0.0, 0.5, 1.0)]
+    assert np.abs(maps[0] - maps[2]).max() > 1e-3
+    assert np.allclose((maps[0] + maps[2]) / 2, maps[1], atol=1e-5)  # resampling is linear
+
+
+# The contact sheet.
+
+
+def observed(parts: Path, ious: Sequence[float | None]) -> list[Observation]:
+    """Of the same picture with another IoU each; the order is the caption's score."""
+    (item, *_) = read_manifest(parts)
+    said = perfect(item)
+    return [Observation(item, said._replace(score=float(order)), truth(), iou, iou, 0.0) for order, iou in enumerate(ious)]
+
+
+def shown(sheet: ContactSheet) -> tuple[list[int], ...]:
+    return tuple([row.order for row in rows] for rows in (sheet._best, sheet._worst, sheet._drawn))
+
+
+def test_a_sheet_keeps_the_best_the_worst_and_a_fair_draw(parts: Path) -> None:
+    ious = [0.5, None, 0.9, 0.1, 0.9, 0.3, None, 0.0, 0.7] * 3
+    drawn = []
+    for _ in range(2):
+        sheet = ContactSheet("parts", parts, rows=3)
+        for seen in observed(parts, ious):
+            sheet.add(seen)
+        best, worst, random_rows = shown(sheet)
+        assert best == [2, 4, 11] and worst == [7, 16, 25]
+        assert len(set(random_rows)) == 3
+        drawn.append((random_rows, sheet.image().tobytes()))
+    assert drawn[0] == drawn[1], "the same pictures must give the same sheet"
+
+
+def test_a_sheet_shows_picture_truth_map_and_mask_side_by_side(parts: Path, tmp_path: Path) -> None:
+    sheet = ContactSheet("parts", parts, rows=1)
+    (item, *_) = read_manifest(parts)
+    heat = np.zeros((HEIGHT, WIDTH), np.float32)
+    heat[:, :9] = 1 / 3
+    left = np.zeros((HEIGHT, WIDTH), bool)
+    left[:, :9] = True
+    sheet.add(Observation(item, Prediction(heat, left, 0.5), None, None, None, 0.0))
+    sheet.save(tmp_path / "parts.png")
+    assert [file.name for file in tmp_path.glob("parts.png*")] == ["parts.png"]
+    with Image.open(tmp_path / "parts.png") as saved:
+        pixels = np.asarray(saved)
+    assert pixels.shape[1] == contact_sheet.WIDTH
+    middle = 2 * contact_sheet.LINE + contact_sheet.LINE + contact_sheet.GAP + contact_sheet.LINE + contact_sheet.SIDE // 2
+    lefts = [contact_sheet.GAP + column * (contact_sheet.SIDE + contact_sheet.GAP) for column in range(4)]
+
+    def at(column: int, share: float) -> list[int]:
+        return [int(level) for level in pixels[middle, lefts[column] + int(share * contact_sheet.SIDE)]]
+
+    assert at(0, 0.9) == [90, 90, 90] and at(0, 0.5) == [255, 255, 255]  # the anomaly is white in the picture
+    assert at(1, 0.5) == [48, 48, 48]  # nothing is known
+    assert at(2, 0.25) == [255, 0, 0] and at(2, 0.75) == [0, 0, 0]
+    assert at(3, 0.25) == [255, 255, 255] and at(3, 0.75) == [0, 0, 0]
+
+
+def test_a_defect_thinner_than_a_thumbnails_pixel_does_not_vanish() -> None:
+    mask = np.zeros((1000, 1000), bool)
+    mask[501] = True
+    thumbnail = np.asarray(contact_sheet._thumbnail(contact_sheet._black_and_white(mask)))
+    assert thumbnail.shape == (contact_sheet.SIDE, contact_sheet.SIDE, 3) and thumbnail.max() > 30
 
 
 class FakeModel:
     """Stands for runtime.Segmenter and for agvas's model: one object, asked in two ways."""
 
-    def __init__(self, *asked: Any, **settings: Any) -> None:
-        self.asked, self.settings, self.overshoot = asked, settings, np.float32(5e-5)
+    def __init__(self, *given: Any, **settings: Any) -> None:
+        self.given, self.settings, self.overshoot = given, settings, np.float32(5e-5)
+        self.asked: list[tuple[Any, ...]] = []
+        self.bundle = SimpleNamespace(manifest=SimpleNamespace(prompts=SimpleNamespace(instructions=INSTRUCTIONS)))
+        self.config, self.mask_decoder = FakeConfig(), SimpleNamespace(fusion_weight=0.5)
 
     def to(self, device: str) -> FakeModel:
         self.settings["device"] = device
         return self
 
-    def segment(self, image: np.ndarray) -> SimpleNamespace:
+    def segment(self, image: np.ndarray, *asked: Any) -> SimpleNamespace:
+        self.asked.append(asked)
         mask = image[..., 0] == 255
-        return SimpleNamespace(anomaly_map=mask.astype(np.float32) + self.overshoot, mask=mask, score=np.float32(0.25))
+        return SimpleNamespace(anomaly_map=mask.astype(np.float32) + self.overshoot, mask=mask, score=np.float32(0.25), text="said")
 
-    def __call__(self, path: Path) -> SimpleNamespace:
+    def __call__(self, path: Path, *asked: Any) -> SimpleNamespace:
         with Image.open(path) as opened:
-            return self.segment(np.asarray(opened))
+            return self.segment(np.asarray(opened), *asked)
 
 
 @pytest.fixture
@@ -308,8 +557,8 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[FakeModel]:
     """The models opened so far, by modules that stand in the place of runtime and agvas."""
     models: list[FakeModel] = []
 
-    def make(*asked: Any, **settings: Any) -> FakeModel:
-        models.append(FakeModel(*asked, **settings))
+    def make(*given: Any, **settings: Any) -> FakeModel:
+        models.append(FakeModel(*given, **settings))
         return models[-1]
 
     images = SimpleNamespace(read_image=lambda path: np.asarray(Image.open(path)))
@@ -319,25 +568,85 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[FakeModel]:
     return models
 
 
-def test_a_bundle_gets_the_engine_and_device_that_were_asked_for(parts: Path, opened: list[FakeModel]) -> None:
-    open_predictor(bundle=Path("b"))
-    open_predictor(bundle=Path("b"), engine="openvino", device="cuda:1", inference_precision="bf16")
-    assert [model.asked for model in opened] == [(Path("b"),)] * 2
+def test_a_bundle_gets_the_settings_that_were_asked_for(opened: list[FakeModel]) -> None:
+    open_predictor(Source(bundle=Path("b")))
+    open_predictor(Source(bundle=Path("b"), engine="openvino", device="cuda:1", inference_precision="bf16", threshold=0.2))
+    assert [model.given for model in opened] == [(Path("b"),)] * 2
     assert [model.settings for model in opened] == [
-        {"engine": "auto", "device": "cpu", "inference_precision": None},
-        {"engine": "openvino", "device": "cuda:1", "inference_precision": "bf16"},
+        {"engine": "auto", "device": "cpu", "inference_precision": None, "threshold": None},
+        {"engine": "openvino", "device": "cuda:1", "inference_precision": "bf16", "threshold": 0.2},
     ]
-    with pytest.raises(ValueError, match="only a bundle has one, got bf16"):
-        open_predictor(checkpoint="nano", inference_precision="bf16")
 
 
-@pytest.mark.parametrize("source", [{"bundle": Path("b"), "device": "cpu"}, {"checkpoint": "nano", "device": "cuda:0"}])
-def test_a_models_map_that_leaves_0_to_1_by_rounding_is_judged_and_one_that_leaves_it_by_more_refused(
-    parts: Path, opened: list[FakeModel], source: dict[str, Any]
-) -> None:
-    predict = open_predictor(**source)
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"checkpoint": "nano", "inference_precision": "bf16"}, "only a bundle has one, got bf16"),
+        ({"bundle": Path("b"), "fusion_weight": 0.3}, "only a checkpoint's"),
+        ({"baseline": "median", "threshold": 0.3}, "a baseline's is fixed"),
+        ({"checkpoint": "nano", "threshold": 1.5}, "threshold: expected a number in 0..1, got 1.5"),
+        ({"checkpoint": "nano", "fusion_weight": -1.0}, "fusion weight: expected a number in 0..1"),
+    ],
+)
+def test_a_setting_that_its_source_does_not_have_is_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Source(**settings)
+
+
+def test_a_checkpoints_threshold_and_fusion_weight_can_be_swept(opened: list[FakeModel]) -> None:
+    open_predictor(Source(checkpoint="nano", threshold=0.2, fusion_weight=0.9))
     (model,) = opened
-    assert model.settings.get("device") == source.get("device")
+    assert model.config.mask_decoder == FakeDecoder(threshold=0.2, fusion_weight=0.9)
+    assert model.mask_decoder.fusion_weight == 0.9
+
+
+@pytest.mark.parametrize("source", [Source(bundle=Path("b")), Source(checkpoint="nano")])
+def test_every_picture_is_asked_the_question(parts: Path, opened: list[FakeModel], source: Source) -> None:
+    evaluate(read_manifest(parts)[:1], open_predictor(source))
+    evaluate(read_manifest(parts)[:1], open_predictor(source, Question("segment-then-explain", "Where is rust?")))
+    plus = Question("describe-then-segment-plus", normal_text={"bolt": "A bolt is straight. ", "nut": "A nut is round."})
+    evaluate(read_manifest(parts)[:2], open_predictor(source, plus))
+    assert [model.asked for model in opened] == [
+        [(None, "direct")],
+        [("Where is rust?", "segment-then-explain")],
+        [("A bolt is straight. Describe.", plus.mode), ("A nut is round. Describe.", plus.mode)],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"mode": "guess"}, "expected one of direct"),
+        ({"mode": "describe-then-segment-plus"}, "got none; give one"),
+        ({"normal_text": "It is round."}, "only describe-then-segment-plus takes it"),
+    ],
+)
+def test_a_question_that_no_mode_takes_is_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Question(**settings)
+
+
+def test_normal_texts_are_read_from_a_file_and_lacking_categories_named(tmp_path: Path) -> None:
+    path = tmp_path / "normal.json"
+    path.write_text('{"bolt": "A bolt is straight."}')
+    texts = read_normal_text(str(path))
+    assert texts == {"bolt": "A bolt is straight."}
+    assert read_normal_text("It is round.") == "It is round."
+    with pytest.raises(ValueError, match="got none for gear, nut"):
+        Question("describe-then-segment-plus", normal_text=texts).check(["nut", "bolt", "gear"])
+    for content in ("[1]", '{"bolt": 3}', '{"bolt": " "}', "bolt"):
+        path.write_text(content)
+        with pytest.raises(ValueError, match="normal.json"):
+            read_normal_text(str(path))
+
+
+@pytest.mark.parametrize("source", [Source(bundle=Path("b"), device="cpu"), Source(checkpoint="nano", device="cuda:0")])
+def test_a_models_map_that_leaves_0_to_1_by_rounding_is_judged_and_one_that_leaves_it_by_more_refused(
+    parts: Path, opened: list[FakeModel], source: Source
+) -> None:
+    predict = open_predictor(source)
+    (model,) = opened
+    assert model.settings.get("device") == source.device
     assert evaluate(read_manifest(parts), predict)["mean"]["ap"] == 1.0
     model.overshoot = np.float32(0.01)
     with pytest.raises(ValueError, match="to 1.01"):
@@ -361,14 +670,12 @@ def test_help_loads_neither_torch_nor_opencv() -> None:
 
 
 def test_the_command_offers_every_baseline() -> None:
-    assert accuracy.BASELINES == baselines.BASELINES
+    assert predictors.BASELINES == baselines.BASELINES
 
 
 @pytest.mark.parametrize("name", baselines.BASELINES)
 @pytest.mark.parametrize("shape", [(53, 71), (401, 307), (3, 5), (1, 1), (7, 900)])
-def test_every_baseline_gives_a_float32_map_of_the_images_size_within_0_and_1(
-    name: baselines.Baseline, shape: tuple[int, int]
-) -> None:
+def test_every_baseline_gives_a_float32_map_of_the_images_size_within_0_and_1(name: baselines.Baseline, shape: tuple[int, int]) -> None:
     image = np.random.default_rng(19).integers(0, 256, (*shape, 3), dtype=np.uint8)
     anomaly_map = baselines.anomaly_map(name, image)
     assert anomaly_map.dtype == np.float32 and anomaly_map.shape == shape

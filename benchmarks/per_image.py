@@ -1,0 +1,68 @@
+"""The table of single pictures that agvas-eval writes: a CSV line for each, as soon as it is judged.
+
+Every line is handed to the system at once, so an evaluation that is interrupted keeps what it has done. A file that exists is not
+overwritten: it may be what an interrupted evaluation left.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+
+from benchmarks.evaluation import Observation
+
+__all__ = ["COLUMNS", "PerImageTable"]
+
+COLUMNS = ("dataset", "image", "label", "category", "kind", "score", "area", "iou", "ap", "text", "seconds")
+
+
+class PerImageTable:
+    """A CSV file open for writing; use it with `with`. An empty cell means unknown or undefined.
+
+    label is 1 for anomalous, 0 for normal; area counts the predicted mask's pixels; iou and ap are of this picture alone; image is its path
+    below the data set's folder.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """ValueError where the file exists."""
+        try:
+            self._file = path.open("x", newline="", encoding="utf-8")
+        except FileExistsError as error:
+            raise ValueError(f"--csv: expected a new file, got {path}, which exists; move it away or give another name") from error
+        self._path, self.lines = path, 0
+        self._writer = csv.writer(self._file)
+        self._writer.writerow(COLUMNS)
+        self._file.flush()
+
+    def __enter__(self) -> PerImageTable:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """Closes the file, and removes it where no line was written: a run that failed at once leaves nothing in the next one's way."""
+        self._file.close()
+        if self.lines == 0:
+            self._path.unlink(missing_ok=True)
+
+    def write(self, dataset: str, root: Path, seen: Observation) -> None:
+        item = seen.item
+        self._writer.writerow(
+            (
+                dataset,
+                Path(os.path.relpath(item.image, root)).as_posix(),
+                "" if item.is_anomalous is None else int(item.is_anomalous),
+                item.category,
+                item.kind or "",
+                f"{seen.prediction.score:.6f}",
+                int(np.count_nonzero(seen.prediction.mask)),
+                "" if seen.iou is None else f"{seen.iou:.6f}",
+                "" if seen.ap is None else f"{seen.ap:.6f}",
+                seen.prediction.text,
+                f"{seen.seconds:.4f}",
+            )
+        )
+        self._file.flush()
+        self.lines += 1

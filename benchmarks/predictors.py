@@ -1,0 +1,194 @@
+"""What predicts in an evaluation: a bundle, a checkpoint or a trivial baseline, and what it is asked.
+
+The three are asked in one form, a function of a picture. Models are loaded when they are opened, so that nothing heavy is imported for
+a command's help. Nothing falls back: a setting that the source does not have is refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.datasets import Judged
+from benchmarks.evaluation import Predict, Prediction
+from runtime.prompts import DIRECT, MODES
+
+__all__ = ["BASELINES", "Question", "Source", "open_predictor", "read_normal_text"]
+
+BASELINES = ("constant", "median", "gradient")  # as in baselines.py, which loads OpenCV; a test compares the two
+PLUS = "describe-then-segment-plus"
+_MAP_SLACK = 1e-4  # as runtime.segmentation allows
+
+
+@dataclass(frozen=True)
+class Source:
+    """Exactly one of a bundle, a checkpoint ("nano" or a folder) and a baseline's name, and how it is run.
+
+    Attributes:
+        engine, inference_precision: for a bundle; None means auto, and what Segmenter makes of None.
+        device: for a bundle or checkpoint; None means cpu.
+        threshold: for a bundle or checkpoint, in 0..1; None means its own.
+        fusion_weight: for a checkpoint, the weight of the absolute map (eq. 8), in 0..1; None means its own. In a bundle it is built in.
+    """
+
+    bundle: Path | None = None
+    checkpoint: str | None = None
+    baseline: str | None = None
+    engine: str | None = None
+    device: str | None = None
+    inference_precision: str | None = None
+    threshold: float | None = None
+    fusion_weight: float | None = None
+
+    def __post_init__(self) -> None:
+        if sum(given is not None for given in (self.bundle, self.checkpoint, self.baseline)) != 1:
+            raise ValueError("expected exactly one of bundle, checkpoint and baseline; give one")
+        if self.engine is not None and self.bundle is None:
+            raise ValueError(f"engine: only a bundle has engines, got {self.engine}; leave --engine out or give --bundle")
+        if self.inference_precision is not None and self.bundle is None:
+            raise ValueError(f"inference precision: only a bundle has one, got {self.inference_precision}; leave --inference-precision out")
+        if self.device is not None and self.baseline is not None:
+            raise ValueError(f"device: a baseline runs on the CPU, got {self.device}; leave --device out")
+        if self.threshold is not None and self.baseline is not None:
+            raise ValueError(f"threshold: a baseline's is fixed, got {self.threshold}; leave --threshold out")
+        if self.fusion_weight is not None and self.checkpoint is None:
+            raise ValueError(
+                f"fusion weight: only a checkpoint's can be changed, got {self.fusion_weight}; "
+                "leave --fusion-weight out or give --checkpoint"
+            )
+        for name, value in (("threshold", self.threshold), ("fusion weight", self.fusion_weight)):
+            if value is not None and not 0 <= value <= 1:
+                raise ValueError(f"{name}: expected a number in 0..1, got {value}; 0.5 is the paper's")
+
+
+@dataclass(frozen=True)
+class Question:
+    """What every picture is asked.
+
+    Attributes:
+        mode: one of runtime.prompts.MODES; a mode that the model was not trained for is its own error.
+        instruction: None for the mode's default.
+        normal_text: describe-then-segment-plus only, and there required: a sentence on what a normal object looks like, for all categories
+            or by category. It is put before the instruction (paper §4.3, table 4).
+    """
+
+    mode: str = DIRECT
+    instruction: str | None = None
+    normal_text: str | Mapping[str, str] | None = None
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise ValueError(f"--mode: expected one of {', '.join(MODES)}, got {self.mode}; give one of these")
+        if self.mode == PLUS and not self.normal_text:
+            raise ValueError(f"--normal-text: {PLUS} puts a sentence on the normal state before the instruction, got none; give one")
+        if self.mode != PLUS and self.normal_text is not None:
+            raise ValueError(f"--normal-text: only {PLUS} takes it, got mode {self.mode}; leave it out or give --mode {PLUS}")
+
+    def check(self, categories: Iterable[str]) -> None:
+        """ValueError where a category has no sentence."""
+        if isinstance(self.normal_text, Mapping):
+            lacking = sorted(set(categories) - self.normal_text.keys())
+            if lacking:
+                raise ValueError(f"--normal-text: expected a sentence for each category, got none for {', '.join(lacking)}; add them")
+
+    def text(self, category: str, defaults: Mapping[str, str]) -> str | None:
+        """The instruction for a picture of this category, given the model's by mode; None for the model's own."""
+        if self.normal_text is None:
+            return self.instruction
+        instruction = self.instruction if self.instruction is not None else defaults.get(self.mode)
+        if instruction is None:
+            return None  # the model lacks the mode and says so itself
+        normal = self.normal_text if isinstance(self.normal_text, str) else self.normal_text[category]
+        return f"{normal.strip()} {instruction}"
+
+
+def read_normal_text(text: str) -> str | dict[str, str]:
+    """The sentence itself, or of FILE.json an object of sentences by category; ValueError, naming the file, for another content."""
+    if not text.endswith(".json"):
+        return text
+    try:
+        sentences = json.loads(Path(text).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{text}: expected JSON, got {error}; write an object of sentences by category") from error
+    good = isinstance(sentences, dict) and all(isinstance(value, str) and value.strip() for value in sentences.values())
+    if not good:
+        raise ValueError(f"{text}: expected an object of sentences by category, got something else; write {{category: sentence}}")
+    return dict(sentences)
+
+
+def open_predictor(source: Source, question: Question | None = None) -> Predict:
+    """What predicts; by default it is asked directly."""
+    asked = question or Question()
+    if source.bundle is not None:
+        return _bundle_predictor(source, asked)
+    if source.checkpoint is not None:
+        return _checkpoint_predictor(source, asked)
+    if asked != Question():
+        raise ValueError(f"--mode, --instruction: a baseline reads no words, got mode {asked.mode}; leave them out")
+    assert source.baseline is not None
+    return _baseline_predictor(source.baseline)
+
+
+def _bundle_predictor(source: Source, question: Question) -> Predict:
+    from runtime import Segmenter
+
+    settings: dict[str, Any] = {"inference_precision": source.inference_precision, "threshold": source.threshold}
+    segmenter = Segmenter(source.bundle or "", engine=source.engine or "auto", device=source.device or "cpu", **settings)
+    defaults = segmenter.bundle.manifest.prompts.instructions
+
+    def predict(item: Judged) -> Prediction:
+        return _prediction(segmenter(item.image, question.text(item.category, defaults), question.mode))
+
+    return predict
+
+
+def _checkpoint_predictor(source: Source, question: Question) -> Predict:
+    import agvas
+    from runtime.images import read_image
+
+    model = agvas.load(source.checkpoint or "")
+    if source.device is not None:
+        model = model.to(source.device)
+    # The threshold is read from the config at every picture, the weight was copied from it when the decoder was made.
+    decoder = model.config.mask_decoder
+    if source.threshold is not None:
+        decoder = dataclasses.replace(decoder, threshold=source.threshold)
+    if source.fusion_weight is not None:
+        decoder = dataclasses.replace(decoder, fusion_weight=source.fusion_weight)
+        model.mask_decoder.fusion_weight = source.fusion_weight
+    model.config = dataclasses.replace(model.config, mask_decoder=decoder)
+    defaults = model.config.prompts.instructions
+
+    def predict(item: Judged) -> Prediction:
+        return _prediction(model.segment(read_image(item.image), question.text(item.category, defaults), question.mode))
+
+    return predict
+
+
+def _prediction(result: Any) -> Prediction:
+    """Of a model's result. Resampling leaves [0, 1] by rounding, which is undone here; more is left, to be refused."""
+    anomaly_map = np.asarray(result.anomaly_map)
+    if anomaly_map.size and anomaly_map.min() >= -_MAP_SLACK and anomaly_map.max() <= 1 + _MAP_SLACK:
+        anomaly_map = anomaly_map.clip(0, 1)
+    return Prediction(anomaly_map, np.asarray(result.mask), float(result.score), str(result.text))
+
+
+def _baseline_predictor(baseline: str) -> Predict:
+    from benchmarks import baselines
+    from runtime.images import read_image
+
+    name = next((known for known in baselines.BASELINES if known == baseline), None)
+    if name is None:
+        raise ValueError(f"baseline: expected one of {', '.join(baselines.BASELINES)}, got {baseline}")
+
+    def predict(item: Judged) -> Prediction:
+        anomaly_map = baselines.anomaly_map(name, read_image(item.image))
+        return Prediction(anomaly_map, anomaly_map > baselines.THRESHOLD, float(anomaly_map.max()))
+
+    return predict
