@@ -102,9 +102,16 @@ def accelerator_for(settings: LoopSettings, device: str) -> Accelerator:
         raise ValueError(
             f"global_batch: expected a multiple of {processes} processes x {settings.micro_batch} samples, got {settings.global_batch}"
         )
-    return Accelerator(
+    accelerator = Accelerator(
         cpu=kind == "cpu", mixed_precision=settings.precision, gradient_accumulation_steps=settings.global_batch // at_once
     )
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        plugin = accelerator.state.deepspeed_plugin
+        if plugin.zero_stage == 3:
+            raise ValueError("DeepSpeed: expected ZeRO stage 1 or 2, got 3, which takes single weights apart; use deepspeed_zero2.json")
+        # What "auto" stands for where there is no data loader to read it from.
+        plugin.deepspeed_config |= {"train_micro_batch_size_per_gpu": settings.micro_batch, "gradient_clipping": settings.clip_norm}
+    return accelerator
 
 
 def run(

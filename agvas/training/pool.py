@@ -25,6 +25,10 @@ from agvas.training.sample import TrainingSample
 from runtime.prompts import DIRECT
 
 
+OVERLAID_SHARE = 0.4
+WHOLE_SIDE, PIECE_SIDE = 512, 256  # about what a network makes of a picture's longer side, and of a piece's
+
+
 @dataclass(frozen=True)
 class PoolSettings:
     """How many samples, how many of them plain (they come first), their side in pixels, and the first seed (sample i: `seed + i`)."""
@@ -47,6 +51,7 @@ class SamplePool:
         self.images = np.load(folder / "images.npy", mmap_mode="r")
         self.masks = np.load(folder / "masks.npy", mmap_mode="r")
         self.kinds = np.load(folder / "kinds.npy", mmap_mode="r")
+        self.normals = np.flatnonzero(self.kinds == 0)
         self.plain = settings.plain
         if self.masks.shape != shape:
             raise ValueError(f"pool in {folder} is {self.masks.shape}, expected {shape}; remove the folder and make it again")
@@ -132,7 +137,10 @@ class ProceduralSource:
         if not self.pieces:
             image, mask = _mirror(image, mask, rng)
         image, mask = _turn(*_crop_with_defect(image, mask, rng, self.pieces), rng)
-        mask = _drawn_wide(mask, rng)
+        if rng.random() < OVERLAID_SHARE and self.pool.normals.size:
+            other = int(self.pool.normals[rng.integers(self.pool.normals.size)])
+            image = _overlaid(image, self.pool.images[other], rng)
+        mask = _drawn_wide(mask, rng, PIECE_SIDE if self.pieces else WHOLE_SIDE)
         return _recolour(_shade_sides(image, rng), rng), mask, self.pool.kind(number)
 
 
@@ -181,12 +189,28 @@ def _crop(image: np.ndarray, mask: np.ndarray, rng: np.random.Generator, pieces:
     return image[top : top + height, left : left + width], mask[top : top + height, left : left + width]
 
 
-def _drawn_wide(mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Half of the time, a mask as a person draws it: up to three pixels over the border. On a hairline that is most of its width."""
-    if rng.random() < 0.5 or not mask.any():
+def _drawn_wide(mask: np.ndarray, rng: np.random.Generator, shown: int) -> np.ndarray:
+    """Half of the time, a mask as a person draws it: up to three pixels over the border, once the picture's longer side is `shown` pixels.
+
+    On a hairline that is most of its width.
+    """
+    radius = round(rng.uniform(0, 3) * max(mask.shape) / shown)
+    if rng.random() < 0.5 or radius == 0 or not mask.any():
         return mask
-    side = 2 * int(rng.integers(1, 4)) + 1
+    side = 2 * radius + 1
     return cv2.dilate(mask.astype(np.uint8), cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (side, side))) > 0
+
+
+def _overlaid(image: np.ndarray, normal: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The picture with a normal picture's texture over it, as much as a defect can stand out from: surfaces that no recipe makes."""
+    height, width = image.shape[:2]
+    side = normal.shape[0]
+    size = int(side * rng.uniform(0.3, 1.0))
+    top, left = rng.integers(side - size + 1), rng.integers(side - size + 1)
+    piece = cv2.resize(normal[top : top + size, left : left + size], (width, height), interpolation=cv2.INTER_AREA).astype(np.float32)
+    texture = piece.mean(axis=2) - cv2.blur(piece.mean(axis=2), (2 * (max(height, width) // 8) + 1,) * 2)
+    strength = rng.uniform(0.15, 0.7) * min(1.0, 25 / (float(texture.std()) + 1))
+    return np.clip(image + strength * texture[..., None], 0, 255).astype(np.uint8)
 
 
 def _turn(image: np.ndarray, mask: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:

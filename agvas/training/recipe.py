@@ -49,7 +49,7 @@ class Recipe:
     tuning: TuningSettings = field(
         default_factory=lambda: TuningSettings(
             LoopSettings(
-                steps=900,
+                steps=700,
                 global_batch=8,
                 micro_batch=8,
                 learning_rate=5e-4,
@@ -59,7 +59,7 @@ class Recipe:
                 average_decay=0.997,
             ),
             TrainedParts(lora=None, encoders=True, slow=("pixel_encoder.patch_embed", "mask_decoder.upscaling"), slow_share=0.1),
-            ObjectiveSettings(text=0.1, early_mask=MaskLossWeights(bce=4.0, dice=0.25), early_until=540),
+            ObjectiveSettings(text=0.1, early_mask=MaskLossWeights(bce=4.0, dice=0.25), early_until=500),
         )
     )
     modes: dict[str, float] = field(default_factory=lambda: dict(MODES))

@@ -1,0 +1,156 @@
+"""Tuning a checkpoint as the paper does, through the function and through agvas-train --checkpoint."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import new_tiny, picture
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
+
+from agvas import AGVAS, load, save
+from agvas.config import ANSWER
+from agvas.training import cli
+from agvas.training.adaptation import TrainedParts
+from agvas.training.batch import collate
+from agvas.training.feature_cache import FeatureCache
+from agvas.training.loop import LoopSettings
+from agvas.training.sample import TrainingSample
+from agvas.training.trainer import TuningSettings, tune
+
+LOOP = LoopSettings(steps=4, global_batch=2, micro_batch=1, warmup_steps=1, learning_rate=3e-3, precision="no", save_every=2, log_every=1)
+SETTINGS = TuningSettings(LOOP)
+
+
+class Pictures:
+    """Three pictures that come again and again: an anomaly, a general one, a conversation."""
+
+    def sample(self, seed: int, step: int, index: int) -> TrainingSample:
+        kind = (step + index) % 3
+        image = picture(kind)
+        mask = image.mean(axis=2) > 200
+        if kind == 2:
+            return TrainingSample(image, "What is this?", "A bright block.", None, False)
+        return TrainingSample(image, "Segment it.", ANSWER, mask, kind == 0)
+
+
+def weights(model: AGVAS) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Tensor], Path]:
+    folder = tmp_path_factory.mktemp("tuned")
+    return weights(tune(new_tiny(), Pictures(), SETTINGS, folder)), folder
+
+
+def test_tuning_moves_the_papers_parts_and_no_other(tuned: tuple[dict[str, Tensor], Path]) -> None:
+    start = new_tiny().state_dict()
+    moved = {name for name, tensor in tuned[0].items() if not torch.allclose(tensor, start[name], atol=1e-7, rtol=0)}
+    assert not {name for name in moved if name.startswith(("pixel_encoder.", "semantic_encoder."))}
+    language = {name for name in moved if name.startswith("language.model.layers")}
+    assert language == {f"language.model.layers.{n}.self_attn.{p}_proj.weight" for n in range(3) for p in "qv"}
+    assert {"language.model.embed_tokens.weight", "language.lm_head.weight", "spam.query.weight"} <= moved
+    assert {name for name in start if name.startswith("mask_decoder.") and name not in moved} == {"mask_decoder.frequencies"}
+
+
+def test_the_checkpoint_is_whole_and_what_was_trained_lies_beside_it(tuned: tuple[dict[str, Tensor], Path]) -> None:
+    merged, folder = tuned
+    on_disk = load(folder / "checkpoint").state_dict()
+    assert on_disk.keys() == merged.keys()
+    assert all(torch.equal(on_disk[name], tensor) for name, tensor in merged.items())
+    assert {path.name for path in (folder / "trained").iterdir()} == {
+        "adapter_config.json", "adapter_model.safetensors", "trained.safetensors", "trained.json",
+    }  # fmt: skip
+
+
+def test_features_that_are_kept_train_the_same_model_without_looking_again(
+    tuned: tuple[dict[str, Tensor], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked = 0
+    encode = AGVAS.encode
+
+    def counted(model: AGVAS, pixel_image: Tensor, semantic_image: Tensor) -> object:
+        nonlocal looked
+        looked += len(pixel_image)
+        return encode(model, pixel_image, semantic_image)
+
+    monkeypatch.setattr(AGVAS, "encode", counted)
+    cached = weights(tune(new_tiny(), Pictures(), SETTINGS, tmp_path / "run", cache=tmp_path / "features"))
+    assert looked == 3  # eight samples of three pictures
+    for name, tensor in tuned[0].items():
+        torch.testing.assert_close(cached[name], tensor, atol=0, rtol=0, msg=name)
+    tune(new_tiny(), Pictures(), SETTINGS, tmp_path / "again", cache=tmp_path / "features")
+    assert looked == 3
+
+
+def test_another_encoders_features_are_not_taken(tmp_path: Path) -> None:
+    model = new_tiny().requires_grad_(False)
+    batch = collate([Pictures().sample(0, 0, 0)], model.config, model.prompt_encoder)
+    first = FeatureCache(tmp_path, model).features(model, batch)
+    with torch.no_grad():
+        model.pixel_encoder.neck.conv1.weight += 0.1
+    second = FeatureCache(tmp_path, model).features(model, batch)
+    assert not torch.equal(first.pixel_embeddings, second.pixel_embeddings)
+    torch.testing.assert_close(first.semantic_features, second.semantic_features)
+
+
+def test_a_cache_of_encoders_that_learn_is_refused(tmp_path: Path) -> None:
+    settings = replace(SETTINGS, parts=TrainedParts(encoders=True))
+    with pytest.raises(ValueError, match="needs frozen encoders"):
+        tune(new_tiny(), Pictures(), settings, tmp_path / "run", cache=tmp_path / "features")
+
+
+def test_another_base_or_mixture_is_another_run(tuned: tuple[dict[str, Tensor], Path], tmp_path: Path) -> None:
+    one_step = replace(SETTINGS, loop=replace(LOOP, steps=1))
+    tune(new_tiny(), Pictures(), one_step, tmp_path, facts={"checkpoint": "a"})
+    with pytest.raises(ValueError, match="checkpoint was a, is b"):
+        tune(new_tiny(), Pictures(), one_step, tmp_path, facts={"checkpoint": "b"})
+
+
+# --- the door ---
+
+
+@pytest.fixture
+def mixture(tmp_path: Path) -> Path:
+    """A manifest data set of two pictures and a mixture of it alone."""
+    data = tmp_path / "data"
+    data.mkdir()
+    rows = ["image,mask,label"]
+    for number in range(2):
+        Image.fromarray(picture(number)).save(data / f"{number}.png")
+        mask = (picture(number).mean(axis=2) > 200) & (number == 0)
+        Image.fromarray(np.where(mask, 255, 0).astype(np.uint8)).save(data / f"{number}_mask.png")
+        rows.append(f"{number}.png,{number}_mask.png,{1 - number}")
+    (data / "manifest.csv").write_text("\n".join(rows) + "\n")
+    file = tmp_path / "mixture.json"
+    file.write_text(json.dumps({"anomaly": {"probability": 1, "sources": [{"kind": "manifest", "root": "data"}]}}))
+    return file
+
+
+def test_agvas_train_tunes_a_checkpoint_on_a_mixture(mixture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save(new_tiny(), tmp_path / "base")
+    (tmp_path / "settings.json").write_text(json.dumps({"loop": {"precision": "no", "warmup_steps": 1}, "parts": {"lora": {"rank": 4}}}))
+    arguments = ["--checkpoint", str(tmp_path / "base"), "--mixture", str(mixture), "--settings", str(tmp_path / "settings.json")]
+    arguments += ["--steps", "2", "--batch", "2", "--feature-cache", str(tmp_path / "cache"), "--output", str(tmp_path / "run")]
+    assert cli.main(arguments) == 0
+    captured = capsys.readouterr()
+    assert captured.out == f"saved {tmp_path / 'run' / 'checkpoint'}\n"
+    assert "manifest" in captured.err  # the mixture's table
+    adapter = load_file(tmp_path / "run" / "trained" / "adapter_model.safetensors")
+    assert {tensor.shape[0] for name, tensor in adapter.items() if "lora_A" in name} == {4}
+    assert load(tmp_path / "run" / "checkpoint").segment(picture()).mask.shape == picture().shape[:2]
+    assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == 2
+
+
+def test_a_mixture_that_is_none_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save(new_tiny(), tmp_path / "base")
+    arguments = ["--checkpoint", str(tmp_path / "base"), "--mixture", str(tmp_path / "no.json")]
+    assert cli.main([*arguments, "--output", str(tmp_path / "run")]) == 1
+    assert "no.json" in capsys.readouterr().err
