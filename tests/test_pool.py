@@ -60,9 +60,10 @@ MAP_SIDE = 4 * nano().pixel.grid
 
 @pytest.fixture(scope="module")
 def bright_batch(bright_pool: SamplePool) -> Batch:
-    """Masks as they are: not drawn wide."""
+    """Masks and pictures as they are: nothing drawn wide, nothing laid over."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pool_module, "_drawn_wide", lambda mask, rng: mask)
+        patch.setattr(pool_module, "_drawn_wide", lambda mask, rng, shown: mask)
+        patch.setattr(pool_module, "OVERLAID_SHARE", 0.0)
         return drawn(bright_pool, nano(), 24, seed=1)
 
 
@@ -339,10 +340,28 @@ def test_a_sample_with_a_mask_but_without_anchors_is_refused() -> None:
 
 
 def test_a_mask_drawn_wide_covers_the_mask_and_little_more() -> None:
-    mask = np.zeros((60, 60), bool)
+    """Up to three of the pixels that are shown: none of its own where the picture is shown four times as large."""
+    mask = np.zeros((64, 64), bool)
     mask[20:22, 10:50] = True
-    wide = [pool_module._drawn_wide(mask, np.random.default_rng(seed)) for seed in range(60)]
+    wide = [pool_module._drawn_wide(mask, np.random.default_rng(seed), 64) for seed in range(80)]
     changed = [each for each in wide if not np.array_equal(each, mask)]
-    assert 18 <= len(changed) <= 42
+    assert 18 <= len(changed) <= 50
     assert all(each[mask].all() and not each[:17].any() and not each[25:].any() for each in wide)
     assert torch.tensor([float(each.sum()) for each in changed]).unique().numel() == 3  # one, two and three pixels
+    assert all(np.array_equal(pool_module._drawn_wide(mask, np.random.default_rng(seed), 512), mask) for seed in range(20))
+
+
+def test_a_texture_laid_over_a_picture_leaves_what_it_shows_in_place() -> None:
+    rng = np.random.default_rng(0)
+    image = np.full((60, 80, 3), 90, np.uint8)
+    image[20:40, 30:60] = 220
+    normal = rng.integers(0, 256, (50, 50, 3), np.uint8)
+    for seed in range(5):
+        over = pool_module._overlaid(image, normal, np.random.default_rng(seed)).astype(int)
+        assert over.shape == image.shape and 3 < over[:20].std() < 30
+        assert abs(over[22:38, 32:58].mean() - over[45:].mean() - 130) < 15
+
+
+def test_pieces_show_a_part_of_a_picture_mostly(bright_pool: SamplePool) -> None:
+    sides = [max(ProceduralSource(bright_pool, 0.0, pieces=True).sample(0, 0, index).image.shape) for index in range(60)]
+    assert np.median(sides) < 110 and max(sides) <= 160

@@ -63,7 +63,21 @@ def test_contrast_is_the_distance_from_the_neighbourhood_in_the_pictures_own_uni
     unit = (colour.abs() + 0.02).log().mean().exp()
     got = stem.contrast(picture)
     assert got.shape == (1, CONTRASTS, 28, 28)
-    torch.testing.assert_close(got[:, :6], torch.cat([colour, grey, wide, whole], dim=1) / unit, atol=1e-4, rtol=1e-4)
+    pixels = picture.mean(dim=1, keepdim=True).unfold(2, 2, 2).unfold(3, 2, 2).flatten(4)  # [1, 1, 28, 28, 4], a cell's pixels
+    around = cells.mean(dim=1, keepdim=True) - grey
+    darkest, brightest = pixels.amin(dim=4) - around, pixels.amax(dim=4) - around
+    expected = torch.cat([colour, grey, wide, darkest, brightest, whole], dim=1) / unit
+    torch.testing.assert_close(got[:, :8], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_line_thinner_than_a_cell_stands_out_by_its_darkest_pixel() -> None:
+    stem = ConvolutionalStem(patch_size=16, width=16, outputs=16)
+    picture = 0.02 * torch.randn(1, 3, 128, 128, generator=torch.Generator().manual_seed(2)) + 0.5
+    picture[:, :, :, 61] -= 1.0
+    got = stem.contrast(picture)[0]
+    mean, darkest = got[3, 16, 15].abs(), got[5, 16, 15].abs()
+    assert darkest > 3 * mean
+    assert got[5, 16, 5].abs() < 0.2 * darkest
 
 
 def test_the_last_channel_tells_how_near_a_border_is() -> None:
@@ -143,7 +157,7 @@ def test_folding_the_norms_into_the_convolutions_changes_no_output() -> None:
     ("changes", "message"),
     [
         ({"stem": "conv"}, "stem: expected"),
-        ({"stem": "convolutional", "patch_size": 14, "image_size": 56}, "patch size that 4 divides, got 14"),
+        ({"stem": "convolutional", "patch_size": 14, "image_size": 56}, "patch size that 8 divides, got 14"),
     ],
 )
 def test_a_stem_that_cannot_be_is_refused(changes: dict[str, object], message: str) -> None:

@@ -24,7 +24,6 @@ from agvas.training.procedural import Sample, make_samples
 from agvas.training.sample import TrainingSample
 from runtime.prompts import DIRECT
 
-
 OVERLAID_SHARE = 0.4
 WHOLE_SIDE, PIECE_SIDE = 512, 256  # about what a network makes of a picture's longer side, and of a piece's
 
