@@ -45,7 +45,7 @@ def train_variant(recipe: Recipe, work: Path, name: str, pretrained: str | None,
 def measured(checkpoint: Path, datasets: Sequence[Path]) -> dict[str, Any]:
     """The means over the data sets, and each set's own."""
     read = read_datasets([("manifest", folder) for folder in datasets])
-    results = evaluate_datasets(read, lambda: open_predictor(Source(checkpoint=str(checkpoint))))
+    results = evaluate_datasets(read, open_predictor(Source(checkpoint=str(checkpoint))))
     mean = mean_metrics([result["mean"] for result in results])
     sets = {result["dataset"]: {name: result["mean"][name] for name in SHOWN} for result in results}
     return {"mean": {name: mean[name] for name in SHOWN}, "datasets": sets}

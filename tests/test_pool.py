@@ -60,10 +60,11 @@ MAP_SIDE = 4 * nano().pixel.grid
 
 @pytest.fixture(scope="module")
 def bright_batch(bright_pool: SamplePool) -> Batch:
-    """Masks and pictures as they are: nothing drawn wide, nothing laid over."""
+    """Masks and pictures as they are: nothing drawn wide, laid over or shaded."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pool_module, "_drawn_wide", lambda mask, rng, shown: mask)
         patch.setattr(pool_module, "OVERLAID_SHARE", 0.0)
+        patch.setattr(pool_module, "_shade_sides", lambda image, rng: image)
         return drawn(bright_pool, nano(), 24, seed=1)
 
 

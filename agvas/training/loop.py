@@ -20,6 +20,7 @@ from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DistributedType
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -102,6 +103,8 @@ def accelerator_for(settings: LoopSettings, device: str) -> Accelerator:
         raise ValueError(
             f"global_batch: expected a multiple of {processes} processes x {settings.micro_batch} samples, got {settings.global_batch}"
         )
+    AcceleratorState._reset_state()  # a process may train twice, in another precision; the process group stays
+    GradientState._reset_state()
     accelerator = Accelerator(
         cpu=kind == "cpu", mixed_precision=settings.precision, gradient_accumulation_steps=settings.global_batch // at_once
     )
