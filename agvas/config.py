@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from runtime.preprocess import Preprocessing
@@ -231,3 +231,22 @@ def tiny(**prompt_changes: Any) -> AGVASConfig:
 
 
 NAMED = {"ov_7b": ov_7b, "nano": nano, "tiny": tiny}
+# Tables 3 and 1: without [SEG], without [NOR] and [ANO], without SPAM; [SEG] alone without SPAM, as LISA.
+ABLATIONS = ("no-seg", "no-relative", "no-spam", "single-anchor")
+
+
+def ablated(config: AGVASConfig, ablation: str | None) -> AGVASConfig:
+    """The config without what an ablation of ABLATIONS leaves out; itself for None. ValueError for another name."""
+    if ablation is None:
+        return config
+    if ablation not in ABLATIONS:
+        raise ValueError(f"ablation: expected one of {', '.join(ABLATIONS)}, got {ablation!r}")
+    kept = {"no-seg": slice(0, 2), "no-spam": slice(0, 3)}.get(ablation, slice(2, 3))
+    anchors, roles = config.prompts.anchors[kept], tuple(ROLES[kept])
+    return replace(
+        config,
+        name=f"{config.name}-{ablation}",
+        spam=None if ablation in ("no-spam", "single-anchor") else config.spam,
+        mask_decoder=replace(config.mask_decoder, roles=roles),
+        prompts=replace(config.prompts, anchors=anchors, answer=config.prompts.answer.replace("".join(ANCHORS), "".join(anchors))),
+    )

@@ -20,7 +20,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from agvas.training.recipe import ABLATIONS, Recipe, train_from_nothing
+from agvas.config import ABLATIONS
+from agvas.training.recipe import Recipe, train_from_nothing
 from benchmarks.accuracy import evaluate_datasets, read_datasets
 from benchmarks.environment import environment
 from benchmarks.evaluation import mean_metrics
@@ -74,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--output", type=Path, required=True, metavar="FILE.json")
     options = parser.parse_args(argv)
-    recipe = _recipe(options)
+    recipe = Recipe(config=options.config).shortened(options.pretraining_steps, options.steps, options.samples)
     first = f"seed-{options.seeds[0]}"
     variants = {f"seed-{seed}": (recipe.with_seed(seed), None) for seed in options.seeds}
     variants |= {name: (replace(recipe.with_seed(options.seeds[0]), ablation=name), first) for name in options.ablations}
@@ -91,25 +92,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     options.output.write_text(json.dumps(result, indent=2) + "\n")
     return 0
-
-
-def _recipe(options: argparse.Namespace) -> Recipe:
-    recipe = Recipe(config=options.config)
-    if options.steps is not None:
-        tuning = recipe.tuning
-        early = round(tuning.objective.early_until * options.steps / tuning.loop.steps)
-        recipe = replace(
-            recipe,
-            tuning=replace(
-                tuning, loop=replace(tuning.loop, steps=options.steps), objective=replace(tuning.objective, early_until=early)
-            ),
-        )
-    if options.pretraining_steps is not None:
-        first = recipe.pretraining
-        recipe = replace(recipe, pretraining=replace(first, loop=replace(first.loop, steps=options.pretraining_steps)))
-    if options.samples is not None:
-        recipe = replace(recipe, pool=replace(recipe.pool, samples=options.samples, plain=options.samples * 2 // 5))
-    return recipe
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ ENCODERS = {config.name: PromptEncoder(train_tokenizer([ANSWER], 512), config.pr
 
 
 def drawn(pool: SamplePool, config: AGVASConfig, count: int, seed: int = 0, share: float = 0.0) -> Batch:
-    source = ProceduralSource(pool, share)
+    source = ProceduralSource(pool, config.preprocessing.pixel_size, share)
     return collate([source.sample(seed, 0, index) for index in range(count)], config, ENCODERS[config.name])
 
 
@@ -256,7 +256,7 @@ def test_light_falls_off_towards_the_sides_of_a_quarter_of_the_pictures_and_leav
 
 
 def test_every_mode_is_drawn_in_its_share_and_its_answer_holds_the_anchors(bright_pool: SamplePool) -> None:
-    source = ProceduralSource(bright_pool, 0.0, modes={"direct": 0.5, "describe-then-segment": 0.25, "segment-then-explain": 0.25})
+    source = ProceduralSource(bright_pool, 512, 0.0, modes={"direct": 0.5, "describe-then-segment": 0.25, "segment-then-explain": 0.25})
     samples = [source.sample(0, 1, index) for index in range(200)]
     assert all(sample.relative and sample.answer.count("[NOR][ANO][SEG]") == 1 for sample in samples)
     direct = [sample for sample in samples if sample.answer == ANSWER]
@@ -267,7 +267,7 @@ def test_every_mode_is_drawn_in_its_share_and_its_answer_holds_the_anchors(brigh
 
 
 def test_an_answer_describes_the_crop_it_comes_with(bright_pool: SamplePool) -> None:
-    source = ProceduralSource(bright_pool, 0.0, modes={"describe-then-segment": 1.0})
+    source = ProceduralSource(bright_pool, 512, 0.0, modes={"describe-then-segment": 1.0})
     seen = set()
     for index in range(40):
         sample = source.sample(3, 0, index)
@@ -278,7 +278,7 @@ def test_an_answer_describes_the_crop_it_comes_with(bright_pool: SamplePool) -> 
 
 
 def test_a_sample_is_a_function_of_seed_step_and_place(bright_pool: SamplePool) -> None:
-    source, again = (ProceduralSource(bright_pool, 0.3, modes=dict.fromkeys(MODES, 1.0)) for _ in range(2))
+    source, again = (ProceduralSource(bright_pool, 512, 0.3, modes=dict.fromkeys(MODES, 1.0)) for _ in range(2))
     first = source.sample(1, 2, 3)
     for _ in range(5):
         source.sample(1, 2, 4)
@@ -290,7 +290,7 @@ def test_a_sample_is_a_function_of_seed_step_and_place(bright_pool: SamplePool) 
 
 
 def test_an_ablations_answers_hold_the_anchors_it_has(bright_pool: SamplePool) -> None:
-    source = ProceduralSource(bright_pool, 0.0, anchors=("[SEG]",))
+    source = ProceduralSource(bright_pool, 512, 0.0, anchors=("[SEG]",))
     assert source.sample(0, 0, 0).answer == "Sure, it is [SEG]."
 
 
@@ -364,5 +364,5 @@ def test_a_texture_laid_over_a_picture_leaves_what_it_shows_in_place() -> None:
 
 
 def test_pieces_show_a_part_of_a_picture_mostly(bright_pool: SamplePool) -> None:
-    sides = [max(ProceduralSource(bright_pool, 0.0, pieces=True).sample(0, 0, index).image.shape) for index in range(60)]
+    sides = [max(ProceduralSource(bright_pool, 512, 0.0, pieces=True).sample(0, 0, index).image.shape) for index in range(60)]
     assert np.median(sides) < 110 and max(sides) <= 160

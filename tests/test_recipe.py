@@ -19,13 +19,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from agvas import AGVAS, CheckpointError, load
-from agvas.config import ANCHORS, nano, tiny
+from agvas.config import ABLATIONS, ANCHORS, nano, tiny
 from agvas.training import cli, recipe
 from agvas.training.batch import Batch, collate
 from agvas.training.losses import anchor_losses
 from agvas.training.pool import PoolSettings, ProceduralSource, SamplePool
 from agvas.training.pretraining import PixelPretraining, hand_over
-from agvas.training.recipe import ABLATIONS, Recipe, new_model, pieces_config, train_from_nothing
+from agvas.training.recipe import Recipe, new_model, pieces_config, train_from_nothing
 from export.bundle import ExportSettings, export_bundle
 from export.progress import Progress
 
@@ -124,7 +124,7 @@ def test_tuning_begins_with_the_maps_that_pretraining_ended_with(small_pool: Pat
     """The decoder's anomaly logit is the kernel's own, but for the tenth of the hypernetworks' weights that is kept."""
     model = new_model("tiny", 0).eval()
     first = PixelPretraining(model, SMALL.pretraining.weights, 0)
-    source = ProceduralSource(SamplePool(small_pool, SMALL.pool), 0.5)
+    source = ProceduralSource(SamplePool(small_pool, SMALL.pool), 56, 0.5)
     batch = collate([source.sample(0, 0, index) for index in range(4)], model.config, model.prompt_encoder)
     with torch.no_grad():
         before = first(batch, 0)["mask"]

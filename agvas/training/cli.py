@@ -8,26 +8,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from agvas.config import ABLATIONS
 from agvas.training.settings import read_settings
 
 if TYPE_CHECKING:
     from agvas.training.loop import LoopSettings
-    from agvas.training.recipe import Recipe
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
-        from agvas.training.loop import Diverged
-
         output = _tune(options) if options.checkpoint is not None else _from_nothing(options)
     except ModuleNotFoundError as error:
         print(f'agvas-train: {error.name} is not installed; pip install "agvas[train]"', file=sys.stderr)
         return 2
-    except (ValueError, OSError) as error:
-        print(f"agvas-train: {error}", file=sys.stderr)
-        return 1
-    except Diverged as error:
+    except (ValueError, OSError, ArithmeticError) as error:  # the last where a loss is no number
         print(f"agvas-train: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -51,7 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch", type=int, help="samples an optimiser step learns from, over all processes")
     parser.add_argument("--micro-batch", type=int, help="samples a process computes with at a time")
     parser.add_argument("--samples", type=int, help="procedural samples in the pool, with --config")
-    parser.add_argument("--ablation", choices=("no-seg", "no-relative", "no-spam", "single-anchor"), help="leave a part out, with --config")
+    parser.add_argument("--ablation", choices=ABLATIONS, help="leave a part out, with --config")
     parser.add_argument("--seed", type=int, help="of weights and of the order of samples (default: the recipe's, 0)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda:N; with accelerate launch: cpu or cuda")
     parser.add_argument("--workers", type=int, default=2, help="processes or threads that make samples")
@@ -65,24 +60,12 @@ def _from_nothing(options: argparse.Namespace) -> Path | None:
     from agvas.training.loop import is_main_process
     from agvas.training.recipe import Recipe, train_from_nothing
 
-    recipe = _changed(Recipe(config=options.config or "nano", ablation=options.ablation).with_seed(options.seed or 0), options)
+    recipe = Recipe(config=options.config or "nano", ablation=options.ablation).with_seed(options.seed or 0)
+    recipe = recipe.shortened(options.steps, options.steps, options.samples)
+    pretraining = replace(recipe.pretraining, loop=_changed_loop(recipe.pretraining.loop, options))
+    recipe = replace(recipe, pretraining=pretraining, tuning=replace(recipe.tuning, loop=_changed_loop(recipe.tuning.loop, options)))
     train_from_nothing(recipe, options.output, options.device, options.workers)
     return options.output / "checkpoint" if is_main_process() else None
-
-
-def _changed(recipe: Recipe, options: argparse.Namespace) -> Recipe:
-    pretraining, tuning, pool = recipe.pretraining, recipe.tuning, recipe.pool
-    if options.steps is not None:
-        # What falls at a share of the run falls at the same share of a shorter one.
-        share = options.steps / pretraining.loop.steps
-        early = round(tuning.objective.early_until * options.steps / tuning.loop.steps)
-        pretraining = replace(pretraining, plain_until=round(pretraining.plain_until * share))
-        tuning = replace(tuning, objective=replace(tuning.objective, early_until=early))
-    pretraining = replace(pretraining, loop=_changed_loop(pretraining.loop, options))
-    tuning = replace(tuning, loop=_changed_loop(tuning.loop, options))
-    if options.samples is not None:
-        pool = replace(pool, samples=options.samples, plain=options.samples * 2 // 5)
-    return replace(recipe, pretraining=pretraining, tuning=tuning, pool=pool)
 
 
 def _tune(options: argparse.Namespace) -> Path | None:

@@ -1,8 +1,9 @@
 """The training loop, on accelerate: the same command on a CPU, a GPU or many, with or without DeepSpeed.
 
 What is trained is a module that takes a batch and returns named losses; what it learns from is asked for by number, so that step, process
-and accumulation decide alone which sample is seen where: a resumed run repeats an uninterrupted one, and two processes one. State is
-safetensors and JSON, replaced whole. It knows nothing of masks, anchors or text.
+and accumulation decide alone which sample is seen where: a resumed run repeats an uninterrupted one, and two processes (but for the
+random numbers of dropout) one. State is safetensors and JSON, replaced whole; DeepSpeed writes its own. It knows nothing of masks,
+anchors or text.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ class Source(Protocol):
     def sample(self, seed: int, step: int, index: int) -> TrainingSample: ...
 
 
-class Diverged(RuntimeError):
+class Diverged(ArithmeticError):
     """The loss or its gradient became NaN or infinite; the last saved state is intact."""
 
 
@@ -108,6 +109,8 @@ def accelerator_for(settings: LoopSettings, device: str) -> Accelerator:
     accelerator = Accelerator(
         cpu=kind == "cpu", mixed_precision=settings.precision, gradient_accumulation_steps=settings.global_batch // at_once
     )
+    if accelerator.distributed_type == DistributedType.FSDP:
+        raise ValueError("accelerate: expected DeepSpeed or none, got FSDP, which takes single weights apart; use deepspeed_zero2.json")
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         plugin = accelerator.state.deepspeed_plugin
         if plugin.zero_stage == 3:
@@ -127,6 +130,7 @@ def run(
     device: str = "cpu",
     name: str = "training",
     workers: int = 1,
+    facts: dict[str, Any] | None = None,
 ) -> None:
     """Train `module` in place, or go on with what `folder` holds; it ends holding the weights to keep.
 
@@ -134,6 +138,7 @@ def run(
         module: called as module(batch, step), returns {name: loss}, each the mean over the batch; their sum is minimised.
         groups: what is trained; all other parameters keep still.
         workers: threads that draw samples ahead.
+        facts: what else makes this run this run; kept beside the settings in settings.json, and compared on resume.
 
     Raises:
         Diverged: see there.
@@ -142,7 +147,7 @@ def run(
     accelerator = accelerator_for(settings, device)
     folder.mkdir(parents=True, exist_ok=True)
     if accelerator.is_main_process:
-        keep_settings(folder / "settings.json", asdict(settings))
+        keep_settings(folder / "settings.json", asdict(settings) | (facts or {}))
     module.to(accelerator.device)
     optimizer = torch.optim.AdamW(_parameter_groups(groups, settings), lr=settings.learning_rate, betas=settings.betas)
     wrapped, prepared = accelerator.prepare(module, optimizer)
@@ -276,7 +281,7 @@ class _State:
     ) -> None:
         self.accelerator, self.module, self.wrapped, self.optimizer = accelerator, module, wrapped, optimizer
         self.settings, self.folder = settings, folder
-        self.sharded = accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP)
+        self.sharded = accelerator.distributed_type == DistributedType.DEEPSPEED
         self.parameters = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
         self.kept: dict[str, Tensor] = {name: parameter.detach() for name, parameter in self.parameters.items()}
         persistent = module.state_dict().keys()
@@ -308,6 +313,7 @@ class _State:
         if self.sharded:  # every process writes its part, in the library's own layout
             partial, place = self.folder / "state.partial", self.folder / "state"
             self.accelerator.save_state(str(partial))
+            self.accelerator.wait_for_everyone()
             if self.accelerator.is_main_process:
                 (partial / "step.json").write_text(json.dumps({"step": step}))
                 shutil.rmtree(place, ignore_errors=True)

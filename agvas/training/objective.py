@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from agvas.model import AGVAS, Features
+from agvas.model import AGVAS
 from agvas.training.batch import Batch
+from agvas.training.feature_cache import FeatureCache
 from agvas.training.losses import MaskLossWeights, mask_loss, text_loss
 
 
@@ -27,14 +28,15 @@ class ObjectiveSettings:
 
 
 class Objective(nn.Module):
-    """A batch → {"text": loss, "mask": loss}, weighted."""
+    """A batch → {"text": loss, "mask": loss}, weighted; with a cache, on the features it keeps from step to step."""
 
-    def __init__(self, model: AGVAS, settings: ObjectiveSettings) -> None:
+    def __init__(self, model: AGVAS, settings: ObjectiveSettings, cache: FeatureCache | None = None) -> None:
         super().__init__()
-        self.model, self.settings = model, settings
+        self.model, self.settings, self.cache = model, settings, cache
 
-    def forward(self, batch: Batch, step: int, features: Features | None = None) -> dict[str, Tensor]:
+    def forward(self, batch: Batch, step: int) -> dict[str, Tensor]:
         settings = self.settings
+        features = None if self.cache is None else self.cache.features(self.model, batch)
         weights = settings.early_mask if settings.early_mask is not None and step < settings.early_until else settings.mask
         output = self.model(batch.pixel_image, batch.semantic_image, batch.prompts, batch.answers, features)
         return {

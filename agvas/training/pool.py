@@ -25,7 +25,6 @@ from agvas.training.sample import TrainingSample
 from runtime.prompts import DIRECT
 
 OVERLAID_SHARE = 0.4
-WHOLE_SIDE, PIECE_SIDE = 512, 256  # about what a network makes of a picture's longer side, and of a piece's
 
 
 @dataclass(frozen=True)
@@ -102,6 +101,7 @@ class ProceduralSource:
     """Samples for the training loop: a pool's pictures, augmented, with a question and an answer in one of the modes.
 
     Args:
+        shown: the network's side, pixels: what a picture's longer side becomes.
         plain_share: probability that a sample is drawn from the plain ones; the rest comes from all the others.
         plain_until: until this step plain samples come alone.
         modes: share of each mode.
@@ -112,13 +112,14 @@ class ProceduralSource:
     def __init__(
         self,
         pool: SamplePool,
+        shown: int,
         plain_share: float,
         plain_until: int = 0,
         modes: Mapping[str, float] | None = None,
         anchors: Sequence[str] = ANCHORS,
         pieces: bool = False,
     ) -> None:
-        self.pool, self.plain_share, self.plain_until = pool, plain_share, plain_until
+        self.pool, self.shown, self.plain_share, self.plain_until = pool, shown, plain_share, plain_until
         self.anchors, self.pieces = anchors, pieces
         shares = modes or {DIRECT: 1.0}
         self.modes, self.shares = list(shares), np.array(list(shares.values())) / sum(shares.values())
@@ -139,7 +140,7 @@ class ProceduralSource:
         if rng.random() < OVERLAID_SHARE and self.pool.normals.size:
             other = int(self.pool.normals[rng.integers(self.pool.normals.size)])
             image = _overlaid(image, self.pool.images[other], rng)
-        mask = _drawn_wide(mask, rng, PIECE_SIDE if self.pieces else WHOLE_SIDE)
+        mask = _drawn_wide(mask, rng, self.shown)
         return _recolour(_shade_sides(image, rng), rng), mask, self.pool.kind(number)
 
 

@@ -6,17 +6,16 @@ under an hour. Every number is a field; the folder is resumable at any time.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
 
-from agvas.config import ANCHORS, ANSWER, NAMED, ROLES, AGVASConfig
+from agvas.config import ANSWER, NAMED, AGVASConfig, ablated
 from agvas.model import AGVAS
 from agvas.tokenizer import train_tokenizer
 from agvas.training.adaptation import TrainedParts
-from agvas.training.batch import Batch, collate
+from agvas.training.batch import collate
 from agvas.training.descriptions import all_sentences
 from agvas.training.instructions import all_instructions
 from agvas.training.loop import LoopSettings, is_main_process, keep_settings, main_process_first, run
@@ -24,10 +23,8 @@ from agvas.training.losses import MaskLossWeights
 from agvas.training.objective import ObjectiveSettings
 from agvas.training.pool import PoolSettings, ProceduralSource, SamplePool
 from agvas.training.pretraining import PixelPretraining, PretrainingSettings, hand_over
-from agvas.training.sample import TrainingSample
 from agvas.training.trainer import TuningSettings, tune
 
-ABLATIONS = ("no-seg", "no-relative", "no-spam", "single-anchor")
 MODES = {"direct": 0.55, "describe-then-segment": 0.15, "describe-then-segment-plus": 0.15, "segment-then-explain": 0.15}
 
 
@@ -38,7 +35,7 @@ class Recipe:
     Attributes:
         plain_share: share of a batch drawn from the plain samples, once the others are there.
         modes: share of each instruction mode.
-        ablation: one of ABLATIONS (tables 3 and 1: "single-anchor" is [SEG] alone without SPAM, as LISA), None for AG-VAS.
+        ablation: one of agvas.config.ABLATIONS, None for AG-VAS.
     """
 
     config: str = "nano"
@@ -74,6 +71,21 @@ class Recipe:
             tuning=replace(self.tuning, loop=replace(self.tuning.loop, seed=seed)),
         )
 
+    def shortened(self, pretraining_steps: int | None, tuning_steps: int | None, samples: int | None) -> Recipe:
+        """With other numbers of steps and samples (None: as they are); what falls at a share of a run keeps its share."""
+        pretraining, tuning, pool = self.pretraining, self.tuning, self.pool
+        if pretraining_steps is not None:
+            until = round(pretraining.plain_until * pretraining_steps / pretraining.loop.steps)
+            pretraining = replace(pretraining, plain_until=until, loop=replace(pretraining.loop, steps=pretraining_steps))
+        if tuning_steps is not None:
+            until = round(tuning.objective.early_until * tuning_steps / tuning.loop.steps)
+            tuning = replace(
+                tuning, objective=replace(tuning.objective, early_until=until), loop=replace(tuning.loop, steps=tuning_steps)
+            )
+        if samples is not None:
+            pool = replace(pool, samples=samples, plain=samples * pool.plain // pool.samples)
+        return replace(self, pretraining=pretraining, tuning=tuning, pool=pool)
+
 
 def train_from_nothing(recipe: Recipe, folder: Path, device: str = "cpu", workers: int = 2) -> AGVAS:
     """The recipe's model, also in folder/checkpoint in 16 bit; goes on where an interrupted run stopped.
@@ -92,15 +104,25 @@ def train_from_nothing(recipe: Recipe, folder: Path, device: str = "cpu", worker
     anchors = model.config.prompts.anchors
     config = pieces_config(model.config, recipe.pretraining.side)
     source = ProceduralSource(
-        pool, recipe.plain_share, recipe.pretraining.plain_until, anchors=anchors, pieces=config is not model.config
+        pool,
+        config.preprocessing.pixel_size,
+        recipe.plain_share,
+        recipe.pretraining.plain_until,
+        anchors=anchors,
+        pieces=config is not model.config,
     )
-
-    def batch(samples: Sequence[TrainingSample]) -> Batch:
-        return collate(samples, config, model.prompt_encoder)
-
-    run(first, first.groups(), source, batch, recipe.pretraining.loop, folder / "pretraining", device, "pixel pretraining")
+    run(
+        first,
+        first.groups(),
+        source,
+        lambda samples: collate(samples, config, model.prompt_encoder),
+        recipe.pretraining.loop,
+        folder / "pretraining",
+        device,
+        "pixel pretraining",
+    )
     hand_over(first.kernel, model)
-    source = ProceduralSource(pool, recipe.plain_share, modes=recipe.modes, anchors=anchors)
+    source = ProceduralSource(pool, model.config.preprocessing.pixel_size, recipe.plain_share, modes=recipe.modes, anchors=anchors)
     return tune(model, source, recipe.tuning, folder, device, dtype=torch.float16)
 
 
@@ -133,21 +155,4 @@ def pieces_config(config: AGVASConfig, side: int | None) -> AGVASConfig:
         raise ValueError(f"side: expected a multiple of {config.pixel.patch_size} up to {config.pixel.image_size} pixels, got {side}")
     return replace(
         config, pixel=replace(config.pixel, image_size=side), preprocessing=replace(config.preprocessing, pixel_size=side)
-    )
-
-
-def ablated(config: AGVASConfig, ablation: str | None) -> AGVASConfig:
-    """The config without what an ablation leaves out."""
-    if ablation is None:
-        return config
-    if ablation not in ABLATIONS:
-        raise ValueError(f"ablation: expected one of {', '.join(ABLATIONS)}, got {ablation!r}")
-    kept = {"no-seg": slice(0, 2), "no-spam": slice(0, 3)}.get(ablation, slice(2, 3))
-    anchors, roles = config.prompts.anchors[kept], tuple(ROLES[kept])
-    return replace(
-        config,
-        name=f"{config.name}-{ablation}",
-        spam=None if ablation in ("no-spam", "single-anchor") else config.spam,
-        mask_decoder=replace(config.mask_decoder, roles=roles),
-        prompts=replace(config.prompts, anchors=anchors, answer=config.prompts.answer.replace("".join(ANCHORS), "".join(anchors))),
     )

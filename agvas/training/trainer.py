@@ -6,23 +6,19 @@ settings, state, logs and, at the end, what was trained (`trained/`) and a whole
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from agvas.checkpoint import save
 from agvas.model import AGVAS
 from agvas.training.adaptation import Adaptation, TrainedParts
-from agvas.training.batch import Batch, collate
+from agvas.training.batch import collate
 from agvas.training.feature_cache import FeatureCache
-from agvas.training.loop import LoopSettings, Source, is_main_process, keep_settings, run
+from agvas.training.loop import LoopSettings, Source, is_main_process, run
 from agvas.training.objective import Objective, ObjectiveSettings
-from agvas.training.sample import TrainingSample
 
 
 @dataclass(frozen=True)
@@ -32,17 +28,6 @@ class TuningSettings:
     loop: LoopSettings = LoopSettings()
     parts: TrainedParts = TrainedParts()
     objective: ObjectiveSettings = ObjectiveSettings()
-
-
-class _CachedObjective(Objective):
-    """The objective on features that are kept from step to step."""
-
-    def __init__(self, model: AGVAS, settings: ObjectiveSettings, cache: FeatureCache) -> None:
-        super().__init__(model, settings)
-        self._cache = cache
-
-    def forward(self, batch: Batch, step: int) -> dict[str, Tensor]:  # type: ignore[override]
-        return super().forward(batch, step, self._cache.features(self.model, batch))
 
 
 def tune(
@@ -67,20 +52,23 @@ def tune(
         ValueError: the folder holds another run; settings that cannot be.
         Diverged: see loop.py.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    if is_main_process():
-        keep_settings(folder / "run.json", {"model": model.config.name, **asdict(settings), **(facts or {})})
     adaptation = Adaptation(model, settings.parts, settings.loop.seed)
     model.train()
     if not settings.parts.encoders:  # frozen: no dropout, no batch statistics
         model.pixel_encoder.eval()
         model.semantic_encoder.eval()
-    if cache is None:
-        objective = Objective(model, settings.objective)
-    else:
-        objective = _CachedObjective(model, settings.objective, FeatureCache(cache, model))
-    make_batch = partial(_collate, model=model)
-    run(objective, adaptation.groups(), source, make_batch, settings.loop, folder, device, workers=workers)
+    objective = Objective(model, settings.objective, None if cache is None else FeatureCache(cache, model))
+    run(
+        objective,
+        adaptation.groups(),
+        source,
+        lambda samples: collate(samples, model.config, model.prompt_encoder),
+        settings.loop,
+        folder,
+        device,
+        workers=workers,
+        facts={"model": model.config.name, "parts": asdict(settings.parts), "objective": asdict(settings.objective), **(facts or {})},
+    )
     if is_main_process():
         adaptation.save(folder / "trained")
     merged = adaptation.merge()
@@ -88,6 +76,3 @@ def tune(
         save(merged, folder / "checkpoint", dtype=dtype)
     return merged
 
-
-def _collate(samples: Sequence[TrainingSample], model: AGVAS) -> Batch:
-    return collate(samples, model.config, model.prompt_encoder)
