@@ -21,7 +21,6 @@ from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DistributedType
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -104,11 +103,13 @@ def accelerator_for(settings: LoopSettings, device: str) -> Accelerator:
         raise ValueError(
             f"global_batch: expected a multiple of {processes} processes x {settings.micro_batch} samples, got {settings.global_batch}"
         )
-    AcceleratorState._reset_state()  # a process may train twice, in another precision; the process group stays
-    GradientState._reset_state()
+    deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"  # accelerate drops it in silence where it is told cpu
+    # The loop casts by itself: DeepSpeed's bf16 would turn the weights, and not the inputs.
     accelerator = Accelerator(
-        cpu=kind == "cpu", mixed_precision=settings.precision, gradient_accumulation_steps=settings.global_batch // at_once
+        cpu=kind == "cpu" and not deepspeed, mixed_precision="no", gradient_accumulation_steps=settings.global_batch // at_once
     )
+    if deepspeed and accelerator.distributed_type != DistributedType.DEEPSPEED:
+        raise ValueError("DeepSpeed was asked for and accelerate did not take it; see its own messages, or launch without it")
     if accelerator.distributed_type == DistributedType.FSDP:
         raise ValueError("accelerate: expected DeepSpeed or none, got FSDP, which takes single weights apart; use deepspeed_zero2.json")
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
@@ -167,7 +168,9 @@ def run(
         sums: dict[str, Tensor] = {}
         for _ in range(accumulation):
             with accelerator.accumulate(wrapped):
-                losses = wrapped(next(batches).to(accelerator.device), step)
+                batch = next(batches).to(accelerator.device)
+                with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
+                    losses = wrapped(batch, step)
                 loss = torch.stack(list(losses.values())).sum()
                 accelerator.backward(loss)
                 for key, value in losses.items():
