@@ -1,0 +1,50 @@
+"""Integer weights of linear layers: what quantisation makes and every writer (checkpoint, graph, torch truth) reads.
+
+One form only, the one that GPTQ checkpoints, ONNX DequantizeLinear, onnxruntime's MatMulNBits, OpenVINO and TensorRT all take without
+loss: symmetric, groups along the input axis in their natural order. Act-order changes which codes are chosen, never their order here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedWeight:
+    """weight[n, k] ≈ codes[n, k] · scales[n, k // group].
+
+    Attributes:
+        codes: int8 [N, K] (N outputs, K inputs, as in torch's Linear), from -2^(bits-1) to 2^(bits-1) - 1.
+        scales: float16 [N, K / group], positive.
+        bits: 4 or 8.
+        group: inputs that share a scale; divides K. K itself for one scale an output.
+
+    Raises:
+        ValueError: arrays that do not fit one another.
+    """
+
+    codes: np.ndarray
+    scales: np.ndarray
+    bits: int
+    group: int
+
+    def __post_init__(self) -> None:
+        if self.bits not in (4, 8):
+            raise ValueError(f"bits: expected 4 or 8, got {self.bits}")
+        if self.codes.ndim != 2 or self.codes.dtype != np.int8:
+            raise ValueError(f"codes: expected int8 [N, K], got {self.codes.dtype} {list(self.codes.shape)}")
+        outputs, inputs = self.codes.shape
+        if self.group < 1 or inputs % self.group:
+            raise ValueError(f"group: expected a divisor of {inputs} inputs, got {self.group}")
+        expected = (outputs, inputs // self.group)
+        if self.scales.shape != expected or self.scales.dtype != np.float16:
+            raise ValueError(f"scales: expected float16 {list(expected)}, got {self.scales.dtype} {list(self.scales.shape)}")
+        least, most = -(1 << (self.bits - 1)), (1 << (self.bits - 1)) - 1
+        if self.codes.min() < least or self.codes.max() > most:
+            raise ValueError(f"codes: expected {least}..{most}, got {self.codes.min()}..{self.codes.max()}")
+
+    def dequantized(self) -> np.ndarray:
+        """float32 [N, K]."""
+        return self.codes.astype(np.float32) * np.repeat(self.scales.astype(np.float32), self.group, axis=1)
