@@ -41,12 +41,12 @@ class Recipe:
     config: str = "nano"
     seed: int = 0
     pool: PoolSettings = PoolSettings()
-    plain_share: float = 0.6
+    plain_share: float = 0.4
     pretraining: PretrainingSettings = field(default_factory=PretrainingSettings)
     tuning: TuningSettings = field(
         default_factory=lambda: TuningSettings(
             LoopSettings(
-                steps=700,
+                steps=1_800,
                 global_batch=8,
                 micro_batch=8,
                 learning_rate=5e-4,
@@ -56,7 +56,7 @@ class Recipe:
                 average_decay=0.997,
             ),
             TrainedParts(lora=None, encoders=True, slow=("pixel_encoder.patch_embed", "mask_decoder.upscaling"), slow_share=0.1),
-            ObjectiveSettings(text=0.1, early_mask=MaskLossWeights(bce=4.0, dice=0.25), early_until=500),
+            ObjectiveSettings(text=0.25, early_mask=MaskLossWeights(bce=4.0, dice=0.25), early_until=1_300),
         )
     )
     modes: dict[str, float] = field(default_factory=lambda: dict(MODES))
