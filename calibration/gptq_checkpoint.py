@@ -153,6 +153,9 @@ def write_gptq_checkpoint(model: AGVAS, weights: Mapping[str, QuantizedWeight], 
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / FILE, metadata={"format": "pt"})
     model.tokenizer.save(str(folder / "tokenizer.json"))
+    end = model.config.prompts.end
+    tokens = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end, "pad_token": end}
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokens, indent=2) + "\n")
     (folder / "quantize_config.json").write_text(json.dumps(quantization, indent=2) + "\n")
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
