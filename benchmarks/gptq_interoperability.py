@@ -3,8 +3,8 @@
     python -m venv ENVIRONMENT && ENVIRONMENT/bin/pip install torch==2.13.0
     ENVIRONMENT/bin/pip install gptqmodel==7.6.0 optimum && ENVIRONMENT/bin/python -m benchmarks.gptq_interoperability
 
-torch comes first, or the registry's CUDA build comes with gptqmodel; gptqmodel pins an older numpy than the project's own environment, which
-is why this is no test. The model is small and random: what is compared is logits, between whoever loads a checkpoint and the reference
+torch comes first, or the registry's CUDA build comes with gptqmodel; gptqmodel pins an older numpy than the project's own environment,
+which is why this is no test. The model is small and random; compared are logits, between whoever loads a checkpoint and the reference
 with the dequantised weights of the same integers.
 """
 
@@ -77,12 +77,12 @@ def ours_elsewhere(folder: Path, model: AGVAS, ids: torch.Tensor) -> dict[str, A
         unquantised = relative(logits(model.language, ids), wanted)
         path = folder / f"ours-{bits}-{layout}"
         write_gptq_checkpoint(model, weights, path, layout)
-        loaded = GPTQModel.load(str(path), device="cpu", backend=BACKEND.TORCH)
-        results[f"gptqmodel, {bits} bits, {layout}"] = {"error": relative(logits(loaded.model, ids), wanted), "of_the_float_model": unquantised}
+        loaded = {"gptqmodel": GPTQModel.load(str(path), device="cpu", backend=BACKEND.TORCH).model}
         if find_spec("optimum"):
-            loaded = AutoModelForCausalLM.from_pretrained(path)
-            error = relative(logits(loaded, ids), wanted)
-            results[f"transformers, {bits} bits, {layout}"] = {"error": error, "of_the_float_model": unquantised}
+            loaded["transformers"] = AutoModelForCausalLM.from_pretrained(path)
+        for name, language in loaded.items():
+            error = relative(logits(language, ids), wanted)
+            results[f"{name}, {bits} bits, {layout}"] = {"error": error, "error_of_the_float_model": unquantised}
     return results
 
 
