@@ -43,7 +43,7 @@ def pack(values: np.ndarray, bits: int) -> np.ndarray:
         raise GPTQCheckpointError(f"axis: expected a multiple of {per_word} to pack {bits} bits, got {found}; keep the layer in float")
     words = values.astype(np.uint32).reshape(-1, per_word, values.shape[1])
     shifts = (np.arange(per_word, dtype=np.uint32) * bits)[None, :, None]
-    return np.bitwise_or.reduce(words << shifts, axis=1).view(np.int32)
+    return np.ascontiguousarray(np.bitwise_or.reduce(words << shifts, axis=1)).view(np.int32)
 
 
 def unpack(words: np.ndarray, bits: int) -> np.ndarray:

@@ -134,7 +134,7 @@ def write_plan(folder: Path, plan: QuantPlan, weights: Mapping[str, QuantizedWei
     tensors |= {name + SCALES: weight.scales for name, weight in weights.items()}
     tensors |= {name + RANGE: np.asarray(channels, np.float32) for name, channels in ranges.items()}
     partial = folder / f"{WEIGHTS}.partial"
-    save_file(tensors, partial)
+    save_file({name: np.ascontiguousarray(values) for name, values in tensors.items()}, partial)
     # An old plan.json must not vouch for new tensors, not even for a moment.
     (folder / PLAN).unlink(missing_ok=True)
     os.replace(partial, folder / WEIGHTS)
