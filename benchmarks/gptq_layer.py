@@ -136,7 +136,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, help="write the result as JSON")
     parser.add_argument("--tokens", type=int, default=2048)
-    parser.add_argument("--width-divided-by", type=int, default=1, help="a smaller layer, to try the command (no projection)")
+    parser.add_argument("--width-divided-by", type=int, choices=(1, 2, 4), default=1, help="a smaller layer, to try it (no projection)")
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda:N")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
