@@ -21,6 +21,7 @@ import torch
 
 from agvas import AGVAS, load
 from agvas.config import nano
+from agvas.model import Features
 from agvas.tokenizer import train_tokenizer
 from agvas.training.instructions import all_instructions
 from benchmarks.environment import environment
@@ -46,15 +47,23 @@ def wide_random(layers: int = 4) -> AGVAS:
     return AGVAS(config, train_tokenizer([*all_instructions(), config.prompts.answer], language.vocabulary)).eval()
 
 
-def anchor_states(model: AGVAS, images: Sequence[np.ndarray]) -> np.ndarray:
-    """float32 [pictures, K, D], and nothing said but the draft."""
-    prompt = model.prompt_encoder.encode()
-    assert prompt.draft is not None  # direct mode has one
-    states = []
+def seen(model: AGVAS, images: Sequence[np.ndarray]) -> list[Features]:
+    """What the encoders make of each picture: the same for every candidate."""
+    features = []
     with torch.inference_mode():
         for image in images:
             pixel, semantic = (torch.from_numpy(part)[None] for part in preprocess.encoder_images(image, model.config.preprocessing)[:2])
-            states.append(model(pixel, semantic, [prompt], [prompt.draft]).anchor_states[0].numpy())
+            features.append(model.encode(pixel, semantic))
+    return features
+
+
+def anchor_states(model: AGVAS, features: Sequence[Features]) -> np.ndarray:
+    """float32 [pictures, K, D], with the draft as the answer."""
+    prompt = model.prompt_encoder.encode()
+    assert prompt.draft is not None  # direct mode has one
+    nothing = torch.empty(0)  # the pictures themselves are not looked at again
+    with torch.inference_mode():
+        states = [model(nothing, nothing, [prompt], [prompt.draft], each).anchor_states[0].numpy() for each in features]
     return np.stack(states)
 
 
@@ -80,13 +89,14 @@ def measure(
     model: AGVAS, weights: Mapping[str, QuantizedWeight], settings: GPTQSettings, images: Sequence[np.ndarray]
 ) -> dict[str, Any]:
     """Errors of the given weights and of two plain roundings of the same linears."""
-    wanted = anchor_states(model, images)
+    features = seen(model, images)
+    wanted = anchor_states(model, features)
     candidates: dict[str, Mapping[str, QuantizedWeight]] = {
         "gptq": weights,
         "round_to_nearest": {name: round_to_nearest(linear_of(model, name).weight.detach(), settings) for name in weights},
         "round_to_nearest_searched": {name: searched_rounding(linear_of(model, name).weight.detach(), settings) for name in weights},
     }
-    errors = {name: relative_errors(anchor_states(fake_quantize(model, which), images), wanted) for name, which in candidates.items()}
+    errors = {name: relative_errors(anchor_states(fake_quantize(model, which), features), wanted) for name, which in candidates.items()}
     lower = 1 - errors["gptq"].mean() / errors["round_to_nearest"].mean()
     return {
         "anchor_state_error": {name: summary(values) for name, values in errors.items()},
