@@ -89,7 +89,7 @@ def calibrate(
     """Quantise the language model on pictures. The model stays as it is.
 
     Args:
-        images: uint8 RGB [H, W, 3] each; read in order, twice where there is a work folder to compare with.
+        images: uint8 RGB [H, W, 3] each; read twice in order, first for their hashes, so let a large folder's be read when asked for.
         progress: told (what, steps done, steps in all).
         work: where embeddings and finished layers are kept, to go on with after an interruption; about two times pictures × tokens ×
             width × 4 bytes. Left behind at the end. None for a temporary folder.
