@@ -139,6 +139,58 @@ def test_auto_says_on_stderr_which_engine_it_chose_and_quiet_keeps_it_silent(run
     assert (code, len(lines), errors) == (0, 3, "")
 
 
+# agvas-segment: several instructions
+
+
+def test_each_instruction_gives_a_line_a_mask_of_its_own_and_the_picture_is_seen_once(
+    run_segment: Any, photos: Path, tmp_path: Path, tiny_bundle: Path
+) -> None:
+    asked = ["Find dents.", "Where is rust?", "Find dents."]
+    options = [part for text in asked for part in ("--instruction", text)]
+    code, lines, _ = run_segment(photos, "--json", "--output", tmp_path / "out", *options)
+    records = [json.loads(line) for line in lines]
+    assert code == 0
+    assert [record["instruction"] for record in records] == asked * 3
+    assert [Path(record["image"]).stem for record in records] == [name for name in ("one", "three", "two") for _ in asked]
+    assert [Path(record["mask"]).name for record in records[:3]] == [f"one__{number}_mask.png" for number in (1, 2, 3)]
+    assert all(record.keys() == SEGMENT_KEYS and record["mode"] == "direct" for record in records)
+    assert ["pixel_encoder" in record["timings_ms"] for record in records] == [True, False, False] * 3
+    fresh = Segmenter(tiny_bundle, "onnxruntime")
+    for record in records[:3]:
+        expected = fresh(record["image"], record["instruction"])
+        np.testing.assert_array_equal(np.asarray(Image.open(record["mask"])) > 0, expected.mask)
+        assert (record["text"], record["area"]) == (expected.text, expected.area)
+
+
+def test_in_words_the_instruction_stands_below_its_verdict_when_there_are_several(run_segment: Any, photos: Path) -> None:
+    _, lines, errors = run_segment(photos / "one.png", "--instruction", "Find dents.", "--instruction", "Find\n\trust.")
+    told = [line for line in lines if line.startswith("    Find")]
+    assert told == ["    Find dents.", "    Find rust."]
+    assert run_segment(photos / "one.png", "--instruction", "Find dents.")[1][0].endswith("one.png")
+
+
+def test_a_picture_that_cannot_be_read_is_told_once_and_an_instruction_that_fails_by_its_words(
+    run_segment: Any, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (photos / "cut.png").write_bytes(b"nothing")
+    original = Inspection.answer
+
+    def failing(self: Inspection, prompt: Prompt) -> Segmentation:
+        if prompt.instruction == "Find rust.":
+            raise EngineFailed("out of memory")
+        return original(self, prompt)
+
+    monkeypatch.setattr(Inspection, "answer", failing)
+    code, lines, _ = run_segment(photos, "--json", "--instruction", "Find rust.", "--instruction", "Find dents.")
+    records = [json.loads(line) for line in lines]
+    assert code == 1
+    (unread,) = [record for record in records if Path(record["image"]).name == "cut.png"]
+    assert unread.keys() == {"image", "error"}
+    failed = [record for record in records if "instruction" in record and "error" in record]
+    assert [record["instruction"] for record in failed] == ["Find rust."] * 3
+    assert [record["instruction"] for record in records if "score" in record] == ["Find dents."] * 3
+
+
 # agvas-segment: pictures that fail
 
 
