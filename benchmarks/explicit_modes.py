@@ -49,7 +49,7 @@ def measure(checkpoint: str, folder: Path, count: int, engines: list[str], norma
     for picture in tqdm(pictures, desc="reference", unit="image"):
         for name, (instruction, mode, normal) in questions.items():
             reference[name].append(model.segment(picture, instruction, mode, normal_state=normal))
-    rows = []
+    rows: list[dict[str, Any]] = []
     for engine, precision in CPU_CANDIDATES:
         if engine not in engines:
             continue
