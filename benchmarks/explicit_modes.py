@@ -41,8 +41,9 @@ def measure(checkpoint: str, folder: Path, count: int, engines: list[str], norma
 
     torch.set_num_threads(threads or torch.get_num_threads())
     model, bundle = load(checkpoint), Bundle(folder)
-    questions = {mode: (None, mode, normal_state if mode == PLUS else None) for mode in bundle.manifest.prompts.instructions}
-    questions["free"] = (free, DIRECT, None)
+    questions: dict[str, tuple[str | None, str, str | None]] = {"free": (free, DIRECT, None)}
+    for mode in bundle.manifest.prompts.instructions:
+        questions[mode] = (None, mode, normal_state if mode == PLUS else None)
     prompts = {name: bundle.prompt_encoder().encode(*question) for name, question in questions.items()}
     pictures = parity_pictures(None, count)
     reference: dict[str, list[Segmented]] = {name: [] for name in questions}
