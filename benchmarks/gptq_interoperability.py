@@ -119,8 +119,8 @@ def theirs_here(folder: Path, model: AGVAS, ids: torch.Tensor) -> dict[str, Any]
             try:
                 read_gptq_checkpoint(path, model)
                 _add(results, name, {"refused": None})
-            except GPTQCheckpointError as error:
-                _add(results, name, {"refused": str(error)})
+            except GPTQCheckpointError as refusal:
+                _add(results, name, {"refused": str(refusal)})
             continue
         weights = read_gptq_checkpoint(path, model)
         loaded = GPTQModel.load(str(path), device="cpu", backend=BACKEND.TORCH)
@@ -139,17 +139,20 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     model = small_model()
     ids = torch.randint(0, model.config.language.vocabulary, (1, 50), generator=torch.Generator().manual_seed(2))
+    output = options.output and options.output.resolve()
     with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)  # gptqmodel leaves logs where it runs
         result: dict[str, Any] = {"theirs_here": theirs_here(Path(folder), model, ids)}
         result["ours_elsewhere"] = ours_elsewhere(Path(folder), model, ids)
+        os.chdir(Path(__file__).parent)
     compared = [entry for part in result.values() for entry in part.values()]
     result["passed"] = all(entry["error"] < TOLERANCE if "error" in entry else bool(entry["refused"]) for entry in compared)
     result["tolerance"] = TOLERANCE
     result["versions"] = {name: version(name) if find_spec(name) else None for name in ("gptqmodel", "optimum", "transformers", "torch")}
     result["environment"] = environment()
     print(json.dumps(result, indent=2))
-    if options.output:
-        options.output.write_text(json.dumps(result, indent=2) + "\n")
+    if output:
+        output.write_text(json.dumps(result, indent=2) + "\n")
     return 0 if result["passed"] else 1
 
 

@@ -57,8 +57,8 @@ class CalibrationSettings:
 
     Attributes:
         answer_share: how much of the Hessians the answer makes, the rest being question and image; None lets every token count the same.
-            Anchor states stand in the answer, and the answer is a handful of tokens in a thousand: at a half their error on nano was a
-            third lower than with None.
+            Anchor states stand in the answer, a handful of tokens in hundreds: with about a half (each counting 20) their error on
+            nano, group 32, eight pictures, was 0.034 against 0.049 with None. Much more starves the keys and values of the image.
         device: where a layer is computed and quantised, "cpu" or "cuda:N". Not part of the result.
     """
 
