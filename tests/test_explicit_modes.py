@@ -18,14 +18,11 @@ from agvas import AGVAS, save
 from agvas.config import ANSWER, DESCRIBE, INSTRUCTION, INSTRUCTIONS
 from agvas.training.instructions import Description, dialogue
 from agvas.training.losses import text_loss
-from engines import EngineOptions
 from export.parity import pipeline_over, torch_stages
 from runtime import Segmenter
-from runtime.bundle import Bundle
 from runtime.errors import RequestError
 from runtime.prompts import MODES, PLUS, PromptEncoder, with_normal_state
 from runtime.text_stream import TextStream
-from runtime.verify import open_pipeline
 
 ENGINES = ("onnxruntime", "openvino")
 NORMAL = "The surface is even."
@@ -94,19 +91,21 @@ def segmenter(request: pytest.FixtureRequest, talking_bundle: Path) -> Iterator[
 
 @pytest.fixture(scope="module")
 def babbler() -> AGVAS:
-    """Random weights: 64 tokens of nonsense, hardly two alike, to whatever is asked."""
-    return with_all_modes(new_tiny(seed=11))
+    """Random weights, large enough that an answer does not run in circles: 64 tokens of nonsense to whatever is asked."""
+    model = with_all_modes(new_tiny(seed=11))
+    with torch.no_grad():
+        for name, parameter in model.language.named_parameters():
+            if "norm" not in name:
+                parameter.mul_(4)
+    return model
 
 
 # The reference's text
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("engine", ENGINES)
-def test_each_modes_answer_is_the_references_token_for_token_on_each_engine(
-    engine: str, mode: str, talking_bundle: Path, talker: AGVAS
-) -> None:
-    pipeline = open_pipeline(Bundle(talking_bundle), engine, EngineOptions())
+def test_each_modes_answer_is_the_references_token_for_token_on_each_engine(mode: str, segmenter: Segmenter, talker: AGVAS) -> None:
+    pipeline = segmenter._pipeline  # a result has the text, not its tokens
     for seed in range(2):
         reference = talker.segment(picture(seed), **arguments(mode))
         assert reference.text == SAYS[mode], "the fixture must have learned its answers"
@@ -120,7 +119,7 @@ def test_each_modes_answer_is_the_references_token_for_token_on_each_engine(
 @pytest.mark.parametrize("instruction", [None, "Anything odd about the left edge?", "请说明缺陷。"])
 def test_whatever_a_model_babbles_the_runtime_babbles_token_for_token(mode: str, instruction: str | None, babbler: AGVAS) -> None:
     reference = babbler.segment(picture(1), instruction, **arguments(mode))
-    assert reference.truncated and len(set(reference.answer_ids)) > 10, "the fixture must babble"
+    assert reference.truncated and len(set(reference.answer_ids)) > 20, "the fixture must babble"
     prompt = babbler.prompt_encoder.encode(instruction, **arguments(mode))
     trace = pipeline_over(babbler, torch_stages(babbler)).run(picture(1), prompt)
     assert trace.answer == reference.answer_ids
