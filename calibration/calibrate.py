@@ -1,0 +1,326 @@
+"""Calibration: pictures go through the reference once, and its language model comes out in integers, layer by layer.
+
+The pictures' real embeddings (prefix, image, aligned tokens, question, answer) wait on disk; one decoder layer at a time is copied in
+float32 to the computing device. Inside a layer the linears that share an input are quantised together and the next ones see what those
+then put out, as does the next layer: each makes up for what was lost before it. Memory is one layer, one Hessian and one picture.
+Finished pictures and layers stay in the work folder, so an interrupted run goes on where it was.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.numpy import save_file
+from torch import Tensor, nn
+
+from agvas.model import AGVAS
+from calibration.conversations import conversation, modes_in_turn
+from calibration.gptq import Curvature, GPTQSettings, curvature, gptq, output_error, round_to_nearest
+from calibration.observers import HessianSum, Ranges, input_of
+from calibration.plan import CODES, RANGE, SCALES, LinearRecord, PlanError, QuantPlan, image_sha256, model_sha256, versions
+from calibration.truth import linear_of, put_weight
+from calibration.weights import QuantizedWeight
+from runtime import preprocess
+
+LAYERS = "language.model.layers"
+HEAD = "language.lm_head"
+# Linears of a decoder layer that read the same input, in the order in which they are computed.
+SHARING = (
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    ("self_attn.o_proj",),
+    ("mlp.gate_proj", "mlp.up_proj"),
+    ("mlp.down_proj",),
+)
+PASSES = len(SHARING) + 1  # over the pictures in each layer: one a Hessian, one for the output
+
+Report = Callable[[str, int, int], None]  # (what, steps done, steps in all)
+
+
+@dataclass(frozen=True)
+class CalibrationSettings:
+    """How a model is calibrated.
+
+    Attributes:
+        answer_weight: what a token of the answer counts in the Hessians, tokens of the rest counting 1. Anchor states stand in the answer,
+            and the answer is a handful of tokens in a thousand.
+        device: where a layer is computed and quantised, "cpu" or "cuda:N". Not part of the result.
+    """
+
+    gptq: GPTQSettings = GPTQSettings()
+    answer_weight: float = 1.0
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.answer_weight < 1e6:
+            raise ValueError(f"answer_weight: expected more than 0 and less than a million, got {self.answer_weight}")
+
+
+class Calibration(NamedTuple):
+    """What calibration makes; calibration.plan.write_plan keeps it."""
+
+    plan: QuantPlan
+    weights: dict[str, QuantizedWeight]  # of every linear in the language model's decoder layers
+    ranges: dict[str, np.ndarray]  # of every linear in encoders and language model, head included: float32 [K]
+
+
+def calibrate(
+    model: AGVAS,
+    images: Sequence[np.ndarray],
+    settings: CalibrationSettings,
+    progress: Report | None = None,
+    work: Path | None = None,
+) -> Calibration:
+    """Quantise the language model on pictures. The model stays as it is.
+
+    Args:
+        images: uint8 RGB [H, W, 3] each; read in order, twice where there is a work folder to compare with.
+        progress: told (what, steps done, steps in all).
+        work: where embeddings and finished layers are kept, to go on with after an interruption; about two times pictures × tokens ×
+            width × 4 bytes. Left behind at the end. None for a temporary folder.
+
+    Raises:
+        ValueError: no pictures; a group that does not divide a layer's inputs; values that are not finite.
+        PlanError: the work folder holds another calibration.
+    """
+    if not len(images):
+        raise ValueError("images: expected at least one calibration picture, got none")
+    for index, layer in enumerate(model.language.model.layers):
+        for name in (name for names in SHARING for name in names):
+            settings.gptq.group_of(linear_of(layer, name).in_features, f"{LAYERS}.{index}.{name}")
+    if work is None:
+        with tempfile.TemporaryDirectory() as folder:
+            return calibrate(model, images, settings, progress, Path(folder))
+    run = _Run(model, images, settings, progress or (lambda *_: None), work)
+    with torch.inference_mode():
+        return run.finished()
+
+
+class _Run:
+    """One calibration and its work folder: state.json says which, hidden/ holds embeddings by layer, layers/ what is finished."""
+
+    def __init__(self, model: AGVAS, images: Sequence[np.ndarray], settings: CalibrationSettings, progress: Report, work: Path) -> None:
+        self.model, self.images, self.settings, self.work = model, images, settings, work
+        self.device = torch.device(settings.device)
+        self.layers: Sequence[nn.Module] = model.language.model.layers
+        self.modes = modes_in_turn(model.prompt_encoder, len(images))
+        self.conversations = [conversation(model.prompt_encoder, mode, number) for number, mode in enumerate(self.modes)]
+        steps = len(images) * (1 + PASSES * len(self.layers))
+        self.step = lambda done: progress("calibrating", done, steps)
+        self.hashes = tuple(image_sha256(image) for image in images)
+        self.weights_sha256 = model_sha256(model)
+        self._claim()
+
+    def finished(self) -> Calibration:
+        ranges = self._look()
+        weights: dict[str, QuantizedWeight] = {}
+        records: list[LinearRecord] = []
+        rotary = copy.deepcopy(self.model.language.model.rotary_emb).to(self.device, torch.float32)
+        for index in range(len(self.layers)):
+            path = self.work / "layers" / f"{index:03}.safetensors"
+            if not path.exists():
+                self._quantize(index, rotary, path)
+            self.step(len(self.images) * (1 + PASSES * (index + 1)))
+            found, linears, seen = _read_layer(path)
+            weights |= found
+            records += linears
+            ranges |= seen
+        plan = QuantPlan(
+            model=self.model.config.name,
+            weights_sha256=self.weights_sha256,
+            settings=self.settings.gptq,
+            answer_weight=self.settings.answer_weight,
+            modes=tuple(dict.fromkeys(self.modes)),
+            images=self.hashes,
+            tokens=sum(len(self._hidden(len(self.layers), number, mmap=True)) for number in range(len(self.images))),
+            linears=tuple(records),
+            versions=versions(),
+        )
+        return Calibration(plan, weights, ranges)
+
+    def _claim(self) -> None:
+        """Take an empty work folder, or one that the same calibration left."""
+        answers = hashlib.sha256(repr(self.conversations).encode()).hexdigest()
+        state = {
+            "weights_sha256": self.weights_sha256,
+            "images": list(self.hashes),
+            "settings": dataclasses.asdict(self.settings.gptq) | {"answer_weight": self.settings.answer_weight},
+            "conversations": answers,
+        }
+        path = self.work / "state.json"
+        self.work.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            try:
+                found = json.loads(path.read_text())
+            except ValueError:
+                found = {}
+            if differing := [name for name in state if found.get(name) != state[name]]:
+                raise PlanError(
+                    f"{self.work}: expected the beginnings of this calibration, got another's ({', '.join(differing)} differ); "
+                    "remove the folder, or give the same pictures and settings to go on"
+                )
+            return
+        if any(self.work.iterdir()):
+            raise PlanError(f"{self.work}: expected an empty work folder, got one with other files; choose another or remove it")
+        for name in ("hidden", "layers"):
+            (self.work / name).mkdir()
+        _write(path, lambda partial: partial.write_text(json.dumps(state)))
+
+    def _look(self) -> dict[str, np.ndarray]:
+        """Encode the pictures and lay down what the first decoder layer reads; the encoders' ranges."""
+        path = self.work / "encoders.safetensors"
+        seen, done = Ranges(), 0
+        if path.exists():
+            tensors, about = _read(path)
+            seen, done = Ranges(tensors), int(about["pictures"])
+        model = self.model
+        parts = [model.pixel_encoder, model.semantic_encoder, model.spam, model.language.get_input_embeddings()]
+        (self.work / "hidden" / "000").mkdir(exist_ok=True)
+        with (
+            _at(self.device, [part for part in parts if part is not None]),
+            seen.watching(model.pixel_encoder, "pixel_encoder"),
+            seen.watching(model.semantic_encoder, "semantic_encoder"),
+        ):
+            dtype = next(model.pixel_encoder.parameters()).dtype
+            for number in range(done, len(self.images)):
+                self.step(number)
+                inputs = preprocess.encoder_images(self.images[number], model.config.preprocessing)[:2]
+                pixel, semantic = (torch.from_numpy(image).to(self.device, dtype)[None] for image in inputs)
+                _, prompt, answer = self.conversations[number]
+                self._keep(0, number, model.input_embeddings(model.see(pixel, semantic), [prompt], [answer])[0])
+                about = {"pictures": str(number + 1)}
+                _write(path, lambda partial, about=about: save_file(seen.channels, partial, about))  # type: ignore[misc]
+        return seen.channels
+
+    def _quantize(self, index: int, rotary: nn.Module, path: Path) -> None:
+        """One decoder layer: quantised, its file written, its outputs laid down for the next."""
+        layer = copy.deepcopy(self.layers[index]).to(self.device, torch.float32)
+        done = len(self.images) * (1 + PASSES * index)
+        weights: dict[str, QuantizedWeight] = {}
+        records: list[LinearRecord] = []
+        seen = Ranges()
+        for names in SHARING:
+            linear = linear_of(layer, names[0])
+            total = HessianSum(linear.in_features, self.device)
+            for number in range(len(self.images)):
+                tokens = input_of(linear, lambda number=number: self._through(layer, index, number, rotary))[0]  # type: ignore[misc]
+                total.add(tokens, self._weight(number, len(tokens)))
+                for name in names:
+                    seen.add(f"{LAYERS}.{index}.{name}", tokens)
+                self.step(done := done + 1)
+            hessian = total.mean()
+            prepared = self._curvature(f"{LAYERS}.{index}.{names[0]}", hessian)
+            for name in names:
+                whole = f"{LAYERS}.{index}.{name}"
+                weights[whole], record = quantize_linear(whole, linear_of(layer, name).weight, hessian, prepared, self.settings.gptq)
+                records.append(record)
+                put_weight(layer, name, weights[whole])
+            del total, hessian, prepared
+        following = self.work / "hidden" / f"{index + 1:03}"
+        following.mkdir(exist_ok=True)
+        last = index + 1 == len(self.layers)
+        norm = copy.deepcopy(self.model.language.model.norm).to(self.device, torch.float32) if last else None
+        for number in range(len(self.images)):
+            hidden = self._through(layer, index, number, rotary)[0]
+            if norm is not None:
+                hidden = norm(hidden)
+                seen.add(HEAD, hidden)
+            self._keep(index + 1, number, hidden)
+            self.step(done := done + 1)
+        tensors = {name + CODES: weight.codes for name, weight in weights.items()}
+        tensors |= {name + SCALES: weight.scales for name, weight in weights.items()}
+        tensors |= {name + RANGE: channels for name, channels in seen.channels.items()}
+        about = {"linears": json.dumps([dataclasses.asdict(record) for record in records])}
+        _write(path, lambda partial: save_file(tensors, partial, about))
+        shutil.rmtree(self.work / "hidden" / f"{index:03}")
+
+    def _curvature(self, name: str, hessian: Tensor) -> Curvature:
+        try:
+            return curvature(hessian, self.settings.gptq)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+
+    def _through(self, layer: nn.Module, index: int, number: int, rotary: nn.Module) -> Tensor:
+        """A picture's tokens through a decoder layer: [1, N, D]."""
+        hidden = torch.from_numpy(self._hidden(index, number)).to(self.device)[None]
+        positions = torch.arange(hidden.shape[1], device=self.device)[None]
+        output = layer(hidden, position_ids=positions, position_embeddings=rotary(hidden, positions))
+        return output if isinstance(output, Tensor) else output[0]
+
+    def _weight(self, number: int, tokens: int) -> Tensor:
+        weight = torch.ones(tokens, device=self.device)
+        weight[-len(self.conversations[number].answer) :] = self.settings.answer_weight
+        return weight
+
+    def _keep(self, index: int, number: int, hidden: Tensor) -> None:
+        array = hidden.float().cpu().numpy()
+        if not np.isfinite(array).all():
+            where = "the encoders put out" if index == 0 else f"{LAYERS}.{index - 1} puts out"
+            raise ValueError(f"picture {number + 1}: {where} NaN or infinity; check the checkpoint's weights and dtype")
+        np.save(self.work / "hidden" / f"{index:03}" / f"{number:06}.npy", array)
+
+    def _hidden(self, index: int, number: int, mmap: bool = False) -> np.ndarray:
+        """What layer `index` reads of a picture: float32 [N, D]."""
+        return np.load(self.work / "hidden" / f"{index:03}" / f"{number:06}.npy", mmap_mode="r" if mmap else None)
+
+
+def quantize_linear(
+    name: str, weight: Tensor, hessian: Tensor, prepared: Curvature, settings: GPTQSettings
+) -> tuple[QuantizedWeight, LinearRecord]:
+    """A linear layer's weight in integers, and its record with what plain rounding would have done beside it."""
+    try:
+        quantized = gptq(weight, prepared, settings)
+        error = output_error(weight, quantized, hessian)
+        rounding_error = output_error(weight, round_to_nearest(weight, settings), hessian)
+    except ValueError as fault:
+        raise ValueError(f"{name}: {fault}") from fault
+    return quantized, LinearRecord(name, quantized.bits, quantized.group, prepared.damping, error, rounding_error)
+
+
+@contextmanager
+def _at(device: torch.device, modules: Sequence[nn.Module]) -> Iterator[None]:
+    """The modules on a device for a while, then back where each was."""
+    homes = [next(module.parameters()).device for module in modules]
+    try:
+        for module in modules:
+            module.to(device)
+        yield
+    finally:
+        for module, home in zip(modules, homes, strict=True):
+            module.to(home)
+
+
+def _write(path: Path, write: Callable[[Path], Any]) -> None:
+    """A whole file or none."""
+    partial = path.with_name(f"{path.name}.partial")
+    write(partial)
+    os.replace(partial, path)
+
+
+def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    try:
+        with safe_open(path, framework="np") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
+    except Exception as error:  # the library raises nothing narrower
+        raise PlanError(f"{path} cannot be read: {error}; remove the work folder and start again") from error
+
+
+def _read_layer(path: Path) -> tuple[dict[str, QuantizedWeight], list[LinearRecord], dict[str, np.ndarray]]:
+    tensors, about = _read(path)
+    records = [LinearRecord(**record) for record in json.loads(about["linears"])]
+    weights = {r.name: QuantizedWeight(tensors[r.name + CODES], tensors[r.name + SCALES], r.bits, r.group) for r in records}
+    ranges = {name.removesuffix(RANGE): tensor for name, tensor in tensors.items() if name.endswith(RANGE)}
+    return weights, records, ranges

@@ -1,0 +1,120 @@
+"""agvas-calibrate: a checkpoint's language model in integers, as a plan that agvas-export takes."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+SAMPLES = 128
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit code 0 when the plan was written, 2 when it could not be, 130 when interrupted."""
+    parser = argparse.ArgumentParser(
+        prog="agvas-calibrate",
+        description=__doc__,
+        epilog="Interrupted? The same command goes on where it was: finished pictures and layers wait in OUTPUT.partial.",
+    )
+    parser.add_argument("--checkpoint", default="nano", help="nano (shipped) or a checkpoint folder (default nano)")
+    parser.add_argument("--output", type=Path, required=True, metavar="PLAN", help="the plan's folder")
+    parser.add_argument("--images", type=Path, metavar="DIR", help="folder of calibration pictures (default: procedural ones)")
+    parser.add_argument("--samples", type=int, default=SAMPLES, metavar="N", help=f"how many pictures (default {SAMPLES})")
+    parser.add_argument("--bits", type=int, default=4, help="of the weights, 4 or 8 (default 4)")
+    parser.add_argument("--group", type=int, default=128, help="inputs that share a scale; 0: one scale an output (default 128)")
+    parser.add_argument("--damping", type=float, default=0.01, help="share of the Hessian's mean diagonal added to it (default 0.01)")
+    parser.add_argument("--answer-weight", type=float, help="what a token of the answer counts, the others counting 1")
+    parser.add_argument("--device", default="cpu", help="where layers are computed and quantised: cpu (default) or cuda:N")
+    parser.add_argument("--dtype", default="fp32", help="in which the checkpoint is held in memory: fp32 (default), bf16 or fp16")
+    parser.add_argument("--gptq-checkpoint", type=Path, metavar="DIR", help="also write the language model in the GPTQ checkpoint layout")
+    parser.add_argument("--json", action="store_true", help="last line of stdout as JSON")
+    options = parser.parse_args(arguments)
+    from runtime.errors import AgvasError
+
+    try:
+        return _calibrate(options, time.monotonic())
+    except ModuleNotFoundError as error:
+        print(f'agvas-calibrate: {error.name} is not installed; pip install "agvas[export]"', file=sys.stderr)
+        return 2
+    except (AgvasError, ValueError, OSError) as error:
+        print(f"agvas-calibrate: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("agvas-calibrate: interrupted; no plan was written, the same command goes on where it was", file=sys.stderr)
+        return 130
+
+
+def _calibrate(options: argparse.Namespace, started: float) -> int:
+    from runtime.cli.common import Progress, json_line
+    from runtime.errors import RequestError, choose
+    from runtime.verify import peak_rss_bytes
+
+    choose("--dtype", options.dtype, ("fp32", "bf16", "fp16"))
+    if options.samples < 1:
+        raise RequestError(f"--samples: expected at least 1, got {options.samples}")
+    if options.output.exists() and not (options.output / "plan.json").is_file() and any(options.output.iterdir()):
+        raise RequestError(f"--output: expected a new folder or an older plan, got {options.output} with other files; choose another")
+    import shutil
+
+    import torch
+
+    from agvas.checkpoint import load
+    from calibration.calibrate import CalibrationSettings, calibrate
+    from calibration.gptq import GPTQSettings
+    from calibration.gptq_checkpoint import write_gptq_checkpoint
+    from calibration.pictures import calibration_pictures
+    from calibration.plan import write_plan
+
+    gptq = GPTQSettings(bits=options.bits, group=options.group, damping=options.damping)
+    settings = CalibrationSettings(gptq, device=_device(options.device))
+    if options.answer_weight is not None:
+        settings = CalibrationSettings(gptq, options.answer_weight, settings.device)
+    pictures = calibration_pictures(options.images, options.samples)
+    model = load(options.checkpoint, {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[options.dtype])
+    work = options.output.with_name(f"{options.output.name}.partial")
+    with Progress() as progress:
+        plan, weights, ranges = calibrate(model, pictures, settings, progress, work)
+    write_plan(options.output, plan, weights, ranges)
+    if options.gptq_checkpoint:
+        write_gptq_checkpoint(model, weights, options.gptq_checkpoint)
+    shutil.rmtree(work)
+    errors = [record.error for record in plan.linears]
+    plain = [record.rounding_error for record in plan.linears]
+    seconds = time.monotonic() - started
+    mean, mean_plain = sum(errors) / len(errors), sum(plain) / len(plain)
+    groups = f"groups of {options.group}" if options.group else "one scale an output"
+    print(
+        f"{options.output}: {len(weights)} linears in {options.bits} bits, {groups}, on {len(plan.images)} "
+        f"pictures ({plan.tokens} tokens) in {seconds:.0f} s; mean output error {mean:.4f}, of plain rounding {mean_plain:.4f}"
+    )
+    if options.json:
+        record = {
+            "plan": str(options.output),
+            "linears": len(weights),
+            "pictures": len(plan.images),
+            "tokens": plan.tokens,
+            "mean_error": mean,
+            "mean_rounding_error": mean_plain,
+            "peak_rss_bytes": peak_rss_bytes(),
+            "seconds": round(seconds, 3),
+        }
+        print(json_line(record))
+    return 0
+
+
+def _device(name: str) -> str:
+    """Raises RequestError where there is no such device: nothing else is used in its place."""
+    import torch
+
+    from runtime.errors import RequestError
+
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise RequestError(f"--device: expected cpu or cuda:N of this machine, got {name!r}: {str(error).splitlines()[0]}") from error
+    return name
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,302 @@
+"""Calibration on a small random model: what it sees is what the reference computes, it can be interrupted, and the command says so."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from agvas import AGVAS, save
+from agvas.config import INSTRUCTIONS, tiny
+from agvas.tokenizer import train_tokenizer
+from agvas.training.instructions import all_instructions
+from calibration.calibrate import HEAD, LAYERS, SHARING, Calibration, CalibrationSettings, calibrate
+from calibration.cli import main
+from calibration.conversations import conversation, modes_in_turn
+from calibration.gptq import GPTQSettings
+from calibration.observers import HessianSum, Ranges, input_of
+from calibration.pictures import calibration_pictures
+from calibration.plan import PlanError, model_sha256, read_plan, read_ranges
+from calibration.truth import fake_quantize, linear_of
+from runtime import preprocess
+from runtime.errors import ImageError
+from tests.conftest import picture
+
+GROUP = 32
+SETTINGS = CalibrationSettings(GPTQSettings(group=GROUP))
+PICTURES = [picture(seed, 40 + seed, 60) for seed in range(5)]
+
+
+@pytest.fixture(scope="module")
+def model() -> AGVAS:
+    """Sizes that groups of 32 divide, two layers, all four modes."""
+    torch.manual_seed(5)
+    config = tiny(instructions=INSTRUCTIONS)
+    language = dataclasses.replace(config.language, width=64, mlp_width=96, heads=4, layers=2)
+    config = dataclasses.replace(config, language=language)
+    return AGVAS(config, train_tokenizer([*all_instructions(), config.prompts.answer], language.vocabulary)).eval()
+
+
+@pytest.fixture(scope="module")
+def calibrated(model: AGVAS) -> Calibration:
+    return calibrate(model, PICTURES, SETTINGS)
+
+
+def linears(model: AGVAS) -> list[str]:
+    return [f"{LAYERS}.{index}.{name}" for index in range(len(model.language.model.layers)) for names in SHARING for name in names]
+
+
+def embeddings(model: AGVAS) -> list[torch.Tensor]:
+    """What the language model reads of each picture, by the reference's own functions: [1, N, D]."""
+    result = []
+    encoder = model.prompt_encoder
+    for number, mode in enumerate(modes_in_turn(encoder, len(PICTURES))):
+        images = preprocess.encoder_images(PICTURES[number], model.config.preprocessing)[:2]
+        pixel, semantic = (torch.from_numpy(image)[None] for image in images)
+        _, prompt, answer = conversation(encoder, mode, number)
+        with torch.inference_mode():
+            result.append(model.input_embeddings(model.see(pixel, semantic), [prompt], [answer]))
+    return result
+
+
+def watch(model: AGVAS, run: Any) -> dict[str, list[torch.Tensor]]:
+    """Inputs of every linear of the model while `run` runs, by plain hooks."""
+    inputs: dict[str, list[torch.Tensor]] = {}
+    named = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, nn.Linear)]
+    handles = [
+        layer.register_forward_pre_hook(lambda _, args, name=name: inputs.setdefault(name, []).append(args[0].flatten(0, -2)))
+        for name, layer in named
+    ]
+    with torch.inference_mode():
+        run()
+    for handle in handles:
+        handle.remove()
+    return inputs
+
+
+def test_every_linear_of_the_decoder_layers_is_quantised_and_recorded_in_order(model: AGVAS, calibrated: Calibration) -> None:
+    assert list(calibrated.weights) == [record.name for record in calibrated.plan.linears] == linears(model)
+    for name, weight in calibrated.weights.items():
+        assert weight.codes.shape == tuple(linear_of(model, name).weight.shape) and (weight.bits, weight.group) == (4, GROUP)
+    assert len(set(calibrated.plan.images)) == len(PICTURES)
+    assert calibrated.plan.tokens == sum(embedding.shape[1] for embedding in embeddings(model))
+    assert calibrated.plan.weights_sha256 == model_sha256(model)
+
+
+def test_the_model_itself_stays_as_it_was(model: AGVAS) -> None:
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    calibrate(model, PICTURES[:2], SETTINGS)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_ranges_and_errors_are_those_of_the_inputs_that_the_quantised_model_sees(model: AGVAS, calibrated: Calibration) -> None:
+    """The oracle hooks the whole fake-quantised model at once; calibration went layer by layer over the disk.
+
+    Linears that share an input are quantised after it was seen, so each input is that of the model quantised up to there: with all linears
+    quantised the inputs are the same.
+    """
+    truth = fake_quantize(model, calibrated.weights)
+    seen = watch(truth, lambda: [truth.language(inputs_embeds=rows, logits_to_keep=0) for rows in embeddings(model)])
+    for record in calibrated.plan.linears:
+        inputs = torch.cat(seen[record.name])
+        np.testing.assert_allclose(calibrated.ranges[record.name], inputs.abs().amax(dim=0).numpy(), rtol=1e-4, atol=1e-5)
+        weight = linear_of(model, record.name).weight.detach()
+        exact = inputs @ weight.T
+        error = (inputs @ torch.from_numpy(calibrated.weights[record.name].dequantized()).T - exact).norm() / exact.norm()
+        assert record.error == pytest.approx(float(error), rel=1e-2)
+    head = torch.cat(seen[HEAD])
+    np.testing.assert_allclose(calibrated.ranges[HEAD], head.abs().amax(dim=0).numpy(), rtol=1e-4, atol=1e-5)
+
+
+def test_ranges_of_the_encoders_are_those_of_the_reference_on_every_picture(model: AGVAS, calibrated: Calibration) -> None:
+    seen = {name: inputs for name, inputs in watch(model, lambda: embeddings(model)).items() if name.split(".")[0].endswith("_encoder")}
+    assert len(seen) > 10 and all(len(inputs) == len(PICTURES) for inputs in seen.values())
+    for name, inputs in seen.items():
+        np.testing.assert_array_equal(calibrated.ranges[name], torch.cat(inputs).abs().amax(dim=0).numpy())
+    assert {name for name in calibrated.ranges if not name.startswith("language.")} == seen.keys()
+
+
+def test_outputs_are_closer_than_after_plain_rounding(calibrated: Calibration) -> None:
+    ratios = [record.error / record.rounding_error for record in calibrated.plan.linears]
+    assert np.mean(ratios) < 0.85 and max(ratios) < 1.05
+
+
+def test_an_answer_that_counts_more_comes_out_closer(model: AGVAS) -> None:
+    """The states that make the mask stand in the answer."""
+    wanted = [model.language.model(inputs_embeds=rows).last_hidden_state for rows in embeddings(model)]
+    errors = {}
+    for weight in (1.0, 300.0):
+        truth = fake_quantize(model, calibrate(model, PICTURES, dataclasses.replace(SETTINGS, answer_weight=weight)).weights)
+        got = [truth.language.model(inputs_embeds=rows).last_hidden_state for rows in embeddings(model)]
+        lengths = [len(conversation(model.prompt_encoder, mode, i).answer) for i, mode in enumerate(modes_in_turn(model.prompt_encoder, 5))]
+        errors[weight] = sum(float((a - b)[0, -n:].norm().detach()) for a, b, n in zip(got, wanted, lengths))
+    assert errors[300.0] < 0.95 * errors[1.0]
+
+
+def test_all_modes_the_checkpoint_knows_take_their_turn_and_answers_hold_its_anchors(model: AGVAS) -> None:
+    encoder = model.prompt_encoder
+    modes = modes_in_turn(encoder, 12)
+    assert set(modes) == set(INSTRUCTIONS) and modes.count("direct") == 6
+    for number, mode in enumerate(modes):
+        _, _, answer = conversation(encoder, mode, number)
+        assert encoder.find_anchors(answer) is not None and answer[-1] == encoder.end_id
+    assert conversation(encoder, "direct", 3).answer == encoder.encode().draft
+    assert conversation(encoder, modes[1], 1) == conversation(encoder, modes[1], 1)
+
+
+def test_an_interrupted_run_goes_on_and_ends_as_an_uninterrupted_one(model: AGVAS, calibrated: Calibration, tmp_path: Path) -> None:
+    steps = []
+
+    def report(what: str, done: int, total: int) -> None:
+        steps.append((done, total))
+
+    for stop in (3, 20, 45):  # among the pictures, in the first layer, in the second
+
+        def interrupt(what: str, done: int, total: int, stop: int = stop) -> None:
+            if done == stop:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            calibrate(model, PICTURES, SETTINGS, interrupt, tmp_path / "work")
+    again = calibrate(model, PICTURES, SETTINGS, report, tmp_path / "work")
+    assert again.plan == calibrated.plan
+    for name, weight in calibrated.weights.items():
+        assert np.array_equal(again.weights[name].codes, weight.codes) and np.array_equal(again.weights[name].scales, weight.scales)
+    assert again.ranges.keys() == calibrated.ranges.keys()
+    assert all(np.array_equal(again.ranges[name], values) for name, values in calibrated.ranges.items())
+    total = len(PICTURES) * 11
+    assert steps[0][0] > 20 and steps[-1] == (total, total)  # the first layer was not computed again
+    assert not (tmp_path / "work" / "hidden" / "000").exists()
+
+
+def test_another_calibrations_work_folder_is_refused(model: AGVAS, tmp_path: Path) -> None:
+    calibrate(model, PICTURES[:2], SETTINGS, work=tmp_path / "work")
+    with pytest.raises(PlanError, match=r"work.*settings differ.*remove"):
+        calibrate(model, PICTURES[:2], CalibrationSettings(GPTQSettings(group=32, damping=0.1)), work=tmp_path / "work")
+    with pytest.raises(PlanError, match="images"):
+        calibrate(model, PICTURES[1:3], SETTINGS, work=tmp_path / "work")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").write_text("years of work")
+    with pytest.raises(PlanError, match="other files"):
+        calibrate(model, PICTURES[:2], SETTINGS, work=tmp_path / "other")
+
+
+def test_a_group_that_does_not_divide_a_layer_is_refused_before_any_work(model: AGVAS, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"layers\.0\.self_attn\.q_proj: .*groups of 128 divide, got 64; choose a group of 64"):
+        calibrate(model, PICTURES, CalibrationSettings(), work=tmp_path / "work")
+    assert not (tmp_path / "work").exists()
+
+
+def test_a_checkpoint_that_overflows_is_refused_where_it_does(model: AGVAS) -> None:
+    import copy
+
+    broken = copy.deepcopy(model)
+    with torch.no_grad():
+        broken.language.model.layers[1].mlp.down_proj.weight[3, 5] = torch.nan
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.down_proj: weight: expected finite"):
+        calibrate(broken, PICTURES[:2], SETTINGS)
+    with torch.no_grad():
+        broken.semantic_encoder.projector.linear_2.bias[0] = torch.inf
+    with pytest.raises(ValueError, match="picture 1: the encoders put out NaN or infinity"):
+        calibrate(broken, PICTURES[:2], SETTINGS)
+
+
+def test_no_pictures_and_settings_out_of_range_are_refused(model: AGVAS) -> None:
+    with pytest.raises(ValueError, match="at least one"):
+        calibrate(model, [], SETTINGS)
+    with pytest.raises(ValueError, match="answer_weight"):
+        CalibrationSettings(answer_weight=0.0)
+
+
+def test_a_hessian_sum_is_the_weighted_mean_of_outer_products() -> None:
+    rows, weights = torch.randn(7, 5, dtype=torch.float64), torch.tensor([1.0, 3, 1, 0.5, 1, 2, 0])
+    total = HessianSum(5, torch.device("cpu"))
+    total.add(rows[:4], weights[:4])
+    total.add(rows[4:], weights[4:])
+    wanted = sum(weight * torch.outer(row, row) for row, weight in zip(rows, weights)) / weights.sum()
+    torch.testing.assert_close(total.mean().double(), wanted, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="at least one token"):
+        HessianSum(5, torch.device("cpu")).mean()
+
+
+def test_ranges_take_up_what_is_known_and_hooks_go_when_the_watch_ends() -> None:
+    layer = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2))
+    ranges = Ranges({"part.0": np.array([5.0, 0.0], np.float32)})
+    with ranges.watching(layer, "part"):
+        layer(torch.tensor([[1.0, -2.0]]))
+    layer(torch.tensor([[9.0, 9.0]]))
+    np.testing.assert_array_equal(ranges.channels["part.0"], [5, 2])
+    assert ranges.channels["part.2"].shape == (3,)
+
+
+def test_a_linear_that_is_never_reached_is_said() -> None:
+    with pytest.raises(ValueError, match="never called"):
+        input_of(nn.Linear(2, 2), lambda: None)
+
+
+def test_a_folder_gives_pictures_from_all_over_it_and_too_few_are_refused(tmp_path: Path) -> None:
+    from PIL import Image
+
+    for number in range(10):
+        Image.new("RGB", (4, 3), (number, 0, 0)).save(tmp_path / f"{number}.png")
+    assert [image[0, 0, 0] for image in calibration_pictures(tmp_path, 3)] == [0, 3, 6]
+    with pytest.raises(ValueError, match="at least 11 pictures, got 10.*--samples"):
+        calibration_pictures(tmp_path, 11)
+    with pytest.raises(ImageError):
+        calibration_pictures(tmp_path / "nowhere", 1)
+
+
+def run(*arguments: str) -> int:
+    return main([str(argument) for argument in arguments])
+
+
+def test_the_command_writes_a_plan_that_belongs_to_the_checkpoint_and_a_gptq_checkpoint(
+    model: AGVAS, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from calibration.gptq_checkpoint import read_gptq_checkpoint
+
+    save(model, tmp_path / "checkpoint")
+    plan_folder, gptq_folder = tmp_path / "plan", tmp_path / "gptq"
+    arguments = ["--checkpoint", tmp_path / "checkpoint", "--output", plan_folder, "--samples", "3", "--group", "32", "--json"]
+    assert run(*arguments, "--gptq-checkpoint", gptq_folder) == 0
+    printed = json.loads(capsys.readouterr().out.splitlines()[-1])
+    plan, weights = read_plan(plan_folder, model)
+    assert printed["plan"] == str(plan_folder) and printed["pictures"] == 3 == len(plan.images)
+    assert printed["linears"] == len(weights) == 14 and printed["mean_error"] < printed["mean_rounding_error"]
+    assert HEAD in read_ranges(plan_folder)
+    same = read_gptq_checkpoint(gptq_folder, model)
+    assert all(np.array_equal(same[name].codes, weight.codes) for name, weight in weights.items())
+    assert not (tmp_path / "plan.partial").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--samples", "0"], "--samples"),
+        (["--dtype", "bf61"], "did you mean 'bf16'"),
+        (["--device", "cuda:77"], "--device"),
+        (["--bits", "5"], "4 or 8"),
+        (["--checkpoint", "nowhere"], "nowhere"),
+        (["--images", "nowhere"], "nowhere"),
+    ],
+)
+def test_the_command_refuses_bad_arguments_in_one_line(
+    arguments: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("--output", tmp_path / "plan", *arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("agvas-calibrate: ") and words in error and len(error.splitlines()) == 1
+    assert not any(tmp_path.iterdir())
+
+
+def test_the_command_does_not_write_over_a_folder_of_other_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    assert run("--output", tmp_path) == 2
+    assert "other files" in capsys.readouterr().err
