@@ -91,8 +91,8 @@ class _Lowering:
         self.angles = self._read_by_angles(nodes)
         self.behind_products = self._products_and_what_follows(nodes)
         self.maps = self._maps(nodes)
-        wanted = {node: self._type_of(node) for node in nodes if not _is_weight(node)}
-        wanted |= {node: self._type_of_weight(node, wanted) for node in nodes if _is_weight(node)}
+        wanted = {node: self._type_of(node) for node in nodes if not is_weight(node)}
+        wanted |= {node: self._type_of_weight(node, wanted) for node in nodes if is_weight(node)}
         floats = {value for value in self._values(nodes) if value.dtype == ir.DataType.FLOAT}
         for node in nodes:
             if any(isinstance(attr.value, ir.Graph) for attr in node.attributes.values()):
@@ -213,7 +213,7 @@ class _Lowering:
         self.graph.outputs[index] = cast
 
 
-def _is_weight(node: ir.Node) -> bool:
+def is_weight(node: ir.Node) -> bool:
     """Whether it makes a weight of constant integers."""
     return node.op_type == "DequantizeLinear" and node.inputs[0] is not None and node.inputs[0].is_initializer()
 
