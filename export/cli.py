@@ -76,6 +76,7 @@ def _export(options: argparse.Namespace, started: float) -> int:
     from export.gate import GateBudget
     from export.progress import Progress
     from runtime.cli.common import json_line
+    from runtime.footprint import footprints
     from runtime.verify import peak_rss_bytes
 
     progress = Progress()
@@ -100,8 +101,11 @@ def _export(options: argparse.Namespace, started: float) -> int:
         f"({report.engine}): mask IoU {chain.mask_iou_mean:.4f} (least {chain.mask_iou_min:.4f}), {chain.flips} flips, "
         f"maps within {chain.map_max_abs:.1e}: {'passed' if passed else 'FAILED: ' + '; '.join(report.failures)}"
     )
-    stages = {stage: sum(path.stat().st_size for path in (bundle.folder / stage).iterdir()) for stage in bundle.manifest.precision}
-    print("  " + ", ".join(f"{stage} {size / 1e6:.1f} MB" for stage, size in stages.items()))
+    stages = footprints(bundle, report.engine)
+    for stage, cost in stages.items():
+        peak = cost["peak_rss_bytes"]
+        memory = "" if peak is None else f", {(peak - (cost['idle_rss_bytes'] or 0)) / 1e6:.0f} MB of memory beside the engine's own"
+        print(f"  {stage}: {cost['bytes'] / 1e6:.1f} MB on disk{memory}")
     kept = bundle.manifest.quantisation.get("kept_float", {})
     for name, why in kept.items():
         print(f"  kept in float: {name}, which {why}")
@@ -114,7 +118,7 @@ def _export(options: argparse.Namespace, started: float) -> int:
                     "failures": report.failures,
                     "parity": chain.to_json(),
                     "bytes": bundle.bytes,
-                    "stage_bytes": stages,
+                    "stages": stages,
                     "kept_float": list(kept),
                     "peak_rss_bytes": peak_rss_bytes(),
                     "seconds": round(seconds, 3),

@@ -96,8 +96,7 @@ def quantise(
 
     Raises:
         PlanError, GPTQCheckpointError: the folder is neither, or was made for another model.
-        RequestError: a plan of other bits than asked for, or without the encoders' ranges.
-        ValueError: a layer that the group does not divide.
+        RequestError: a plan of other bits than asked for, or without the encoders' ranges; a layer that groups of 128 do not divide.
     """
     weights: dict[str, QuantizedWeight] = {}
     ranges: dict[str, np.ndarray] = {}
@@ -105,6 +104,7 @@ def quantise(
     if calibration is not None:
         weights, ranges, source = _read(model, calibration, lmm, encoders)
     elif lmm != "float":
+        _check_groups(model, LMM[lmm])
         made = calibrate(model, calibration_pictures(None, PICTURES), CalibrationSettings(LMM[lmm]), progress)
         weights, ranges, source = made.weights, made.ranges, _told(made.plan)
     elif encoders:
@@ -173,6 +173,17 @@ def one_layer(model: AGVAS, quantisation: Quantisation, name: str) -> Iterator[N
 def _rounding(most: float) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
     scale = float(np.float32(most / 127))
     return lambda _, inputs: ((inputs[0] / scale).round().clamp(-128, 127) * scale,)
+
+
+def _check_groups(model: AGVAS, settings: GPTQSettings) -> None:
+    for name, layer in model.language.model.layers.named_modules(prefix="language.model.layers"):
+        if isinstance(layer, nn.Linear):
+            try:
+                settings.group_of(layer.in_features, name)
+            except ValueError as error:
+                reason = str(error).split(";")[0]
+                remedy = "make a plan with agvas-calibrate --group and give it as --calibration, or use --lmm int8"
+                raise RequestError(f"--lmm: {reason}; {remedy}") from error
 
 
 def _read(
