@@ -15,6 +15,7 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -66,7 +67,7 @@ class ExportSettings:
     pictures: int = 64
     lmm: str = "float"
     calibration: Path | None = None
-    gates: Mapping[str, float] = field(default_factory=dict)
+    gates: Mapping[str, Any] = field(default_factory=dict)
     budget: GateBudget = GateBudget()
 
     def stage_precision(self, stage: str) -> str:
@@ -179,13 +180,13 @@ def _decide(
 
     def trial(names: Sequence[str]) -> list[str]:
         progress.begin(f"try with {len(names)} layers in float", len(pictures))
-        bundle = put(names)
+        bundle = put(names) if names else Bundle(folder)  # as it was written
         pipeline = open_pipeline(bundle, engine, options)
         ours = []
         for picture in pictures:
             ours.append(run_outcome(pipeline, picture, threshold)[0])
             progress.advance()
-        return limits(bundle, options).failures(compare(ours, list(reference)))
+        return limits(bundle, options).failures(compare(ours, reference))
 
     failures = trial(())
     if not failures:

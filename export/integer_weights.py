@@ -42,7 +42,7 @@ def store_integers(model: ir.Model, weights: Mapping[str, QuantizedWeight]) -> i
     """Read the weights of the named products from integers; everything else stays.
 
     Rule: a MatMul's constant [K, N] is replaced by DequantizeLinear(codes, scales) without a zero point. Codes are int4, two to a byte,
-    or int8, [K, N]; scales [K / group, N] with axis 0 and block_size = group, or [N] with axis 1 where a group is all of K. Scales
+    or int8, [K, N]; scales [K / group, N] with axis 0 and block_size = group, or, of int8 where a group is all of K, [N] with axis 1. They
     are float32, exactly the plan's float16; lowering to 16 bit comes behind (export/passes.py, rule 8). The float weight goes.
 
     Args:
@@ -57,7 +57,7 @@ def store_integers(model: ir.Model, weights: Mapping[str, QuantizedWeight]) -> i
         if name not in products:
             raise ValueError(f"{model.graph.name}: expected a linear layer {name}, got none; the graph has {', '.join(sorted(products))}")
         _read_integers(model, products[name], name, weight)
-    if any(weight.bits == 4 or weight.group != weight.codes.shape[1] for weight in weights.values()):
+    if any(map(_in_blocks, weights.values())):
         _raise_opset(model)
     model.graph.sort()
     return model
@@ -116,7 +116,7 @@ def _read_integers(model: ir.Model, product: ir.Node, name: str, weight: Quantiz
         )
     int4 = weight.bits == 4
     codes = np.ascontiguousarray(weight.codes.T)
-    per_output = weight.group == codes.shape[0]
+    per_output = not _in_blocks(weight)
     scales = np.ascontiguousarray(weight.scales.T).astype(np.float32)
     stored = _constant(
         model, f"{name}.codes", codes.astype(ml_dtypes.int4) if int4 else codes, ir.DataType.INT4 if int4 else ir.DataType.INT8
@@ -131,6 +131,10 @@ def _read_integers(model: ir.Model, product: ir.Node, name: str, weight: Quantiz
     if not before.uses() and not before.is_graph_output():
         assert before.name is not None
         del model.graph.initializers[before.name]
+
+
+def _in_blocks(weight: QuantizedWeight) -> bool:
+    return weight.bits == 4 or weight.group != weight.codes.shape[1]
 
 
 def _dequantized(value: ir.Value) -> bool:

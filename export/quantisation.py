@@ -77,7 +77,8 @@ class Quantisation:
         """By layer: int4, groups of 128, and the like."""
         words = {}
         for name, weight in self.weights.items():
-            groups = "one scale an output" if weight.group == weight.codes.shape[1] else f"groups of {weight.group}"
+            whole = weight.bits == 8 and weight.group == weight.codes.shape[1]
+            groups = "one scale an output" if whole else f"groups of {weight.group}"
             inputs = f", inputs int8 to ±{self.ranges[name]:.4g}" if name in self.ranges else ""
             words[name] = f"int{weight.bits}, {groups}{inputs}"
         return words

@@ -78,7 +78,7 @@ class Manifest:
     @property
     def integer_weights(self) -> bool:
         """Whether the language model's weights are integers, which an engine may multiply with 8-bit activations."""
-        return self.lmm != "float"
+        return any(name.startswith("language.") for name in self.quantisation.get("layers", {}))
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"

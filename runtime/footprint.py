@@ -10,6 +10,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -22,7 +23,7 @@ WHOLE = "whole"
 ROWS = 8  # of the language stage: the answer's
 
 
-def footprints(bundle: Bundle, engine: str, precision: str = "graph") -> dict[str, dict[str, int | None]]:
+def footprints(bundle: Bundle, engine: str, precision: str = "graph") -> dict[str, dict[str, Any]]:
     """Bytes on disk and memory of every stage, each alone, and of the whole chain ("whole").
 
     Returns:
@@ -32,20 +33,20 @@ def footprints(bundle: Bundle, engine: str, precision: str = "graph") -> dict[st
     Raises:
         EngineFailed: a stage could not be run.
     """
-    found: dict[str, dict[str, int | None]] = {}
+    found: dict[str, dict[str, Any]] = {}
     for stage in (*STAGES, WHOLE):
         size = bundle.bytes if stage == WHOLE else sum(path.stat().st_size for path in (bundle.folder / stage).iterdir())
         found[stage] = {"bytes": size, **_measured(bundle.folder, stage, engine, precision)}
     return found
 
 
-def _measured(folder: Path, stage: str, engine: str, precision: str) -> dict[str, int | None]:
+def _measured(folder: Path, stage: str, engine: str, precision: str) -> dict[str, Any]:
     command = [sys.executable, "-m", "runtime.footprint", str(folder.absolute()), stage, engine, precision]
     finished = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
     if finished.returncode:
         last = (finished.stderr.strip().splitlines() or ["no message"])[-1]
         raise EngineFailed(f"{engine} could not run {stage} in a process of its own: {last}")
-    told: dict[str, int | None] = json.loads(finished.stdout.splitlines()[-1])
+    told: dict[str, Any] = json.loads(finished.stdout.splitlines()[-1])
     return told
 
 

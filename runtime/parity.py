@@ -7,6 +7,7 @@ numbers. Relative tolerances on single tensors are reported, not gated: what an 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -117,7 +118,7 @@ GATES = {
 }
 
 
-def compare(ours: list[Outcome], reference: list[Outcome]) -> Parity:
+def compare(ours: Sequence[Outcome], reference: Sequence[Outcome]) -> Parity:
     """Agreement of two equally long lists of outcomes of the same pictures."""
     if len(ours) != len(reference) or not ours:
         raise ValueError(f"expected two equally long, non-empty lists of outcomes, got {len(ours)} and {len(reference)}")

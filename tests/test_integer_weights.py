@@ -23,7 +23,13 @@ from runtime.parity import relative_error
 OUTPUTS, INPUTS = 48, 256
 SPEC = StageSpec("g", (TensorSpec("x", "float32", ("B", "T", INPUTS)),), (TensorSpec("y", "float32", ("B", "T", OUTPUTS)),))
 HERE = ("onnxruntime", "openvino")
-FORMS = {"int4 blocks": (4, 128), "int4 small blocks": (4, 32), "int8 blocks": (8, 128), "int8 per output": (8, INPUTS)}
+FORMS = {
+    "int4 blocks": (4, 128),
+    "int4 small blocks": (4, 32),
+    "int4 one block": (4, INPUTS),
+    "int8 blocks": (8, 128),
+    "int8 per output": (8, INPUTS),
+}
 EVERY_FORM = pytest.mark.parametrize("form", FORMS)
 
 
