@@ -58,6 +58,8 @@ class Segmented:
         text: the answer.
         answer_ids: its tokens, end token included when it was reached.
         anchor_states: float32 [K, D] (K = 3 but in an ablation), None when the answer lacks an anchor (mask and map are then empty).
+        anchor_groups: complete groups of anchors in the answer; the first makes the mask.
+        truncated: the answer stopped at the length limit, not at its end.
     """
 
     mask: np.ndarray
@@ -66,6 +68,8 @@ class Segmented:
     text: str
     answer_ids: tuple[int, ...]
     anchor_states: np.ndarray | None
+    anchor_groups: int
+    truncated: bool
 
 
 class AGVAS(nn.Module):
@@ -147,36 +151,48 @@ class AGVAS(nn.Module):
         return ForwardOutput(logits, anchor_states, self.mask_decoder(anchor_states, vision.pixel_embeddings))
 
     @torch.inference_mode()
-    def segment(self, image: np.ndarray, instruction: str | None = None, mode: str = DIRECT) -> Segmented:
+    def segment(
+        self,
+        image: np.ndarray,
+        instruction: str | None = None,
+        mode: str = DIRECT,
+        *,
+        normal_state: str | None = None,
+        max_new_tokens: int | None = None,
+    ) -> Segmented:
         """Segment one picture as the paper does: generate greedily, decode the mask from the anchors' last-layer states.
 
         Args:
             image: uint8 RGB [H, W, 3].
             instruction: what to ask; None for the mode's default.
+            normal_state: for describe-then-segment-plus, a sentence on what a normal object looks like.
+            max_new_tokens: longest answer; None for the checkpoint's limit.
 
         Raises:
             RequestError: see PromptEncoder.encode.
         """
+        prompt = self.prompt_encoder.encode(instruction, mode, normal_state, max_new_tokens)
         settings = self.config.preprocessing
         pixel_image, semantic_image, frame = preprocess.encoder_images(image, settings)
         vision = self.see(self._batch(pixel_image), self._batch(semantic_image))
-        answer, states = self.generate(vision, self.prompt_encoder.encode(instruction, mode))
-        anchors = self.prompt_encoder.find_anchors(answer)
-        text = self.prompt_encoder.decode(answer)
-        if anchors is None:
-            empty = np.zeros(image.shape[:2], np.float32)
-            return Segmented(empty.astype(bool), empty, 0.0, text, answer, None)
-        anchor_states = states[[i + 1 + self.prompt_encoder.state_shift for i in anchors]]  # [3, D]
-        maps = self.mask_decoder(anchor_states.unsqueeze(0), vision.pixel_embeddings)
-        anomaly_map = preprocess.restore(maps.anomaly_map[0].float().cpu().numpy(), frame)
+        ids, states = self.generate(vision, prompt)
+        answer = self.prompt_encoder.read(ids)
+        anomaly_map, anchor_states = np.zeros(image.shape[:2], np.float32), None
+        if answer.anchors is not None:
+            chosen = states[[i + 1 + self.prompt_encoder.state_shift for i in answer.anchors]]  # [K, D]
+            maps = self.mask_decoder(chosen.unsqueeze(0), vision.pixel_embeddings)
+            anomaly_map = preprocess.restore(maps.anomaly_map[0].float().cpu().numpy(), frame)
+            anchor_states = chosen.float().cpu().numpy()
+        # Without anchors nothing was found, whatever the threshold: the map's zeros exceed none.
         mask = anomaly_map > self.config.mask_decoder.threshold
-        return Segmented(mask, anomaly_map, float(anomaly_map.max()), text, answer, anchor_states.float().cpu().numpy())
+        score = float(anomaly_map.max())
+        return Segmented(mask, anomaly_map, score, answer.text, ids, anchor_states, answer.anchor_groups, answer.truncated)
 
     def generate(self, vision: Vision, prompt: Prompt) -> tuple[tuple[int, ...], Tensor]:
         """Greedy answer of one image and the last-layer states behind it: row i predicted answer token i, and stands at token i - 1."""
         output = self.language.generate(
             inputs_embeds=self.input_embeddings(vision, [prompt]),
-            max_new_tokens=self.config.prompts.max_new_tokens,
+            max_new_tokens=prompt.max_new_tokens,
             do_sample=False,
             eos_token_id=self.prompt_encoder.end_id,
             pad_token_id=self.prompt_encoder.end_id,

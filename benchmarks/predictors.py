@@ -17,12 +17,11 @@ import numpy as np
 
 from benchmarks.datasets import Judged
 from benchmarks.evaluation import Predict, Prediction
-from runtime.prompts import DIRECT, MODES
+from runtime.prompts import DIRECT, MODES, PLUS, with_normal_state
 
 __all__ = ["BASELINES", "Question", "Source", "open_predictor", "read_normal_text"]
 
 BASELINES = ("constant", "median", "gradient")  # as in baselines.py, which loads OpenCV; a test compares the two
-PLUS = "describe-then-segment-plus"
 _MAP_SLACK = 1e-4  # as runtime.segmentation allows
 
 
@@ -105,7 +104,7 @@ class Question:
         if instruction is None:
             return None  # the model lacks the mode and says so itself
         normal = self.normal_text if isinstance(self.normal_text, str) else self.normal_text[category]
-        return f"{normal.strip()} {instruction}"
+        return with_normal_state(instruction, normal)
 
 
 def read_normal_text(text: str) -> str | dict[str, str]:

@@ -1,1 +1,1 @@
-"""Calibration and quantisation of the language model and the encoders. Empty in this version: bundles are fp32, fp16 or bf16."""
+"""Calibration and quantisation: GPTQ of the language model on pictures, activation ranges for 8 bit, and the plan that keeps them."""

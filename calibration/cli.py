@@ -24,7 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--bits", type=int, default=4, help="of the weights, 4 or 8 (default 4)")
     parser.add_argument("--group", type=int, default=128, help="inputs that share a scale; 0: one scale an output (default 128)")
     parser.add_argument("--damping", type=float, default=0.01, help="share of the Hessian's mean diagonal added to it (default 0.01)")
-    parser.add_argument("--answer-weight", type=float, help="what a token of the answer counts, the others counting 1")
+    parser.add_argument("--answer-share", type=float, default=0.5, help="how much of the Hessians the answers make (default 0.5)")
     parser.add_argument("--device", default="cpu", help="where layers are computed and quantised: cpu (default) or cuda:N")
     parser.add_argument("--dtype", default="fp32", help="in which the checkpoint is held in memory: fp32 (default), bf16 or fp16")
     parser.add_argument("--gptq-checkpoint", type=Path, metavar="DIR", help="also write the language model in the GPTQ checkpoint layout")
@@ -67,9 +67,7 @@ def _calibrate(options: argparse.Namespace, started: float) -> int:
     from calibration.plan import write_plan
 
     gptq = GPTQSettings(bits=options.bits, group=options.group, damping=options.damping)
-    settings = CalibrationSettings(gptq, device=_device(options.device))
-    if options.answer_weight is not None:
-        settings = CalibrationSettings(gptq, options.answer_weight, settings.device)
+    settings = CalibrationSettings(gptq, options.answer_share, _device(options.device))
     pictures = calibration_pictures(options.images, options.samples)
     model = load(options.checkpoint, {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[options.dtype])
     work = options.output.with_name(f"{options.output.name}.partial")

@@ -43,7 +43,7 @@ def pack(values: np.ndarray, bits: int) -> np.ndarray:
         raise GPTQCheckpointError(f"axis: expected a multiple of {per_word} to pack {bits} bits, got {found}; keep the layer in float")
     words = values.astype(np.uint32).reshape(-1, per_word, values.shape[1])
     shifts = (np.arange(per_word, dtype=np.uint32) * bits)[None, :, None]
-    return np.bitwise_or.reduce(words << shifts, axis=1).view(np.int32)
+    return np.ascontiguousarray(np.bitwise_or.reduce(words << shifts, axis=1)).view(np.int32)
 
 
 def unpack(words: np.ndarray, bits: int) -> np.ndarray:
@@ -153,6 +153,9 @@ def write_gptq_checkpoint(model: AGVAS, weights: Mapping[str, QuantizedWeight], 
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / FILE, metadata={"format": "pt"})
     model.tokenizer.save(str(folder / "tokenizer.json"))
+    end = model.config.prompts.end
+    tokens = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end, "pad_token": end}
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokens, indent=2) + "\n")
     (folder / "quantize_config.json").write_text(json.dumps(quantization, indent=2) + "\n")
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 

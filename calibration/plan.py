@@ -65,7 +65,7 @@ class QuantPlan:
         model: the config's name.
         weights_sha256: `model_sha256` of the model that was calibrated.
         settings: of GPTQ.
-        answer_weight: what a token of the answer counted in the Hessians, tokens of the rest counting 1.
+        answer_share: how much of the Hessians the answers' tokens made; None where every token counted the same.
         modes: the modes whose prompts were used, in turn.
         images: `image_sha256` of every calibration picture, in the order they came.
         tokens: how many the language model read in all.
@@ -76,7 +76,7 @@ class QuantPlan:
     model: str
     weights_sha256: str
     settings: GPTQSettings
-    answer_weight: float
+    answer_share: float | None
     modes: tuple[str, ...]
     images: tuple[str, ...]
     tokens: int
@@ -134,7 +134,7 @@ def write_plan(folder: Path, plan: QuantPlan, weights: Mapping[str, QuantizedWei
     tensors |= {name + SCALES: weight.scales for name, weight in weights.items()}
     tensors |= {name + RANGE: np.asarray(channels, np.float32) for name, channels in ranges.items()}
     partial = folder / f"{WEIGHTS}.partial"
-    save_file(tensors, partial)
+    save_file({name: np.ascontiguousarray(values) for name, values in tensors.items()}, partial)
     # An old plan.json must not vouch for new tensors, not even for a moment.
     (folder / PLAN).unlink(missing_ok=True)
     os.replace(partial, folder / WEIGHTS)

@@ -5,7 +5,8 @@ segmenter = Segmenter("bundle/")
 result = segmenter("part.png")
 """
 
+from runtime.inspection import Inspection
 from runtime.segmentation import Segmentation
 from runtime.segmenter import Segmenter
 
-__all__ = ["Segmentation", "Segmenter"]
+__all__ = ["Inspection", "Segmentation", "Segmenter"]

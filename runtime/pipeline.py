@@ -4,13 +4,16 @@ Direct mode is one language pass: the expected answer is appended as a draft, an
 of its positions. Where they agree throughout, greedy generation would have said exactly this; from the first disagreement on,
 the pipeline generates, reusing the keys and values up to there. So the result is the reference's greedy result always.
 
+What a picture contributes is computed once, however many instructions are given about it: the encoders' outputs, and the language
+model's keys and values of everything before the instruction, which a causal model computes alike whatever follows.
+
 Stages are anything with `run(feeds)`: engines, or torch modules when export checks this glue against AGVAS.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -20,8 +23,9 @@ import numpy as np
 from engines.errors import EngineFailed
 from runtime import preprocess
 from runtime.contract import STAGES
-from runtime.preprocess import Preprocessing
+from runtime.preprocess import Frame, Preprocessing
 from runtime.prompts import Prompt, PromptEncoder
+from runtime.text_stream import TextStream
 
 
 class Stage(Protocol):
@@ -32,7 +36,7 @@ class Stage(Protocol):
 
 @dataclass
 class Trace:
-    """Everything one picture left behind on its way.
+    """Everything one answer left behind on its way.
 
     Attributes:
         tensors: every stage's outputs by contract name, of the first language pass where there were several.
@@ -40,7 +44,8 @@ class Trace:
         verified: the draft was confirmed; False where the model wrote its own answer.
         anchor_states: float32 [1, 3, D], None when the answer lacks an anchor.
         anomaly_map: float32 [H, W] at the picture's size; zeros when the answer lacks an anchor.
-        timings: milliseconds by stage, "preprocess", "postprocess" and "total".
+        timings: milliseconds by stage, "preprocess", "postprocess" and "total"; the first answer about a picture includes what
+            seeing it took, later ones do not.
     """
 
     tensors: dict[str, np.ndarray] = field(default_factory=dict)
@@ -55,6 +60,40 @@ class Trace:
         started = time.perf_counter()
         yield
         self.timings[name] = self.timings.get(name, 0.0) + (time.perf_counter() - started) * 1e3
+
+
+class Vision:
+    """What one picture contributes to every answer about it.
+
+    Threads may share it: each attribute is replaced whole, and two threads that come first compute the same.
+
+    Attributes:
+        frame: the picture's size and place in the encoders' square.
+        tensors: outputs of both encoders and SPAM by contract name.
+    """
+
+    def __init__(self, frame: Frame, trace: Trace) -> None:
+        self.frame = frame
+        self.tensors = trace.tensors
+        self._timings = trace.timings
+        self._past: tuple[np.ndarray, np.ndarray] | None = None
+        self._prefix = 0  # tokens
+
+    def take_timings(self) -> dict[str, float]:
+        """What seeing took, once: it is told with the first answer."""
+        timings, self._timings = self._timings, {}
+        return dict(timings)
+
+    def keep(self, keys: np.ndarray, values: np.ndarray, tokens: int) -> None:
+        """Remember a pass that began with the picture's own `tokens`; nothing is copied until a second answer asks for them."""
+        self._prefix, self._past = tokens, (keys, values)
+
+    def past(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """Keys and values [L, 1, H, K, C] of the tokens before the instruction; None before the first pass."""
+        if self._past is None:
+            return None
+        self._past = keys, values = _cut(self._past, self._prefix)
+        return keys, values
 
 
 class Pipeline:
@@ -74,11 +113,15 @@ class Pipeline:
         self.embeddings = embeddings
         self._empty_past = np.zeros((sizes["L"], 1, sizes["H"], 0, sizes["C"]), np.float32)
 
-    def run(self, image: np.ndarray, prompt: Prompt) -> Trace:
-        """Segment one picture (uint8 RGB [H, W, 3]).
+    def run(self, image: np.ndarray, prompt: Prompt, on_text: Callable[[str], object] | None = None) -> Trace:
+        """Segment one picture (uint8 RGB [H, W, 3]): `see` and `answer`."""
+        return self.answer(self.see(image), prompt, on_text)
+
+    def see(self, image: np.ndarray) -> Vision:
+        """Everything about a picture (uint8 RGB [H, W, 3]) that depends on no words.
 
         Raises:
-            EngineFailed: a stage could not be computed, or the language stage chose among logits that are NaN.
+            EngineFailed: a stage could not be computed.
         """
         trace = Trace()
         with trace.timed("total"):
@@ -86,18 +129,32 @@ class Pipeline:
                 pixel_image, semantic_image, frame = preprocess.encoder_images(image, self.preprocessing)
             self._stage(trace, "pixel_encoder", pixel_image=pixel_image[None])
             self._stage(trace, "semantic_encoder", semantic_image=semantic_image[None])
-            pixel_embeddings = trace.tensors["pixel_embeddings"]
-            self._stage(trace, "spam", semantic_features=trace.tensors["semantic_features"], pixel_embeddings=pixel_embeddings)
-            states = self._answer(trace, prompt)
+            features, pixel_embeddings = trace.tensors["semantic_features"], trace.tensors["pixel_embeddings"]
+            self._stage(trace, "spam", semantic_features=features, pixel_embeddings=pixel_embeddings)
+        return Vision(frame, trace)
+
+    def answer(self, vision: Vision, prompt: Prompt, on_text: Callable[[str], object] | None = None) -> Trace:
+        """One instruction's answer and map.
+
+        Args:
+            on_text: called with each new piece of the answer as it is written, see TextStream; a confirmed draft comes in one.
+
+        Raises:
+            EngineFailed: a stage could not be computed, or the language stage chose among logits that are NaN.
+        """
+        trace = Trace(dict(vision.tensors), timings=vision.take_timings())
+        with trace.timed("total"):
+            states = self._generate(trace, vision, prompt, TextStream(self.prompts.decode, on_text) if on_text else None)
             anchors = self.prompts.find_anchors(trace.answer)
             if anchors is None:
-                trace.anomaly_map = np.zeros(image.shape[:2], np.float32)
+                trace.anomaly_map = np.zeros((vision.frame.height, vision.frame.width), np.float32)
                 return trace
             shift = 1 + self.prompts.state_shift  # row i stands at token i - 1
             trace.anchor_states = states[None, [index + shift for index in anchors]]
-            self._stage(trace, "mask_decoder", anchor_states=trace.anchor_states, pixel_embeddings=pixel_embeddings)
+            pixel_embeddings = vision.tensors["pixel_embeddings"]
+            maps = self._stage(trace, "mask_decoder", anchor_states=trace.anchor_states, pixel_embeddings=pixel_embeddings)
             with trace.timed("postprocess"):
-                trace.anomaly_map = preprocess.restore(trace.tensors["anomaly_map"][0], frame)
+                trace.anomaly_map = preprocess.restore(maps["anomaly_map"][0], vision.frame)
         return trace
 
     def _stage(self, trace: Trace, name: str, **feeds: np.ndarray) -> dict[str, np.ndarray]:
@@ -107,50 +164,53 @@ class Pipeline:
             trace.tensors.setdefault(key, value)
         return outputs
 
-    def _answer(self, trace: Trace, prompt: Prompt) -> np.ndarray:
+    def _generate(self, trace: Trace, vision: Vision, prompt: Prompt, stream: TextStream | None) -> np.ndarray:
         """Fill in `answer` and `verified`; return the states [A, D] that predicted each token."""
-        limit = self.prompts.prompts.max_new_tokens
-        draft = (prompt.draft or ())[:limit]
-        embeddings = np.concatenate(
-            [
-                self._embed(prompt.prefix),
-                trace.tensors["image_embeddings"],
-                trace.tensors["aligned_embeddings"],
-                self._embed(prompt.suffix + draft[:-1]),
-            ],
-            axis=1,
-        )  # [1, N, D]
-        length = embeddings.shape[1] - len(draft[:-1])  # of the prompt alone
-        rows = np.arange(length - 1, embeddings.shape[1], dtype=np.int64)
-        output = self._language(trace, embeddings, 0, self._empty_past, self._empty_past, rows)
+        draft = (prompt.draft or ())[: prompt.max_new_tokens]
+        embeddings = self._embed(prompt.suffix + draft[:-1])  # [1, N, D]
+        past = vision.past()
+        if past is None:
+            seen = [self._embed(prompt.prefix), vision.tensors["image_embeddings"], vision.tensors["aligned_embeddings"]]
+            embeddings = np.concatenate([*seen, embeddings], axis=1)
+        keys, values = past or (self._empty_past, self._empty_past)
+        start = keys.shape[3]
+        question = embeddings.shape[1] - len(draft[:-1])  # tokens of this pass without the draft
+        rows = np.arange(question - 1, embeddings.shape[1], dtype=np.int64)
+        output = self._language(trace, embeddings, keys, values, rows)
+        if past is None:
+            vision.keep(output["present_keys"], output["present_values"], question - len(prompt.suffix))
         said = output["logits"][0].argmax(axis=-1)  # [A]
         agreed = next((i for i, token in enumerate(draft) if token != said[i]), len(draft))
         states = [output["states"][0, : agreed + 1]]
-        if draft and agreed == len(draft):
-            trace.answer, trace.verified = draft, True
-            return states[0]
-        answer = [*draft[:agreed], int(said[agreed])]
-        keys, values = (output[name][:, :, :, : length + agreed] for name in ("present_keys", "present_values"))
+        trace.verified = bool(draft) and agreed == len(draft)
+        answer = list(draft) if trace.verified else [*draft[:agreed], int(said[agreed])]
+        if not trace.verified:
+            keys, values = _cut((output["present_keys"], output["present_values"]), start + question + agreed)
         last_row = np.zeros(1, np.int64)
-        while answer[-1] != self.prompts.end_id and len(answer) < limit:
-            output = self._language(trace, self._embed((answer[-1],)), keys.shape[3], keys, values, last_row)
+        while not trace.verified and answer[-1] != self.prompts.end_id and len(answer) < prompt.max_new_tokens:
+            if stream:
+                stream.update(answer)
+            output = self._language(trace, self._embed((answer[-1],)), keys, values, last_row)
             keys, values = output["present_keys"], output["present_values"]
             states.append(output["states"][0])
             answer.append(int(output["logits"][0, 0].argmax()))
+        if stream:
+            stream.end(answer)
         trace.answer = tuple(answer)
         return np.concatenate(states)
 
     def _language(
-        self, trace: Trace, embeddings: np.ndarray, start: int, keys: np.ndarray, values: np.ndarray, rows: np.ndarray
+        self, trace: Trace, embeddings: np.ndarray, keys: np.ndarray, values: np.ndarray, rows: np.ndarray
     ) -> dict[str, np.ndarray]:
+        start = keys.shape[3]
         positions = np.arange(start, start + embeddings.shape[1], dtype=np.int64)[None]
         output = self._stage(
             trace,
             "language",
             input_embeddings=embeddings,
             positions=positions,
-            past_keys=np.ascontiguousarray(keys),
-            past_values=np.ascontiguousarray(values),
+            past_keys=keys,
+            past_values=values,
             rows=rows,
         )
         _check_logits(trace, output["logits"])
@@ -158,6 +218,12 @@ class Pipeline:
 
     def _embed(self, ids: tuple[int, ...]) -> np.ndarray:
         return np.asarray(self.embeddings[list(ids)], np.float32)[None]
+
+
+def _cut(past: tuple[np.ndarray, np.ndarray], tokens: int) -> tuple[np.ndarray, np.ndarray]:
+    """The first `tokens` of keys and values [L, 1, H, K, C], contiguous; themselves, not copied, where they have no more."""
+    keys, values = (np.ascontiguousarray(array[:, :, :, :tokens]) for array in past)
+    return keys, values
 
 
 def _check_logits(trace: Trace, logits: np.ndarray) -> None:

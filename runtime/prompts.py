@@ -14,7 +14,8 @@ from tokenizers import Tokenizer
 from runtime.errors import RequestError, choose
 
 DIRECT = "direct"
-MODES = (DIRECT, "describe-then-segment", "describe-then-segment-plus", "segment-then-explain")
+PLUS = "describe-then-segment-plus"
+MODES = (DIRECT, "describe-then-segment", PLUS, "segment-then-explain")
 ANCHOR_POSITIONS = ("own", "predicting")
 
 
@@ -32,7 +33,8 @@ class Prompts:
         anchors: the tokens of [NOR], [ANO], [SEG], in this order; fewer in an ablation of the paper's table 3.
         anchor_position: "own" takes the state at the anchor token itself (the paper's wording), "predicting" the state one
             position before, from which the anchor was predicted (LISA's code).
-        max_instruction_tokens, max_new_tokens: limits of input and answer.
+        max_instruction_tokens: limit of the instruction, a sentence on the normal state included.
+        max_new_tokens: limit of the answer, its end token included; a request may ask for less.
     """
 
     prefix: str
@@ -55,11 +57,53 @@ class Prompts:
 
 @dataclass(frozen=True)
 class Prompt:
-    """Token ids of one request; `draft` is the answer to verify in direct mode (end token included), None where the model writes freely."""
+    """One request as the model gets it.
+
+    Attributes:
+        prefix, suffix: token ids before and after the image.
+        draft: the answer to verify in direct mode (end token included), None where the model writes freely.
+        mode: one of MODES.
+        instruction: the words in the suffix, whole: a sentence on the normal state stands in front.
+        max_new_tokens: generation stops there, end or not.
+    """
 
     prefix: tuple[int, ...]
     suffix: tuple[int, ...]
     draft: tuple[int, ...] | None
+    mode: str
+    instruction: str
+    max_new_tokens: int
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What an answer's token ids say; the same reading for the reference and the line.
+
+    Attributes:
+        text: anchors written out, the end token left away.
+        anchors: index of each anchor of the first group, in the anchors' order; None where no group is complete. The first group
+            makes the mask.
+        anchor_groups: how many complete groups there are. A group is complete when each anchor was said since the last one was.
+        truncated: it stopped at the length limit, not at the end token; the text may break off within a word.
+    """
+
+    text: str
+    anchors: tuple[int, ...] | None
+    anchor_groups: int
+    truncated: bool
+
+
+def with_normal_state(instruction: str, normal_state: str) -> str:
+    """The instruction of describe-then-segment-plus: the sentence on the normal state comes first (paper §4.3, table 4).
+
+    Training draws its instructions through this function too, so a user's sentence stands where the model learned to look for it.
+
+    Raises:
+        RequestError: the sentence is empty.
+    """
+    if not (sentence := normal_state.strip()):
+        raise RequestError("normal_state: expected a sentence on what a normal object looks like, got an empty text; write one")
+    return f"{sentence} {instruction}"
 
 
 class PromptEncoder:
@@ -71,12 +115,24 @@ class PromptEncoder:
         self.anchor_ids = tuple(self._single_id(token) for token in prompts.anchors)
         self.end_id = self._single_id(prompts.end)
 
-    def encode(self, instruction: str | None = None, mode: str = DIRECT) -> Prompt:
+    def encode(
+        self,
+        instruction: str | None = None,
+        mode: str = DIRECT,
+        normal_state: str | None = None,
+        max_new_tokens: int | None = None,
+    ) -> Prompt:
         """Ids of one request; without an instruction, the mode's default.
+
+        Args:
+            normal_state: for describe-then-segment-plus, a sentence on what a normal object looks like; it is put before the
+                instruction. A user's own instruction in that mode may do without: it can hold the sentence itself.
+            max_new_tokens: longest answer, 1 to the checkpoint's own limit; None is that limit.
 
         Raises:
             RequestError: unknown or untrained mode; empty or over-long instruction; an instruction that contains one of the
-                model's control tokens (it could forge the answer).
+                model's control tokens (it could forge the answer); a sentence on the normal state that is empty, missing or
+                given to another mode; a length out of range.
         """
         choose("mode", mode, MODES)
         if mode not in self.prompts.instructions:
@@ -84,17 +140,31 @@ class PromptEncoder:
         text = self.prompts.instructions[mode] if instruction is None else instruction.strip()
         if not text:
             raise RequestError("the instruction is empty; leave it out to use the mode's default, or write a sentence")
+        if normal_state is not None and mode != PLUS:
+            raise RequestError(f"normal_state: only mode {PLUS} takes it, got mode {mode}; leave it out or ask in that mode")
+        if normal_state is not None:
+            text = with_normal_state(text, normal_state)
+        elif mode == PLUS and instruction is None:
+            raise RequestError(
+                f"normal_state: mode {PLUS} needs a sentence on what a normal object looks like, got none; give it, or ask in "
+                "mode describe-then-segment"
+            )
         ids = self._ids(text)
         special = {token.content for token in self._tokenizer.get_added_tokens_decoder().values()}
         if found := sorted(token for token in special if token in text):
             raise RequestError(f"the instruction contains the control token {', '.join(found)}; remove it")
         if len(ids) > self.prompts.max_instruction_tokens:
             raise RequestError(f"the instruction has {len(ids)} tokens, this model takes {self.prompts.max_instruction_tokens}; shorten it")
-        draft = self.encode_answer(self.prompts.answer) if mode == DIRECT else None
+        longest = self.prompts.max_new_tokens if max_new_tokens is None else max_new_tokens
+        if not (isinstance(longest, int) and 1 <= longest <= self.prompts.max_new_tokens):
+            raise RequestError(f"max_new_tokens: expected 1 to {self.prompts.max_new_tokens}, this model's limit, got {longest!r}")
         return Prompt(
             prefix=self._ids(self.prompts.prefix),
             suffix=self._ids(self.prompts.suffix.replace("{instruction}", text)),
-            draft=draft,
+            draft=self.encode_answer(self.prompts.answer) if mode == DIRECT else None,
+            mode=mode,
+            instruction=text,
+            max_new_tokens=longest,
         )
 
     def encode_answer(self, text: str) -> tuple[int, ...]:
@@ -105,16 +175,32 @@ class PromptEncoder:
         """Text of an answer, anchors written out, the end token left away."""
         return self._tokenizer.decode([i for i in ids if i != self.end_id], skip_special_tokens=False).strip()
 
+    def read(self, ids: Sequence[int]) -> Answer:
+        """What an answer says."""
+        groups = self._anchor_groups(ids)
+        truncated = not ids or ids[-1] != self.end_id
+        return Answer(self.decode(ids), groups[0] if groups else None, len(groups), truncated)
+
     def find_anchors(self, ids: Sequence[int]) -> tuple[int, ...] | None:
         """Indices into the answer of the first [NOR], [ANO] and [SEG]; None unless all were said.
 
         An anchor that is the very last token the length limit allowed counts as unsaid: it was never read back, so its own
         state does not exist. Reference and runtime share this rule because they share this function.
         """
-        readable = list(ids[:-1])
-        if not all(anchor in readable for anchor in self.anchor_ids):
-            return None
-        return tuple(readable.index(anchor) for anchor in self.anchor_ids)
+        groups = self._anchor_groups(ids)
+        return groups[0] if groups else None
+
+    def _anchor_groups(self, ids: Sequence[int]) -> list[tuple[int, ...]]:
+        """Of each complete group, where its anchors stand; an anchor said twice within a group counts where it came first."""
+        groups: list[tuple[int, ...]] = []
+        group: dict[int, int] = {}
+        for index, token in enumerate(ids[:-1]):
+            if token in self.anchor_ids:
+                group.setdefault(token, index)
+            if len(group) == len(self.anchor_ids):
+                groups.append(tuple(group[anchor] for anchor in self.anchor_ids))
+                group = {}
+        return groups
 
     @property
     def state_shift(self) -> int:

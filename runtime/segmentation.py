@@ -36,10 +36,14 @@ class Segmentation:
         score: of the whole picture, in [0, 1]: the map's maximum.
         is_anomalous: the verdict, OK (False) or NG (True): one pixel in the mask is enough.
         text: what the model said.
+        instruction: what it was asked, whole: a sentence on the normal state stands in front.
+        mode: how it was asked.
         answer_verified: True where the single pass confirmed the fixed answer; False where the model wrote its own.
-        anchors_found: False where the answer lacks [NOR], [ANO] or [SEG]: there is no map then, it is all zeros.
+        anchor_groups: how often the answer holds [NOR], [ANO] and [SEG], all three. The first group makes the map; without one there
+            is no map, it is all zeros.
+        truncated: the answer stopped at the length limit, not at its end.
         threshold: the mask is `anomaly_map > threshold`.
-        timings: milliseconds by stage, and "total".
+        timings: milliseconds by stage, and "total"; with several answers about one picture, the first one's include seeing it.
         image: uint8 RGB [H, W, 3] for `overlay`, by reference; None where it was not kept.
 
     Raises:
@@ -52,8 +56,11 @@ class Segmentation:
     score: float
     is_anomalous: bool
     text: str
+    instruction: str
+    mode: str
     answer_verified: bool
-    anchors_found: bool
+    anchor_groups: int
+    truncated: bool
     threshold: float
     timings: dict[str, float]
     image: np.ndarray | None = field(default=None, repr=False)
@@ -70,6 +77,11 @@ class Segmentation:
             )
         if self.image is not None:
             _check_array("image", self.image, "uint8", [*size, 3], self.image.shape == (*self.mask.shape, 3))
+
+    @property
+    def anchors_found(self) -> bool:
+        """False where the answer lacks [NOR], [ANO] or [SEG]: no verdict then, though the mask is empty."""
+        return self.anchor_groups > 0
 
     @property
     def area(self) -> int:
@@ -142,8 +154,12 @@ class Segmentation:
             "mask": None,
             "area": self.area,
             "text": self.text,
+            "instruction": self.instruction,
+            "mode": self.mode,
             "answer_verified": bool(self.answer_verified),
-            "anchors_found": bool(self.anchors_found),
+            "anchors_found": self.anchors_found,
+            "anchor_groups": int(self.anchor_groups),
+            "truncated": bool(self.truncated),
             "threshold": float(self.threshold),
             "timings_ms": {stage: float(spent) for stage, spent in self.timings.items()},
         }

@@ -6,18 +6,19 @@ and judges maps; the chain between is runtime.pipeline's.
 
 from __future__ import annotations
 
-import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from engines import ENGINES, INFERENCE_PRECISIONS, EngineFailed, EngineOptions
+from engines import ENGINES, INFERENCE_PRECISIONS, EngineOptions
 from runtime.bundle import Bundle
 from runtime.errors import RequestError, choose
 from runtime.images import PIXEL_LIMIT, as_rgb
-from runtime.prompts import DIRECT
+from runtime.inspection import Inspection
+from runtime.prompts import DIRECT, Prompt
 from runtime.segmentation import Segmentation
 from runtime.selection import Choice, choose_engine
 from runtime.verify import open_pipeline
@@ -86,37 +87,50 @@ class Segmenter:
         image: str | os.PathLike[str] | Image.Image | np.ndarray,
         instruction: str | None = None,
         mode: str = DIRECT,
+        *,
+        normal_state: str | None = None,
+        max_new_tokens: int | None = None,
+        on_text: Callable[[str], object] | None = None,
     ) -> Segmentation:
         """Segment one picture: a path, a PIL image or uint8 RGB [H, W, 3].
 
         Args:
             instruction: what to look for, in words; None for the mode's default.
             mode: "direct", or another the checkpoint was trained for.
+            normal_state: for mode describe-then-segment-plus, a sentence on what a normal object looks like.
+            max_new_tokens: longest answer; None for the checkpoint's limit, which is also the most.
+            on_text: called with each new piece of the answer as the model writes it: whole letters, anchors written out; joined, the
+                pieces are the result's text. What it raises ends the call and reaches the caller.
 
         Raises:
             ImageError: a picture that cannot be read, see runtime.images.
             RequestError: see PromptEncoder.encode.
             EngineFailed: the engine could not compute, or computed NaN.
         """
-        prompt = self._pipeline.prompts.encode(instruction, mode)
+        prompt = self.request(instruction, mode, normal_state=normal_state, max_new_tokens=max_new_tokens)  # before the picture is read
+        return self.inspect(image).answer(prompt, on_text)
+
+    def inspect(self, image: str | os.PathLike[str] | Image.Image | np.ndarray) -> Inspection:
+        """Look at one picture, to ask about it more than once: `inspection.ask(...)` takes what a call takes but the image.
+
+        Raises:
+            ImageError: a picture that cannot be read.
+            EngineFailed: the engine could not compute.
+        """
         rgb = as_rgb(image, pixel_limit=self.pixel_limit)
-        trace = self._pipeline.run(rgb, prompt)
-        score = float(trace.anomaly_map.max())
-        if not math.isfinite(score):  # NumPy's maximum of anything with a NaN is NaN; a NaN would pass every threshold as OK
-            raise EngineFailed(
-                f"engine {self.engine} ({self.inference_precision}) computed an anomaly map with NaN or infinity; "
-                "agvas-verify tells in which stage it begins. Use another engine, or a bundle of higher precision"
-            )
-        mask = trace.anomaly_map > np.float32(self.threshold)
-        return Segmentation(
-            mask=mask,
-            anomaly_map=trace.anomaly_map,
-            score=score,
-            is_anomalous=bool(mask.any()),
-            text=self._pipeline.prompts.decode(trace.answer),
-            answer_verified=trace.verified,
-            anchors_found=trace.anchor_states is not None,
-            threshold=self.threshold,
-            timings=trace.timings,
-            image=rgb,
-        )
+        return Inspection(self._pipeline, rgb, self.threshold, f"{self.engine} ({self.inference_precision})")
+
+    def request(
+        self,
+        instruction: str | None = None,
+        mode: str = DIRECT,
+        *,
+        normal_state: str | None = None,
+        max_new_tokens: int | None = None,
+    ) -> Prompt:
+        """A request checked and encoded, for `Inspection.answer`; with many pictures, once for all of them.
+
+        Raises:
+            RequestError: see PromptEncoder.encode.
+        """
+        return self._pipeline.prompts.encode(instruction, mode, normal_state, max_new_tokens)

@@ -19,14 +19,16 @@ from PIL import Image
 
 from benchmarks import demo
 from engines import EngineFailed, EngineUnavailable
-from runtime import Segmenter
+from runtime import Inspection, Segmenter
 from runtime.cli import segment, verify
 from runtime.errors import OutputError
 from runtime.parity import GATES, Gates
+from runtime.prompts import Prompt
 from runtime.segmentation import Segmentation
 
 SEGMENT_KEYS = {
     *("image", "score", "is_anomalous", "mask", "area", "text", "answer_verified", "anchors_found", "threshold"),
+    *("instruction", "mode", "anchor_groups", "truncated"),
     *("timings_ms", "engine", "inference_precision", "device"),
 }
 PARITY_KEYS = {"images", "mask_iou_mean", "mask_iou_min", "flips", "map_max_abs", "anchor_cosine_min"}
@@ -115,16 +117,16 @@ def test_in_words_a_line_has_verdict_score_area_time_and_path(run_segment: Any, 
 def test_a_picture_without_a_map_is_neither_ok_nor_ng(
     run_segment: Any, photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def wordy(self: Segmenter, image: object, instruction: str | None = None, mode: str = "direct") -> Segmentation:
-        nothing = np.zeros((2, 3), np.float32)
+    def wordy(self: Inspection, prompt: Prompt) -> Segmentation:
+        nothing, text = np.zeros((2, 3), np.float32), "I see\n\x1b[2Jnothing"
         return Segmentation(
-            nothing > 1, nothing, 0.0, False, "I see\n\x1b[2Jnothing", False, False, 0.5, {"total": 1.0}
+            nothing > 1, nothing, 0.0, False, text, prompt.instruction, prompt.mode, False, 0, True, 0.5, {"total": 1.0}
         )
 
-    monkeypatch.setattr(Segmenter, "__call__", wordy)
+    monkeypatch.setattr(Inspection, "answer", wordy)
     _, lines, errors = run_segment(photos / "one.png")
     assert lines[0].startswith("??")
-    assert lines[1].strip() == "I see \ufffd[2Jnothing"  # a terminal obeys no model
+    assert lines[1].strip() == "I see \ufffd[2Jnothing … (cut at the length limit)"  # a terminal obeys no model
     assert "1 ??" in errors
 
 
@@ -135,6 +137,58 @@ def test_auto_says_on_stderr_which_engine_it_chose_and_quiet_keeps_it_silent(run
     assert "chosen by auto" in errors
     code, lines, errors = run_segment(photos, "--quiet", engine="auto")
     assert (code, len(lines), errors) == (0, 3, "")
+
+
+# agvas-segment: several instructions
+
+
+def test_each_instruction_gives_a_line_a_mask_of_its_own_and_the_picture_is_seen_once(
+    run_segment: Any, photos: Path, tmp_path: Path, tiny_bundle: Path
+) -> None:
+    asked = ["Find dents.", "Where is rust?", "Find dents."]
+    options = [part for text in asked for part in ("--instruction", text)]
+    code, lines, _ = run_segment(photos, "--json", "--output", tmp_path / "out", *options)
+    records = [json.loads(line) for line in lines]
+    assert code == 0
+    assert [record["instruction"] for record in records] == asked * 3
+    assert [Path(record["image"]).stem for record in records] == [name for name in ("one", "three", "two") for _ in asked]
+    assert [Path(record["mask"]).name for record in records[:3]] == [f"one__{number}_mask.png" for number in (1, 2, 3)]
+    assert all(record.keys() == SEGMENT_KEYS and record["mode"] == "direct" for record in records)
+    assert ["pixel_encoder" in record["timings_ms"] for record in records] == [True, False, False] * 3
+    fresh = Segmenter(tiny_bundle, "onnxruntime")
+    for record in records[:3]:
+        expected = fresh(record["image"], record["instruction"])
+        np.testing.assert_array_equal(np.asarray(Image.open(record["mask"])) > 0, expected.mask)
+        assert (record["text"], record["area"]) == (expected.text, expected.area)
+
+
+def test_in_words_the_instruction_stands_below_its_verdict_when_there_are_several(run_segment: Any, photos: Path) -> None:
+    _, lines, errors = run_segment(photos / "one.png", "--instruction", "Find dents.", "--instruction", "Find\n\trust.")
+    told = [line for line in lines if line.startswith("    Find")]
+    assert told == ["    Find dents.", "    Find rust."]
+    assert run_segment(photos / "one.png", "--instruction", "Find dents.")[1][0].endswith("one.png")
+
+
+def test_a_picture_that_cannot_be_read_is_told_once_and_an_instruction_that_fails_by_its_words(
+    run_segment: Any, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (photos / "cut.png").write_bytes(b"nothing")
+    original = Inspection.answer
+
+    def failing(self: Inspection, prompt: Prompt) -> Segmentation:
+        if prompt.instruction == "Find rust.":
+            raise EngineFailed("out of memory")
+        return original(self, prompt)
+
+    monkeypatch.setattr(Inspection, "answer", failing)
+    code, lines, _ = run_segment(photos, "--json", "--instruction", "Find rust.", "--instruction", "Find dents.")
+    records = [json.loads(line) for line in lines]
+    assert code == 1
+    (unread,) = [record for record in records if Path(record["image"]).name == "cut.png"]
+    assert unread.keys() == {"image", "error"}
+    failed = [record for record in records if "instruction" in record and "error" in record]
+    assert [record["instruction"] for record in failed] == ["Find rust."] * 3
+    assert [record["instruction"] for record in records if "score" in record] == ["Find dents."] * 3
 
 
 # agvas-segment: pictures that fail
@@ -168,14 +222,14 @@ def test_nothing_to_segment_is_exit_code_2(run_segment: Any, tmp_path: Path) -> 
 def test_an_engine_that_fails_on_one_picture_goes_on_with_the_next(
     run_segment: Any, photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = Segmenter.__call__
+    original = Segmenter.inspect
 
-    def failing(self: Segmenter, image: Any, *rest: Any) -> Segmentation:
+    def failing(self: Segmenter, image: Any) -> Inspection:
         if Path(image).stem == "three":
             raise EngineFailed("out of memory")
-        return original(self, image, *rest)
+        return original(self, image)
 
-    monkeypatch.setattr(Segmenter, "__call__", failing)
+    monkeypatch.setattr(Segmenter, "inspect", failing)
     code, lines, errors = run_segment(photos, "--json")
     assert (code, len(lines)) == (1, 3)
     assert f"{photos / 'three.png'}: out of memory" in errors
@@ -197,6 +251,10 @@ def test_an_engine_that_fails_on_one_picture_goes_on_with_the_next(
         (("--engine", "openvino", "--device", "cuda:0"), "openvino runs on device cpu"),
         (("--mode", "segment-then-explain"), "it has direct"),
         (("--instruction", "  "), "the instruction is empty"),
+        (("--instruction", "Find rust.", "--instruction", "Find [NOR]."), "control token"),
+        (("--normal-state", "It is round."), "only mode describe-then-segment-plus takes it, got mode direct"),
+        (("--max-new-tokens", "0"), "expected 1 to 64"),
+        (("--max-new-tokens", "65"), "expected 1 to 64"),
         (("--instruction", "say [SEG]"), "control token"),
         (("--threshold", "1.5"), "0..1"),
         (("--threshold", "nan"), "0..1"),
@@ -336,10 +394,10 @@ def test_a_full_disk_stops_the_run_and_keeps_what_was_written(
 def test_ctrl_c_is_exit_code_130_without_a_traceback(
     run_segment: Any, photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(self: Segmenter, *rest: Any) -> Segmentation:
+    def interrupted(self: Segmenter, image: Any) -> Inspection:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Segmenter, "__call__", interrupted)
+    monkeypatch.setattr(Segmenter, "inspect", interrupted)
     code, _, errors = run_segment(photos)
     assert code == 130
     assert "interrupted" in errors

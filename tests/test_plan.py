@@ -34,7 +34,7 @@ def plan_of(model: nn.Module) -> QuantPlan:
         model="small",
         weights_sha256=model_sha256(model),
         settings=SETTINGS,
-        answer_weight=1.0,
+        answer_share=0.5,
         modes=("direct",),
         images=("ab" * 32, "cd" * 32),
         tokens=99,

@@ -34,8 +34,11 @@ def segmentation(mask=None, **changes) -> Segmentation:
         "score": 0.9,
         "is_anomalous": bool(mask.any()),
         "text": "Sure, it is [NOR][ANO][SEG].",
+        "instruction": "Please segment the anomalies in this image.",
+        "mode": "direct",
         "answer_verified": True,
-        "anchors_found": True,
+        "anchor_groups": 1,
+        "truncated": False,
         "threshold": 0.5,
         "timings": {"language": 12.5, "total": 20.0},
         "image": np.random.default_rng(0).integers(0, 256, (*mask.shape, 3), np.uint8),
@@ -170,7 +173,7 @@ def test_a_pixel_at_the_threshold_is_normal_also_when_the_threshold_is_no_float3
 
 def test_without_anchors_the_mask_stays_empty_at_any_threshold():
     nothing = np.zeros((HEIGHT, WIDTH), bool)
-    result = segmentation(nothing, anomaly_map=nothing.astype(np.float32), anchors_found=False)
+    result = segmentation(nothing, anomaly_map=nothing.astype(np.float32), anchor_groups=0)
     assert not result.with_threshold(0).is_anomalous
 
 
@@ -222,8 +225,12 @@ def test_json_holds_the_keys_of_the_command_line_and_only_plain_values():
         "mask": None,
         "area": 6,
         "text": "Sure, it is [NOR][ANO][SEG].",
+        "instruction": "Please segment the anomalies in this image.",
+        "mode": "direct",
         "answer_verified": True,
         "anchors_found": True,
+        "anchor_groups": 1,
+        "truncated": False,
         "threshold": 0.5,
         "timings_ms": {"total": 20.0},
     }

@@ -14,7 +14,7 @@ from types import MappingProxyType
 import numpy as np
 
 from agvas.config import ANCHORS, ANSWER, INSTRUCTION
-from runtime.prompts import DIRECT, MODES
+from runtime.prompts import DIRECT, MODES, PLUS, with_normal_state
 
 __all__ = [
     "ANSWERS",
@@ -63,7 +63,7 @@ TEMPLATES: Mapping[str, tuple[str, ...]] = MappingProxyType(
             "I need a segmentation mask of the {class_name} in this image.",
         ),
         "describe-then-segment": _DESCRIBE,
-        "describe-then-segment-plus": _DESCRIBE,  # what tells the two apart is the expectation in front
+        PLUS: _DESCRIBE,  # what tells the two apart is the expectation in front
         "segment-then-explain": (
             "Please segment the {class_name} in this image and explain the result.",
             "Segment the {class_name} in this image, then explain them.",
@@ -187,8 +187,8 @@ def dialogue(mode: str, description: Description | None, rng: np.random.Generato
         return question, _drawn(ANSWERS, rng).format(explanation=explanation)
     if fault := find_anchor_fault(description.summary):
         raise ValueError(f"description.summary: expected {''.join(ANCHORS)}, once each and in this order; {fault}: {description.summary!r}")
-    if mode == "describe-then-segment-plus":
-        question = f"{_sentence(description, 'expectation')} {question}"
+    if mode == PLUS:
+        question = with_normal_state(question, _sentence(description, "expectation"))
     return question, description.summary
 
 

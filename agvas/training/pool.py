@@ -31,8 +31,8 @@ OVERLAID_SHARE = 0.4
 class PoolSettings:
     """How many samples, how many of them plain (they come first), their side in pixels, and the first seed (sample i: `seed + i`)."""
 
-    samples: int = 10_000
-    plain: int = 4_000
+    samples: int = 12_000
+    plain: int = 3_000
     side: int = 448
     seed: int = 1_000_000
 
@@ -207,18 +207,24 @@ def _overlaid(image: np.ndarray, normal: np.ndarray, rng: np.random.Generator) -
     side = normal.shape[0]
     size = int(side * rng.uniform(0.3, 1.0))
     top, left = rng.integers(side - size + 1), rng.integers(side - size + 1)
-    piece = cv2.resize(normal[top : top + size, left : left + size], (width, height), interpolation=cv2.INTER_AREA).astype(np.float32)
-    texture = piece.mean(axis=2) - cv2.blur(piece.mean(axis=2), (2 * (max(height, width) // 8) + 1,) * 2)
+    piece = cv2.resize(normal[top : top + size, left : left + size], (width, height), interpolation=cv2.INTER_AREA)
+    grey = cv2.cvtColor(piece, cv2.COLOR_RGB2GRAY).astype(np.float32)
+    texture = grey - cv2.blur(grey, (2 * (max(height, width) // 8) + 1,) * 2)
     strength = rng.uniform(0.15, 0.7) * min(1.0, 25 / (float(texture.std()) + 1))
-    return np.clip(image + strength * texture[..., None], 0, 255).astype(np.uint8)
+    return cv2.add(image, cv2.merge([strength * texture] * 3), dtype=cv2.CV_8U)
 
 
 def _turn(image: np.ndarray, mask: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    quarters = int(rng.integers(4))
-    image, mask = np.rot90(image, quarters), np.rot90(mask, quarters)
-    if rng.random() < 0.5:
-        image, mask = image[:, ::-1], mask[:, ::-1]
-    return np.ascontiguousarray(image), np.ascontiguousarray(mask)
+    turns = (None, cv2.ROTATE_90_CLOCKWISE, cv2.ROTATE_180, cv2.ROTATE_90_COUNTERCLOCKWISE)
+    turn, mirrored = turns[int(rng.integers(4))], rng.random() < 0.5
+
+    def turned(array: np.ndarray) -> np.ndarray:
+        array = np.ascontiguousarray(array)
+        if turn is not None:
+            array = cv2.rotate(array, turn)
+        return cv2.flip(array, 1) if mirrored else array
+
+    return turned(image), turned(mask.view(np.uint8)).view(bool)
 
 
 def _shade_sides(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -238,7 +244,7 @@ def _shade_sides(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 def _recolour(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Grey, channel order, contrast, brightness and gamma; one look-up table per channel."""
     if rng.random() < 0.25:
-        image = np.repeat(image.mean(axis=2, keepdims=True).astype(np.uint8), 3, axis=2)
+        image = cv2.merge([cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)] * 3)
     elif rng.random() < 0.3:
         image = image[..., rng.permutation(3)]
     levels = np.linspace(0, 1, 256)
@@ -248,4 +254,4 @@ def _recolour(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     for _ in range(3):
         tint = rng.uniform(-0.03, 0.03)
         tables.append(np.clip(((levels**gamma - 0.5) * contrast + 0.5 + brightness + tint) * 255, 0, 255).astype(np.uint8))
-    return np.stack([table[image[..., channel]] for channel, table in enumerate(tables)], axis=2)
+    return cv2.LUT(image, np.stack(tables, axis=-1)[None])

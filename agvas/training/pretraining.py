@@ -31,14 +31,14 @@ class PretrainingSettings:
     """
 
     loop: LoopSettings = LoopSettings(
-        steps=900,
+        steps=3_000,
         global_batch=32,
         micro_batch=32,
         learning_rate=2e-3,
-        warmup_steps=40,
+        warmup_steps=100,
         betas=(0.9, 0.98),
         weight_decay=0.02,
-        average_decay=0.997,
+        average_decay=0.999,
     )
     plain_until: int = 0
     side: int | None = 256

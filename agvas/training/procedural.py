@@ -30,7 +30,7 @@ NORMAL_SHARE = 1 / 3
 THEMED_SHARE = 0.3
 # Materials and the defects they are known for. Most samples mix anything with anything; these keep the likely pairs from being rare.
 THEMES = (
-    ((surfaces.road, surfaces.granular, surfaces.pebbles, surfaces.formwork, surfaces.mottled),
+    ((surfaces.road, surfaces.granular, surfaces.pebbles, surfaces.formwork, surfaces.mottled, surfaces.strewn),
      ("crack", "crack", "crack", "crack_net", "spalling", "spalling", "corrosion", "large_patch", "exposed_bar", "stain", "peel")),
     ((surfaces.ground_ceramic, surfaces.brushed, surfaces.smooth),
      ("hole", "hole", "crack", "fray", "unevenness", "unevenness", "spalling", "scratch", "missing", "large_patch")),

@@ -430,10 +430,43 @@ def ridged(rng, height, width):
     return tinted(rng, standardise(lit), log_uniform(rng, 0.04, 0.4))
 
 
+def strewn(rng, height, width):
+    """A heap of opaque things of one family and many sizes, each over the last: gravel, grass, chips, shells, foliage.
+
+    The dead-leaves model, whose statistics are those of natural pictures (Lee, Mumford & Huang 2001).
+    """
+    size = min(height, width)
+    least = log_uniform(rng, 0.006, 0.04) * size
+    most = least * log_uniform(rng, 1.3, 8)
+    slim = pick(rng, 1.0, 0.8, 0.5, 0.15, 0.06)  # of a disc, a stone, a leaf, a blade, a fibre
+    corners, wild = int(rng.integers(5, 14)), rng.uniform(0, 0.35)
+    palette = [colour(rng) for _ in range(int(rng.integers(1, 4)))]
+    spread, rim = log_uniform(rng, 0.03, 0.35), rng.uniform(0.2, 1) if chance(rng, 0.7) else 1.0
+    light = rng.uniform(0, 2 * np.pi)
+    shift = np.array([np.cos(light), np.sin(light)]) * max(1.0, 0.15 * least)
+    laid = np.full((height, width, 3), np.round(palette[0] * 120), np.uint8)
+    radii = 1 / np.sqrt(rng.uniform(most**-2, least**-2, 1500))  # density r ** -3: heaps look alike at any scale
+    enough = int(np.searchsorted(np.cumsum(np.pi * slim * radii**2), rng.uniform(2, 5) * height * width)) + 1
+    along = rng.uniform(0, np.pi) if chance(rng, 0.2) else None
+    for radius in radii[:enough]:
+        angle = np.sort(rng.uniform(0, 2 * np.pi, corners)) if wild > 0.1 else np.linspace(0, 2 * np.pi, 20, endpoint=False)
+        reach = radius * (1 + wild * rng.uniform(-1, 1, angle.size))
+        points = np.stack([reach * np.cos(angle), slim * reach * np.sin(angle)], 1)
+        turn = rng.uniform(0, 2 * np.pi) if along is None else along + rng.normal(0, 0.15)
+        points = points @ np.array([[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]])
+        points += rng.uniform(-0.05, 1.05, 2) * (width, height)
+        tone = palette[rng.integers(len(palette))] * np.exp(rng.normal(0, spread)) * 200
+        for moved, level in ((points + shift, tone * rim), (points, tone)):
+            cv2.fillPoly(laid, [np.round(moved * 16).astype(np.int32)[:, None]], np.clip(level, 0, 255).tolist(), cv2.LINE_AA, 4)
+    texture = fbm(rng, height, width, log_uniform(rng, 0.3, 3) * least, 3)
+    field = laid.astype(np.float32) / 255 * rgb(1 + log_uniform(rng, 0.02, 0.25) * texture)
+    return blur(field, rng.uniform(0.4, 1.5)) if chance(rng, 0.4) else field
+
+
 SIMPLE = (mottled, smooth, smooth, granular, brushed, orange_peel, ground_ceramic)
 SURFACES = (mottled, smooth, granular, granular, pebbles, brushed, brushed, ground_ceramic, ground_ceramic, woven, woven, knitted, leather,
             leather, wood, tiled, meshed, crumpled, marbled, fibrous, porous, orange_peel, ribbed, chequer_plate, speckled, dotted,
-            lettered, circuit, road, road, banded, banded, formwork, formwork, ridged, striped, masonry, blurred_clutter)
+            lettered, circuit, road, road, banded, banded, formwork, formwork, ridged, striped, masonry, blurred_clutter, strewn, strewn, strewn)
 
 
 def any_simple(rng, height, width):

@@ -1,8 +1,9 @@
 """agvas-segment: pictures in; verdicts, masks and overlays out.
 
-One line on stdout for each picture, in words or as JSON; everything else (engine, progress, errors) goes to stderr, so
-a program can read stdout line by line while the run goes on. A picture that cannot be segmented is reported and the run
-goes on; a result that cannot be written stops it, since the next one could not be written either.
+One line on stdout for each picture and instruction, in words or as JSON; everything else (engine, progress, errors) goes to stderr, so
+a program can read stdout line by line while the run goes on. A picture is looked at once, whatever the number of instructions. One that
+cannot be segmented is reported and the run goes on; a result that cannot be written stops it, since the next one could not be written
+either.
 
 Exit codes: 0 every picture was segmented, 1 some were not, 2 nothing could be done or a result could not be written,
 130 interrupted.
@@ -23,8 +24,11 @@ from engines import EngineError
 from runtime.cli.common import AUTO, Progress, add_engine_arguments, close_stdout, describe, engine_options, json_line, say
 from runtime.errors import AgvasError, ImageError, OutputError, RequestError, choose
 from runtime.images import PIXEL_LIMIT, find_images
-from runtime.prompts import DIRECT, MODES
+from runtime.prompts import DIRECT, MODES, PLUS
 from runtime.segmenter import Segmenter
+
+# What leaves the next picture a chance; ImageError and a map with NaN are ValueErrors.
+_OF_ONE_PICTURE = (EngineError, ValueError, MemoryError)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,46 +51,57 @@ def segment_pictures(
     pictures: Sequence[Path],
     *,
     mode: str = DIRECT,
-    instruction: str | None = None,
+    instructions: Sequence[str | None] = (None,),
+    normal_state: str | None = None,
+    max_new_tokens: int | None = None,
     output: str | os.PathLike[str] | None = None,
     overlay: bool = False,
     polygons: bool = False,
 ) -> Iterator[dict[str, Any]]:
-    """Segment one picture after the other; each gives the record that agvas-segment prints as JSON.
+    """Segment one picture after the other; each instruction gives the record that agvas-segment prints as JSON.
 
     Args:
+        instructions: all are asked about every picture; None is the mode's default.
+        normal_state, max_new_tokens: see Segmenter.__call__; the same for every instruction.
         output: folder for `<stem>_mask.png` and, with `overlay`, `<stem>_overlay.png`; stems are told apart, see
-            output_stems.
+            output_stems. With several instructions the first one's stem is `<stem>__1`, and so on.
         polygons: also give the outline of each mask.
 
     Yields:
-        {"image", "error"} for a picture that could not be segmented, else "image", what Segmentation.to_json gives
-        ("mask" is the file's path, None without `output`), "overlay" if asked for, and the segmenter's "engine",
-        "inference_precision" and "device".
+        {"image", "error"} for a picture that could not be read or looked at, and with "instruction" for one about which
+        this instruction failed; else "image", what Segmentation.to_json gives ("mask" is the file's path, None without
+        `output`), "overlay" if asked for, and the segmenter's "engine", "inference_precision" and "device".
 
     Raises:
-        RequestError: the mode or instruction is refused, or a result would overwrite one of the pictures.
+        RequestError: the mode or an instruction is refused, or a result would overwrite one of the pictures.
         OutputError: a result cannot be written; those before it are.
     """
+    requests = [segmenter.request(text, mode, normal_state=normal_state, max_new_tokens=max_new_tokens) for text in instructions]
+    endings = [""] if len(requests) == 1 else [f"__{number}" for number in range(1, len(requests) + 1)]
     stems = output_stems(pictures)
     if output is not None:
-        _spare_inputs(pictures, stems, Path(output), ("mask", "overlay") if overlay else ("mask",))
+        every = [stem + ending for stem in stems for ending in endings]
+        _spare_inputs(pictures, every, Path(output), ("mask", "overlay") if overlay else ("mask",))
     for path, stem in zip(pictures, stems, strict=True):
         try:
-            result = segmenter(path, instruction, mode)
-        except RequestError:
-            raise  # would be refused for every picture alike
-        except (EngineError, ValueError, MemoryError) as error:  # ImageError and a map with NaN are ValueErrors
+            inspection = segmenter.inspect(path)
+        except _OF_ONE_PICTURE as error:
             yield {"image": str(path), "error": str(error) or type(error).__name__}
             continue
-        record = {"image": str(path), **result.to_json(polygons=polygons)}
-        if output is not None:
-            saved = result.save(output, stem, overlay=overlay)
-            record.update({name: str(file) for name, file in saved.items()})
-        record["engine"] = segmenter.engine
-        record["inference_precision"] = segmenter.inference_precision
-        record["device"] = segmenter.device
-        yield record
+        for request, ending in zip(requests, endings, strict=True):
+            try:
+                result = inspection.answer(request)
+            except _OF_ONE_PICTURE as error:
+                yield {"image": str(path), "instruction": request.instruction, "error": str(error) or type(error).__name__}
+                continue
+            record = {"image": str(path), **result.to_json(polygons=polygons)}
+            if output is not None:
+                saved = result.save(output, stem + ending, overlay=overlay)
+                record.update({name: str(file) for name, file in saved.items()})
+            record["engine"] = segmenter.engine
+            record["inference_precision"] = segmenter.inference_precision
+            record["device"] = segmenter.device
+            yield record
 
 
 def output_stems(pictures: Sequence[Path]) -> list[str]:
@@ -121,18 +136,25 @@ def output_stems(pictures: Sequence[Path]) -> list[str]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="agvas-segment",
-        description="Segment anomalies in pictures with an exported AG-VAS. One line on stdout for each picture.",
+        description="Segment anomalies in pictures with an exported AG-VAS. One line on stdout for each picture and instruction.",
         epilog="Exit codes: 0 every picture was segmented; 1 some were not; 2 nothing could be done, or a result could "
         "not be written; 130 interrupted. A line begins with OK, NG, or ?? where the model gave no map. Pictures of "
         "the same name in different folders get their folders' names in front: crack__000_mask.png, "
-        "good__000_mask.png.",
+        "good__000_mask.png. With several instructions their numbers stand behind: 000__1_mask.png, 000__2_mask.png.",
         allow_abbrev=False,
     )
     add = parser.add_argument
     add("inputs", nargs="+", metavar="IMAGE|DIR|GLOB", help="pictures, folders of pictures, or quoted patterns")
     add_engine_arguments(parser)
     add("--mode", default=DIRECT, help=f"one that the model was trained for of {', '.join(MODES)} (default {DIRECT})")
-    add("--instruction", metavar="TEXT", help="what to look for, in words (default: the mode's own)")
+    add(
+        "--instruction",
+        action="append",
+        metavar="TEXT",
+        help="what to look for, in words (default: the mode's own); give it again to ask more about the same pictures",
+    )
+    add("--normal-state", metavar="TEXT", help=f"for --mode {PLUS}: a sentence on what a normal object looks like")
+    add("--max-new-tokens", type=int, metavar="N", help="longest answer in tokens (default: the bundle's limit, also the most)")
     add("--threshold", type=float, metavar="P", help="a pixel is anomalous above it, 0..1 (default: the bundle's)")
     add("--pixel-limit", type=int, default=PIXEL_LIMIT, metavar="N", help=f"largest picture (default {PIXEL_LIMIT})")
     add("--recursive", action="store_true", help="look into subfolders too")
@@ -149,7 +171,7 @@ def _run(arguments: argparse.Namespace) -> int:
     _check(arguments)
     pictures, failed = _find(arguments.inputs, arguments.recursive)
     for record in failed:
-        _report(record, arguments.json)
+        _report(record, arguments.json, False)
     if not pictures:
         return 2
     if arguments.output is not None:
@@ -172,21 +194,26 @@ def _run(arguments: argparse.Namespace) -> int:
         for name, reason in segmenter.choice.rejected.items():
             note(f"  not {name}: {reason}")
     verdicts: Counter[str] = Counter(failed=len(failed))
+    instructions = arguments.instruction or [None]
     with Progress(quiet=arguments.quiet) as progress:
         records = segment_pictures(
             segmenter,
             pictures,
             mode=arguments.mode,
-            instruction=arguments.instruction,
+            instructions=instructions,
+            normal_state=arguments.normal_state,
+            max_new_tokens=arguments.max_new_tokens,
             output=arguments.output,
             overlay=arguments.overlay,
             polygons=arguments.polygons,
         )
-        for done, record in enumerate(records, 1):
+        done, several = 0, len(instructions) > 1
+        for record in records:
             progress.step_aside()
-            _report(record, arguments.json)
+            _report(record, arguments.json, several)
             verdicts[_verdict(record)] += 1
-            progress("pictures", done, len(pictures))
+            done += 1 if "instruction" in record else len(instructions)  # a picture that cannot be read leaves none to ask
+            progress("answers" if several else "pictures", done, len(pictures) * len(instructions))
     where = "" if arguments.output is None else f"; masks in {arguments.output}"
     note(", ".join(f"{count} {verdict}" for verdict, count in sorted(verdicts.items()) if count) + where)
     return 1 if verdicts["failed"] else 0
@@ -229,7 +256,7 @@ def _prepare(output: str) -> None:
         raise OutputError(f"--output {output}: expected a writable folder, got one that is not; choose another or change permissions")
 
 
-def _report(record: dict[str, Any], as_json: bool) -> None:
+def _report(record: dict[str, Any], as_json: bool, several: bool) -> None:
     if "error" in record:
         image, reason = record["image"], record["error"]
         # Messages about files begin with the file's name already.
@@ -238,17 +265,26 @@ def _report(record: dict[str, Any], as_json: bool) -> None:
     if as_json:
         say(json_line(record))
     elif "error" not in record:
-        say(_in_words(record))
+        say(_in_words(record, several))
 
 
-def _in_words(record: dict[str, Any]) -> str:
+def _in_words(record: dict[str, Any], several: bool) -> str:
+    """With several instructions, which of them it was stands below."""
     milliseconds, image = record["timings_ms"]["total"], _printable(record["image"])
     line = f"{_verdict(record)}  {record['score']:.3f}  {record['area']:>9} px  {milliseconds:8.1f} ms  {image}"
     if not record["anchors_found"]:
         line += "  (no verdict: the answer lacks [NOR], [ANO] or [SEG])"
+    if record["anchor_groups"] > 1:
+        line += f"  (the first of {record['anchor_groups']} masks in the answer)"
+    if several:
+        line += f"\n    {_one_line(record['instruction'])}"
     if not record["answer_verified"]:  # the model's own words: news in direct mode, the purpose of the others
-        line += f"\n    {_printable(' '.join(record['text'].split()))}"
+        line += f"\n    {_one_line(record['text'])}{' … (cut at the length limit)' if record['truncated'] else ''}"
     return line
+
+
+def _one_line(text: str) -> str:
+    return _printable(" ".join(text.split()))
 
 
 def _printable(text: str) -> str:

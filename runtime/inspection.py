@@ -1,0 +1,83 @@
+"""One picture under inspection: looked at once, asked about as often as need be.
+
+The encoders run when it is made, and what the language model keeps of the picture is kept from the first answer on; so a second
+instruction costs its own words and nothing of the picture. Each answer is what a fresh call would give. `Segmenter.inspect` makes one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+
+from engines import EngineFailed
+from runtime.pipeline import Pipeline
+from runtime.prompts import DIRECT, Prompt
+from runtime.segmentation import Segmentation
+
+
+class Inspection:
+    """Answers about one picture; threads may share it.
+
+    It holds the picture, the encoders' outputs and the language model's keys and values of them (of a 7B model about 180 MB): drop it when
+    the picture's last question is answered.
+
+    Args:
+        image: uint8 RGB [H, W, 3].
+        threshold: the masks are `anomaly_map > threshold`.
+        engine: named in errors.
+
+    Raises:
+        EngineFailed: the engine could not compute.
+    """
+
+    def __init__(self, pipeline: Pipeline, image: np.ndarray, threshold: float, engine: str) -> None:
+        self.image = image
+        self.threshold = threshold
+        self._engine = engine
+        self._pipeline = pipeline
+        self._vision = pipeline.see(image)
+
+    def ask(
+        self,
+        instruction: str | None = None,
+        mode: str = DIRECT,
+        *,
+        normal_state: str | None = None,
+        max_new_tokens: int | None = None,
+        on_text: Callable[[str], object] | None = None,
+    ) -> Segmentation:
+        """As `Segmenter.__call__`, about this picture."""
+        return self.answer(self._pipeline.prompts.encode(instruction, mode, normal_state, max_new_tokens), on_text)
+
+    def answer(self, prompt: Prompt, on_text: Callable[[str], object] | None = None) -> Segmentation:
+        """The answer to a request that was encoded already.
+
+        Raises:
+            EngineFailed: the engine could not compute, or computed NaN.
+        """
+        trace = self._pipeline.answer(self._vision, prompt, on_text)
+        score = float(trace.anomaly_map.max())
+        if not math.isfinite(score):  # NumPy's maximum of anything with a NaN is NaN; a NaN would pass every threshold as OK
+            raise EngineFailed(
+                f"engine {self._engine} computed an anomaly map with NaN or infinity; "
+                "agvas-verify tells in which stage it begins. Use another engine, or a bundle of higher precision"
+            )
+        said = self._pipeline.prompts.read(trace.answer)
+        mask = trace.anomaly_map > np.float32(self.threshold)
+        return Segmentation(
+            mask=mask,
+            anomaly_map=trace.anomaly_map,
+            score=score,
+            is_anomalous=bool(mask.any()),
+            text=said.text,
+            instruction=prompt.instruction,
+            mode=prompt.mode,
+            answer_verified=trace.verified,
+            anchor_groups=said.anchor_groups,
+            truncated=said.truncated,
+            threshold=self.threshold,
+            timings=trace.timings,
+            image=self.image,
+        )
