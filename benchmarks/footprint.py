@@ -1,8 +1,10 @@
-"""What the runtime costs a target before it runs: seconds to import, and megabytes of an environment that can only run.
+"""What the runtime costs a target: megabytes and seconds to import before it runs, and each bundle's stages in bytes and memory.
 
     python -m benchmarks.footprint --output benchmarks/results/footprint.json
+    python -m benchmarks.footprint --output benchmarks/results/footprint_stages.json BUNDLE...
 
-Makes a fresh virtual environment per engine from this checkout and measures in it; needs a package index.
+Without bundles it makes a fresh virtual environment per engine from this checkout and measures in it; needs a package index. With bundles
+it measures each stage of theirs in a process of its own, on every engine that is installed and can run it.
 """
 
 from __future__ import annotations
@@ -16,7 +18,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from benchmarks.environment import environment
+from engines import EngineError
+from runtime.bundle import Bundle
+from runtime.footprint import footprints
+from runtime.selection import candidates_for
 
 EXTRAS = ("cpu", "openvino")
 HEAVY = ("torch", "transformers", "onnx")
@@ -46,16 +54,34 @@ def measure(extra: str, repository: Path) -> dict[str, Any]:
         }
 
 
+def measure_bundles(folders: list[Path]) -> list[dict[str, Any]]:
+    """Bytes and memory of every bundle's stages by engine and inference precision (runtime.footprint)."""
+    rows = []
+    for bundle in map(Bundle, folders):
+        for engine, precision in tqdm(candidates_for(bundle, "cpu"), desc=bundle.folder.name, unit="engine"):
+            row = {"precision": bundle.manifest.precision, "lmm": bundle.manifest.lmm, "engine": engine, "inference_precision": precision}
+            try:
+                rows.append(row | {"stages": footprints(bundle, engine, precision)})
+            except EngineError as error:
+                rows.append(row | {"error": str(error)})
+    return rows
+
+
 def _bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bundles", nargs="*", type=Path)
     parser.add_argument("--output", type=Path, help="write the result as JSON")
     options = parser.parse_args(arguments)
     repository = Path(__file__).parent.parent
-    result = {extra: measure(extra, repository) for extra in EXTRAS} | {"environment": environment()}
+    result: dict[str, Any] = {"environment": environment()}
+    if options.bundles:
+        result["bundles"] = measure_bundles(options.bundles)
+    else:
+        result |= {extra: measure(extra, repository) for extra in EXTRAS}
     print(json.dumps(result, indent=2))
     if options.output:
         options.output.write_text(json.dumps(result, indent=2) + "\n")

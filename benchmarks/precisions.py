@@ -1,16 +1,19 @@
-"""What each precision and engine costs in masks: bundles against AGVAS.segment on the same pictures, under the export's gates.
+"""What each precision and engine costs in masks and gains in size, memory and time: bundles against AGVAS.segment on the same pictures.
 
     python -m benchmarks.precisions --checkpoint nano --images 64 --output benchmarks/results/precisions.json BUNDLE...
 
-Every engine that is installed and can run a bundle is tried, OpenVINO also at bfloat16 inference precision. It judges masks; speed is
-benchmarks/latency.py's.
+Every engine that is installed and can run a bundle is tried at every inference precision that it has for it. Time is a ratio: each
+candidate takes turns, picture by picture, with the first bundle of the list on the first engine that runs it as exported, so give an
+fp32 bundle first; both use the same number of threads. Absolute times are latency.py's.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +22,17 @@ from tqdm import tqdm
 from benchmarks.environment import environment
 from engines import EngineError, EngineOptions
 from runtime.bundle import Bundle
-from runtime.parity import GATES, Outcome, compare
-from runtime.selection import CPU_CANDIDATES
-from runtime.verify import gates_for, open_pipeline, outcome_of
+from runtime.footprint import WHOLE, footprints
+from runtime.parity import Outcome, compare
+from runtime.pipeline import Pipeline
+from runtime.selection import candidates_for
+from runtime.verify import gates_for, limits, open_pipeline, outcome_of
+
+REST = 0.02  # seconds before each turn: thread pools go on spinning for a while and would take the cores from whoever is next
 
 
-def measure(checkpoint: str, bundles: list[Path], count: int) -> dict[str, Any]:
-    """Parity of every bundle on every engine over `count` procedural pictures."""
+def measure(checkpoint: str, bundles: list[Path], count: int, threads: int, pairs: int) -> dict[str, Any]:
+    """Parity, size, memory and time ratio of every bundle on every engine over `count` procedural pictures."""
     from agvas import load
     from export.parity import outcome_of_reference
     from export.pictures import parity_pictures
@@ -33,23 +40,50 @@ def measure(checkpoint: str, bundles: list[Path], count: int) -> dict[str, Any]:
     model = load(checkpoint)
     pictures = parity_pictures(None, count)
     reference = [outcome_of_reference(model.segment(picture)) for picture in tqdm(pictures, desc="reference", unit="image")]
+    first = Bundle(bundles[0])
+    baseline, named = _baseline(first, threads)
     rows = []
     for folder in bundles:
         bundle = Bundle(folder)
-        for engine, precision in CPU_CANDIDATES:
-            rows.append(_row(bundle, engine, EngineOptions(inference_precision=precision), pictures, reference))
+        for engine, precision in candidates_for(bundle, "cpu"):
+            options = EngineOptions(threads=threads, inference_precision=precision)
+            rows.append(_row(bundle, engine, options, pictures, reference, baseline, pairs))
     return {
         "checkpoint": checkpoint,
         "images": count,
         "reference_empty": sum(not outcome.mask.any() for outcome in reference),
+        "time_ratio_to": named,
+        "threads": threads,
+        "pairs": pairs,
         "rows": rows,
         "environment": environment(),
     }
 
 
-def _row(bundle: Bundle, engine: str, options: EngineOptions, pictures: Any, reference: list[Outcome]) -> dict[str, Any]:
+def _baseline(bundle: Bundle, threads: int) -> tuple[Pipeline, str]:
+    reasons = []
+    for engine, precision in reversed(candidates_for(bundle, "cpu")):
+        if precision == "graph":
+            try:
+                return open_pipeline(bundle, engine, EngineOptions(threads=threads)), f"{_precision(bundle)} on {engine}"
+            except EngineError as error:
+                reasons.append(str(error))
+    raise EngineError(f"{bundle.folder}: no engine runs it to compare times with: {' | '.join(reasons)}")
+
+
+def _row(
+    bundle: Bundle,
+    engine: str,
+    options: EngineOptions,
+    pictures: Any,
+    reference: list[Outcome],
+    baseline: Pipeline,
+    pairs: int,
+) -> dict[str, Any]:
     row: dict[str, Any] = {
-        "bundle_precision": next(iter(bundle.manifest.precision.values())),
+        "bundle_precision": _precision(bundle),
+        "lmm": bundle.manifest.lmm,
+        "kept_float": sorted(bundle.manifest.quantisation.get("kept_float", {})),
         "bytes": bundle.bytes,
         "engine": engine,
         "inference_precision": options.inference_precision,
@@ -59,28 +93,53 @@ def _row(bundle: Bundle, engine: str, options: EngineOptions, pictures: Any, ref
     except EngineError as error:
         return row | {"error": str(error)}
     prompt = pipeline.prompts.encode()
-    label = f"{row['bundle_precision']} {engine}/{options.inference_precision}"
+    label = f"{row['bundle_precision']} {row['lmm']} {engine}/{options.inference_precision}"
     ours = [outcome_of(pipeline.run(picture, prompt), bundle.manifest.threshold) for picture in tqdm(pictures, desc=label, unit="image")]
-    parity, gates = compare(ours, reference), gates_for(bundle, options)
-    failures = GATES[gates].failures(parity)
-    return row | {"gates": gates, "passed": not failures, "failures": failures, "parity": parity.to_json()}
+    parity = compare(ours, reference)
+    failures = limits(bundle, options).failures(parity)
+    ratios = [_seconds(pipeline, pictures[i % len(pictures)]) / _seconds(baseline, pictures[i % len(pictures)]) for i in range(pairs)]
+    return row | {
+        "gates": gates_for(bundle, options),
+        "passed": not failures,
+        "failures": failures,
+        "parity": parity.to_json(),
+        "time_ratio": round(statistics.median(ratios), 3),
+        "stages": footprints(bundle, engine, options.inference_precision),
+    }
+
+
+def _seconds(pipeline: Pipeline, picture: Any) -> float:
+    prompt = pipeline.prompts.encode()
+    time.sleep(REST)
+    started = time.perf_counter()
+    pipeline.run(picture, prompt)
+    return time.perf_counter() - started
+
+
+def _precision(bundle: Bundle) -> str:
+    """Of the graphs: the encoders', where they differ from the rest."""
+    return bundle.manifest.precision["pixel_encoder"]
 
 
 def table(result: dict[str, Any]) -> str:
     """Markdown."""
     lines = [
-        "| bundle | MB | engine | computes in | gates | passed | IoU mean | IoU min | flips | map max diff | anchor cosine |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        f"Time is the ratio to {result['time_ratio_to']}, in turns on {result['threads']} threads.",
+        "",
+        "| bundle | lmm | MB | engine | computes in | gates | passed | IoU mean | IoU min | flips | anchor cosine | peak RSS, MB | time |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in result["rows"]:
-        start = f"| {row['bundle_precision']} | {row['bytes'] / 1e6:.1f} | {row['engine']} | {row['inference_precision']} |"
+        size = f"{row['bytes'] / 1e6:.1f}"
+        start = f"| {row['bundle_precision']} | {row['lmm']} | {size} | {row['engine']} | {row['inference_precision']} |"
         if "error" in row:
-            lines.append(f"{start} | refused | {row['error'][:80]} | | | | |")
+            lines.append(f"{start} | refused | {row['error'][:80]} | | | | | |")
             continue
-        parity = row["parity"]
+        parity, peak = row["parity"], row["stages"][WHOLE]["peak_rss_bytes"]
         lines.append(
             f"{start} {row['gates']} | {'yes' if row['passed'] else 'NO'} | {parity['mask_iou_mean']:.4f} | "
-            f"{parity['mask_iou_min']:.4f} | {parity['flips']} | {parity['map_max_abs']:.1e} | {parity['anchor_cosine_min']:.5f} |"
+            f"{parity['mask_iou_min']:.4f} | {parity['flips']} | {parity['anchor_cosine_min']:.5f} | "
+            f"{'' if peak is None else round(peak / 1e6)} | {row['time_ratio']:.2f} |"
         )
     return "\n".join(lines)
 
@@ -90,9 +149,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("bundles", nargs="+", type=Path)
     parser.add_argument("--checkpoint", default="nano", help="the checkpoint the bundles were exported from")
     parser.add_argument("--images", type=int, default=64)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--pairs", type=int, default=20, help="turns that a time ratio is the median of")
     parser.add_argument("--output", type=Path, help="write the result as JSON")
     options = parser.parse_args(arguments)
-    result = measure(options.checkpoint, options.bundles, options.images)
+    result = measure(options.checkpoint, options.bundles, options.images, options.threads, options.pairs)
     print(table(result))
     if options.output:
         options.output.write_text(json.dumps(result, indent=2) + "\n")

@@ -17,7 +17,7 @@ from engines.errors import EngineError, EngineFailed, EngineUnavailable, TensorM
 from engines.spec import StageSpec, TensorSpec
 
 ENGINES = ("onnxruntime", "openvino", "tensorrt", "tensorrt-rtx")
-INFERENCE_PRECISIONS = ("graph", "bf16")
+INFERENCE_PRECISIONS = ("graph", "bf16", "int8")
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,8 @@ class EngineOptions:
         device: "cpu" or "cuda:N".
         threads: CPU threads of one inference; 0 leaves it to the back-end.
         inference_precision: "graph" computes in the types the graph states (or wider); "bf16" lets OpenVINO multiply in
-            bfloat16 on CPUs that do so natively, whatever the graph states.
+            bfloat16 on CPUs that do so natively, whatever the graph states; "int8" rounds what is multiplied with integer
+            weights to 8 bit, token by token (blocks of inputs with a scale each), which is faster than integer weights alone.
     """
 
     device: str = "cpu"

@@ -27,6 +27,10 @@ except ImportError as error:
     raise EngineUnavailable('engine openvino is not installed; pip install "agvas[openvino]"') from error
 
 
+# Inputs that share a scale where they are rounded to 8 bit while running: what int4 weights have, too.
+INT8_BLOCK = 128
+
+
 class OpenVinoEngine:
     """One compiled graph, or two in a row; every calling thread has inference requests of its own, since a request holds its tensors."""
 
@@ -40,7 +44,7 @@ class OpenVinoEngine:
                 "inference precision bf16 was asked for, but this CPU does not multiply in bfloat16; use precision graph"
             )
         settings: dict[str, object] = {
-            "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
+            "DYNAMIC_QUANTIZATION_GROUP_SIZE": INT8_BLOCK if options.inference_precision == "int8" else 0,
             "PERFORMANCE_HINT": "LATENCY",
         }
         if options.threads:

@@ -123,6 +123,25 @@ ADAPTERS: dict[str, type[nn.Module]] = {
 }
 
 
+# What an adapter calls the parts of AGVAS that it holds: a linear layer is `language.model.layers.0.mlp.up_proj` in a checkpoint and in a
+# plan, and `layers.0.mlp.up_proj` in its stage's graph.
+PARTS: dict[str, dict[str, str]] = {
+    "pixel_encoder": {"encoder": "pixel_encoder"},
+    "semantic_encoder": {"encoder": "semantic_encoder"},
+    "spam": {"spam": "spam"},
+    "language": {"layers": "language.model.layers", "head": "language.lm_head"},
+    "mask_decoder": {"decoder": "mask_decoder"},
+}
+
+
+def name_in_stage(stage: str, name: str) -> str | None:
+    """A module's name in its stage's graph, from its name in AGVAS; None for a module of another stage."""
+    for ours, whole in PARTS[stage].items():
+        if name == whole or name.startswith(f"{whole}."):
+            return ours + name[len(whole) :]
+    return None
+
+
 def axis_sizes(config: AGVASConfig) -> dict[str, int]:
     """Size of every axis of the contract that the checkpoint fixes."""
     return {

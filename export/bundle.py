@@ -12,27 +12,32 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 
 from agvas.checkpoint import CheckpointError, load
 from agvas.config import ROLES
 from agvas.model import AGVAS
 from engines import EngineOptions
 from export.adapters import axis_sizes
+from export.gate import MEASURED, GateBudget, Kept, by_sensitivity, search, sensitivities
+from export.integer_weights import round_inputs, store_integers
 from export.onnx_writer import export_stage, stage_module, write
-from export.parity import ParityReport, measure
-from export.passes import lower_precision
+from export.parity import ParityReport, hardest, measure, outcome_of_reference
+from export.passes import LOW_TYPES, lower_precision
 from export.pictures import Pictures, parity_pictures
 from export.progress import Progress
+from export.quantisation import ENCODERS, Quantisation, fake_quantised, quantise
 from runtime.bundle import EMBEDDINGS, GOLDEN, MANIFEST, PARITY, SCHEMA_VERSION, TOKENIZER, Bundle, FileRecord, Manifest, sha256_of
 from runtime.contract import CONTRACT_VERSION, STAGES
 from runtime.errors import AgvasError, OutputError, ParityFailed
-from runtime.parity import GATES
-from runtime.verify import gates_for, open_pipeline
+from runtime.parity import GATES, Outcome, compare, finite
+from runtime.verify import limits, open_pipeline, run_outcome
 
 TOOLS = ("torch", "transformers", "onnx", "onnxscript", "onnx-ir", "onnxruntime", "openvino", "numpy", "pillow", "tokenizers")
 
@@ -43,11 +48,15 @@ class ExportSettings:
 
     Attributes:
         checkpoint: "nano" or a checkpoint folder.
-        precision: fp32, fp16 or bf16.
+        precision: fp32, fp16, bf16, or int8: both encoders' linear layers in 8 bit, all else fp32.
         output: the bundle's folder.
         strict: fail when a gate fails; otherwise write the bundle with the failure in its manifest.
         images: folder of pictures to judge parity on; None takes procedural ones.
         pictures: how many at most.
+        lmm: the language model's weights: float, int8 or gptq4.
+        calibration: folder of the plan, or of a GPTQ checkpoint, that they come from; None calibrates on procedural pictures.
+        gates: what to change of the precision's gates, by field of runtime.parity.Gates.
+        budget: how far layers may go back to float when a gate fails.
     """
 
     checkpoint: str
@@ -56,6 +65,14 @@ class ExportSettings:
     strict: bool = True
     images: Path | None = None
     pictures: int = 64
+    lmm: str = "float"
+    calibration: Path | None = None
+    gates: Mapping[str, Any] = field(default_factory=dict)
+    budget: GateBudget = GateBudget()
+
+    def stage_precision(self, stage: str) -> str:
+        """What a stage computes in, as the manifest tells it."""
+        return self.precision if self.precision != "int8" or stage in ENCODERS else "fp32"
 
 
 def export_bundle(settings: ExportSettings, progress: Progress) -> tuple[Bundle, ParityReport]:
@@ -63,7 +80,8 @@ def export_bundle(settings: ExportSettings, progress: Progress) -> tuple[Bundle,
 
     Raises:
         CheckpointError: see agvas.load.
-        ParityFailed: a gate failed and `strict` is set.
+        ParityFailed: a gate failed and `strict` is set; of integers, with as many layers back in float as the budget allows.
+        PlanError, GPTQCheckpointError, RequestError: a calibration that does not fit what is asked for.
         OutputError: the output cannot be written, or is something else than a bundle.
         EngineUnavailable: no engine here can run graphs of this precision to verify them.
     """
@@ -74,21 +92,38 @@ def export_bundle(settings: ExportSettings, progress: Progress) -> tuple[Bundle,
     if model.spam is None or model.mask_decoder.roles != ROLES:
         raise CheckpointError(f"{settings.checkpoint} is an ablation ({model.config.name}) and has no bundle; measure it with agvas-eval")
     _check_space(settings.output, model, settings.precision)
+    quantisation = _quantise(settings, model, progress)
     with _whole_or_nothing(settings.output) as folder:
+        graphs = {}  # in float, of the stages that hold integers
         for stage in STAGES:
             progress.begin(f"export {stage}")
             graph = export_stage(stage_module(model, stage), stage, axis_sizes(model.config))
-            if settings.precision != "fp32":
-                lower_precision(graph, settings.precision)
-            write(graph, folder / stage, stage)
+            _write_stage(folder, stage, graph, settings, quantisation)
+            if quantisation.in_stage(stage)[0]:
+                graphs[stage] = graph
         progress.begin("write embeddings and tokenizer")
         table = model.language.get_input_embeddings().weight.detach().numpy()
-        np.save(folder / EMBEDDINGS, table.astype(np.float32 if settings.precision == "fp32" else np.float16))
+        np.save(folder / EMBEDDINGS, table.astype(np.float16 if settings.precision in LOW_TYPES else np.float32))
         model.tokenizer.save(str(folder / TOKENIZER))
         np.savez_compressed(folder / GOLDEN)  # filled below, once the bundle can be opened
-        _write_manifest(folder, _manifest(model, settings.precision))
-        report = _verify(folder, model, settings.precision, pictures, progress)
+        _write_manifest(folder, _manifest(model, settings, quantisation))
+        progress.begin("run the reference", len(pictures))
+        reference = []
+        for picture in pictures:
+            reference.append(outcome_of_reference(model.segment(picture)))
+            progress.advance()
+        kept, sensitivity = Kept(), dict[str, float]()
+        if graphs:
+            kept, sensitivity = _decide(folder, graphs, model, settings, quantisation, pictures, reference, progress)
+            quantisation = quantisation.without(kept.names)
+        report = _verify(folder, model, settings, quantisation, kept, sensitivity, pictures, reference, progress)
         if report.failures and settings.strict:
+            if kept.stopped:
+                raise ParityFailed(
+                    f"the exported masks are not the reference's: {'; '.join(report.failures)}, though {len(kept.names)} layers were put "
+                    f"back to float, and {kept.stopped}. No bundle was written; calibrate on pictures of your own, allow more layers, "
+                    "or choose a higher precision"
+                )
             raise ParityFailed(
                 f"the exported masks are not the reference's: {'; '.join(report.failures)}. No bundle was written; "
                 "try --precision fp32, or --parity report to write it all the same and look into parity.json"
@@ -101,29 +136,118 @@ def verification_engine(precision: str) -> str:
     return "openvino" if precision == "bf16" else "onnxruntime"
 
 
-def _verify(folder: Path, model: AGVAS, precision: str, pictures: Pictures, progress: Progress) -> ParityReport:
+def _quantise(settings: ExportSettings, model: AGVAS, progress: Progress) -> Quantisation:
+    """The integers asked for; none for a bundle in float."""
+    if settings.lmm == "float" and settings.precision != "int8":
+        return Quantisation()
+    progress.begin("calibrate" if settings.calibration is None else "read the calibration", 1)
+    return quantise(model, settings.lmm, settings.precision == "int8", settings.calibration, progress.show)
+
+
+def _write_stage(folder: Path, stage: str, graph: ir.Model, settings: ExportSettings, quantisation: Quantisation) -> None:
+    """One stage's graph with its integers, in its precision. The graph given stays in float where there are integers."""
+    weights, ranges = quantisation.in_stage(stage)
+    if weights:
+        graph = graph.clone()
+        store_integers(graph, weights)
+        round_inputs(graph, ranges)
+    if settings.stage_precision(stage) in LOW_TYPES:
+        lower_precision(graph, settings.precision)
+    write(graph, folder / stage, stage)
+
+
+def _decide(
+    folder: Path,
+    graphs: Mapping[str, ir.Model],
+    model: AGVAS,
+    settings: ExportSettings,
+    quantisation: Quantisation,
+    pictures: Pictures,
+    reference: Sequence[Outcome],
+    progress: Progress,
+) -> tuple[Kept, dict[str, float]]:
+    """Which layers stay float, and the sensitivities that chose them (none where none had to). The folder then holds the graphs so."""
+    options, engine = EngineOptions(), verification_engine(settings.precision)
+    threshold = model.config.mask_decoder.threshold
+
+    def put(names: Sequence[str]) -> Bundle:
+        left = quantisation.without(names)
+        for stage, graph in graphs.items():
+            shutil.rmtree(folder / stage)  # not written over: an engine may still have the file mapped
+            _write_stage(folder, stage, graph.clone(), settings, left)
+        _write_manifest(folder, _manifest(model, settings, left))
+        return Bundle(folder)
+
+    def trial(names: Sequence[str]) -> list[str]:
+        progress.begin(f"try with {len(names)} layers in float", len(pictures))
+        bundle = put(names) if names else Bundle(folder)  # as it was written
+        pipeline = open_pipeline(bundle, engine, options)
+        ours = []
+        for picture in pictures:
+            ours.append(run_outcome(pipeline, picture, threshold)[0])
+            progress.advance()
+        return limits(bundle, options).failures(compare(ours, reference))
+
+    failures = trial(())
+    if not failures:
+        return Kept(trials=[(0, [])]), {}
+    progress.begin("measure each layer's effect", len(quantisation.weights))
+    chosen = hardest(reference, threshold)[:MEASURED]
+    found = sensitivities(model, quantisation, [pictures[i] for i in chosen], [reference[i] for i in chosen], progress.advance)
+    kept = search(by_sensitivity(found), trial, settings.budget, failures)
+    put(kept.names)  # the last trial was not always the chosen one
+    return kept, found
+
+
+def _verify(
+    folder: Path,
+    model: AGVAS,
+    settings: ExportSettings,
+    quantisation: Quantisation,
+    kept: Kept,
+    sensitivity: Mapping[str, float],
+    pictures: Pictures,
+    reference: Sequence[Outcome],
+    progress: Progress,
+) -> ParityReport:
     bundle, options = Bundle(folder), EngineOptions()
-    engine = verification_engine(precision)
+    engine = verification_engine(settings.precision)
     exported = open_pipeline(bundle, engine, options)
     progress.begin("compare with the reference", len(pictures))
-    report, golden = measure(model, exported, engine, pictures, GATES[gates_for(bundle, options)], GATES["fp32"], progress.advance)
+    twin = fake_quantised(model, quantisation) if quantisation.weights else None
+    gates = limits(bundle, options)
+    report, golden = measure(model, exported, engine, pictures, gates, GATES["fp32"], progress.advance, reference, twin)
     np.savez_compressed(folder / GOLDEN, **golden)  # type: ignore[arg-type]
-    (folder / PARITY).write_text(json.dumps(report.to_json(), indent=2) + "\n", encoding="utf-8")
-    summary = {"engine": engine, "passed": not report.failures, **report.chain.to_json()}
-    _write_manifest(folder, replace(bundle.manifest, parity=summary))
+    kept_float = {
+        name: f"changed the anomaly map by {sensitivity[name]:.1e} on average when alone in integers" for name in kept.names
+    }
+    gate = {
+        "limits": asdict(gates),
+        "kept_float": kept_float,
+        "trials": [{"kept_float": count, "failures": failures} for count, failures in kept.trials],
+        "sensitivity": {name: sensitivity[name] for name in by_sensitivity(sensitivity)},
+    }
+    (folder / PARITY).write_text(json.dumps(finite(report.to_json() | {"gate": gate}), indent=2) + "\n", encoding="utf-8")
+    summary = {"engine": engine, "passed": not report.failures, **report.chain.to_json(), "golden": report.golden.to_json()}
+    manifest = replace(bundle.manifest, parity=summary)
+    if quantisation.weights or kept.names:
+        manifest = replace(manifest, quantisation=manifest.quantisation | {"kept_float": kept_float})
+    _write_manifest(folder, manifest)
     return report
 
 
-def _manifest(model: AGVAS, precision: str) -> Manifest:
+def _manifest(model: AGVAS, settings: ExportSettings, quantisation: Quantisation) -> Manifest:
     from importlib.metadata import version
 
     config = model.config
+    precision = {stage: settings.stage_precision(stage) for stage in STAGES}
+    named = next(name for name in GATES if name in {settings.lmm, *precision.values()})
     return Manifest(
         schema_version=SCHEMA_VERSION,
         contract_version=CONTRACT_VERSION,
         model=config.name,
-        precision=dict.fromkeys(STAGES, precision),
-        lmm="float",
+        precision=precision,
+        lmm=settings.lmm,
         preprocessing=config.preprocessing,
         prompts=config.prompts,
         threshold=config.mask_decoder.threshold,
@@ -132,6 +256,8 @@ def _manifest(model: AGVAS, precision: str) -> Manifest:
         parity={},
         files={},
         tools={name: version(name) for name in TOOLS},
+        gates=asdict(replace(GATES[named], **settings.gates)) if settings.gates else {},
+        quantisation={"plan": dict(quantisation.source), "layers": quantisation.in_words()} if quantisation.weights else {},
     )
 
 
@@ -151,7 +277,7 @@ def _check_output(output: Path) -> None:
 
 def _check_space(output: Path, model: AGVAS, precision: str) -> None:
     """Refuse before the work, not after it, when the disk cannot hold the bundle."""
-    width = 4 if precision == "fp32" else 2
+    width = 2 if precision in LOW_TYPES else 4
     needed = int(sum(parameter.numel() for parameter in model.parameters()) * width * 1.1) + (32 << 20)
     existing = next(parent for parent in (output.absolute(), *output.absolute().parents) if parent.exists())
     free = shutil.disk_usage(existing).free

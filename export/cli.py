@@ -9,14 +9,31 @@ from pathlib import Path
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 WEIGHTS = ("float", "int8", "gptq4")
+DEFAULT_LMM = "float"
+GATE_NAMES = ("mask_iou_mean", "mask_iou_min", "flips", "map_max_abs", "answers_changed", "anchor_cosine_min")
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit code 0 when the bundle passed, 1 when parity failed, 2 when it could not be made."""
     parser = argparse.ArgumentParser(prog="agvas-export", description=__doc__)
     parser.add_argument("--checkpoint", default="nano", help="nano (shipped) or a checkpoint folder (default nano)")
-    parser.add_argument("--precision", default="fp32", help="fp32, fp16 or bf16: the graphs' arithmetic (default fp32)")
-    parser.add_argument("--lmm", default="float", help="the language model's weights: float (default)")
+    parser.add_argument(
+        "--precision",
+        default="fp32",
+        help="fp32 (default), fp16 or bf16: the graphs' arithmetic; int8: both encoders' linear layers in 8 bit, all else fp32",
+    )
+    parser.add_argument("--lmm", default=DEFAULT_LMM, help=f"the language model's weights: float, int8 or gptq4 (default {DEFAULT_LMM})")
+    parser.add_argument(
+        "--calibration", type=Path, metavar="PLAN", help="folder of agvas-calibrate, or a GPTQ checkpoint (default: calibrate here)"
+    )
+    parser.add_argument(
+        "--gate", metavar="NAME=LIMIT,...", help=f"other limits than the precision's: {', '.join(GATE_NAMES)}; flips is a share"
+    )
+    parser.add_argument(
+        "--gate-budget",
+        metavar="LAYERS[:SECONDS]",
+        help="how many integer layers may go back to float when a gate fails, and for how long that is tried (default a quarter, an hour)",
+    )
     parser.add_argument("--output", type=Path, default=Path("bundle"), help="the bundle's folder (default bundle)")
     parser.add_argument("--images", type=Path, help="folder of pictures to judge parity on (default: 64 procedural ones)")
     parser.add_argument("--pictures", type=int, default=64, help="at most this many of them (default 64)")
@@ -35,8 +52,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         choose("--precision", options.precision, PRECISIONS)
         choose("--lmm", options.lmm, WEIGHTS)
-        if options.precision == "int8" or options.lmm != "float":
-            raise RequestError("--precision int8 and --lmm int8 or gptq4 need quantisation, which this version lacks; use fp16 or bf16")
+        if options.calibration and options.precision != "int8" and options.lmm == "float":
+            raise RequestError("--calibration: nothing is in integers with --lmm float; add --lmm gptq4 or int8, or --precision int8")
         if options.pictures < 1:
             raise RequestError(f"--pictures: expected at least 1, got {options.pictures}")
         return _export(options, started)
@@ -56,8 +73,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _export(options: argparse.Namespace, started: float) -> int:
     from export.bundle import ExportSettings, export_bundle
+    from export.gate import GateBudget
     from export.progress import Progress
     from runtime.cli.common import json_line
+    from runtime.footprint import footprints
     from runtime.verify import peak_rss_bytes
 
     progress = Progress()
@@ -68,6 +87,10 @@ def _export(options: argparse.Namespace, started: float) -> int:
         options.parity == "strict",
         options.images,
         options.pictures,
+        options.lmm,
+        options.calibration,
+        _gates(options.gate),
+        GateBudget(*_budget(options.gate_budget)),
     )
     bundle, report = export_bundle(settings, progress)
     progress.end()
@@ -78,6 +101,14 @@ def _export(options: argparse.Namespace, started: float) -> int:
         f"({report.engine}): mask IoU {chain.mask_iou_mean:.4f} (least {chain.mask_iou_min:.4f}), {chain.flips} flips, "
         f"maps within {chain.map_max_abs:.1e}: {'passed' if passed else 'FAILED: ' + '; '.join(report.failures)}"
     )
+    stages = footprints(bundle, report.engine)
+    for stage, cost in stages.items():
+        peak = cost["peak_rss_bytes"]
+        memory = "" if peak is None else f", {(peak - (cost['idle_rss_bytes'] or 0)) / 1e6:.0f} MB of memory beside the engine's own"
+        print(f"  {stage}: {cost['bytes'] / 1e6:.1f} MB on disk{memory}")
+    kept = bundle.manifest.quantisation.get("kept_float", {})
+    for name, why in kept.items():
+        print(f"  kept in float: {name}, which {why}")
     if options.json:
         print(
             json_line(
@@ -87,12 +118,43 @@ def _export(options: argparse.Namespace, started: float) -> int:
                     "failures": report.failures,
                     "parity": chain.to_json(),
                     "bytes": bundle.bytes,
+                    "stages": stages,
+                    "kept_float": list(kept),
                     "peak_rss_bytes": peak_rss_bytes(),
                     "seconds": round(seconds, 3),
                 }
             )
         )
     return 0 if passed else 1
+
+
+def _gates(text: str | None) -> dict[str, float]:
+    """ "mask_iou_mean=0.9,flips=0.05" → numbers. Raises RequestError naming what is wrong."""
+    from runtime.errors import RequestError, choose
+
+    gates = {}
+    for part in (text or "").split(",") if text else []:
+        name, _, limit = part.partition("=")
+        choose("--gate", name.strip(), GATE_NAMES)
+        try:
+            gates[name.strip()] = float(limit)
+        except ValueError:
+            raise RequestError(f"--gate: expected {name.strip()}=NUMBER, got {part!r}") from None
+    return gates
+
+
+def _budget(text: str | None) -> tuple[int | None, float]:
+    """ "16:900" → layers and seconds. Raises RequestError."""
+    from runtime.errors import RequestError
+
+    layers, _, seconds = (text or "").partition(":")
+    try:
+        budget = (int(layers) if layers else None, float(seconds) if seconds else 3600.0)
+    except ValueError:
+        budget = (-1, 0.0)
+    if (budget[0] is not None and budget[0] < 0) or not budget[1] >= 0:
+        raise RequestError(f"--gate-budget: expected LAYERS or LAYERS:SECONDS, as 16 or 16:900, got {text!r}")
+    return budget
 
 
 if __name__ == "__main__":

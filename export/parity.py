@@ -1,8 +1,8 @@
 """The comparisons that isolate where an exported chain leaves the reference, and the traces a target replays.
 
 (1) the runtime's pipeline over torch stages against AGVAS.segment: the glue; (3) each exported stage fed the reference's inputs:
-conversion and precision; (4) the whole exported chain against AGVAS.segment: what a user gets. (2), quantisation against float,
-belongs to quantised weights.
+conversion and precision; (4) the whole exported chain against AGVAS.segment: what a user gets. (2), where there are integers: the
+fake-quantised torch stages against the float ones, and (3) is then against the fake-quantised.
 """
 
 from __future__ import annotations
@@ -69,6 +69,8 @@ class ParityReport:
         chain: comparison (4).
         failures: broken gates in words; export fails when there are any.
         engine: what ran the exported graphs.
+        golden: comparison (4) on the golden pictures alone.
+        quantisation: comparison (2) as `stages` tells it; empty where nothing is in integers.
     """
 
     glue: Parity
@@ -76,6 +78,8 @@ class ParityReport:
     chain: Parity
     failures: list[str]
     engine: str
+    golden: Parity
+    quantisation: dict[str, dict[str, float]]
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -85,6 +89,8 @@ class ParityReport:
             "glue": self.glue.to_json(),
             "stages": finite(self.stages),
             "chain": self.chain.to_json(),
+            "golden": self.golden.to_json(),
+            "quantisation": finite(self.quantisation),
         }
 
 
@@ -107,11 +113,15 @@ def measure(
     gates: Gates,
     glue_gates: Gates,
     progress: Callable[[], None],
+    reference: Sequence[Outcome] = (),
+    twin: AGVAS | None = None,
 ) -> tuple[ParityReport, dict[str, np.ndarray]]:
     """Run every picture through the reference, the torch pipeline and the exported chain.
 
     Args:
         images: uint8 RGB [H, W, 3] each; the golden ones are asked for twice.
+        reference: the reference's outcomes where they are known.
+        twin: the fake-quantised model, where there are integers.
 
     Returns:
         The report, and the golden traces for the bundle (the reference's tensors) of the pictures hardest to keep.
@@ -120,23 +130,31 @@ def measure(
     stages = torch_stages(model)
     torch_chain = pipeline_over(model, stages)
     prompt = model.prompt_encoder.encode()
-    reference: list[Outcome] = []
+    reference = reference or [outcome_of_reference(model.segment(image)) for image in images]
     glue: list[Outcome] = []
     chain: list[Outcome] = []
     for image in images:
-        reference.append(outcome_of_reference(model.segment(image)))
         glue.append(outcome_of(torch_chain.run(image, prompt), threshold))
         chain.append(run_outcome(exported, image, threshold)[0])
         progress()
     golden: dict[str, np.ndarray] = {}
     errors: dict[str, dict[str, float]] = {}
-    for place, index in enumerate(hardest(reference, threshold)[:GOLDEN_PICTURES]):
+    quantisation: dict[str, dict[str, float]] = {}
+    chosen = hardest(reference, threshold)[:GOLDEN_PICTURES]
+    for place, index in enumerate(chosen):
         image = images[index]
         tensors: Mapping[str, np.ndarray] = {}
         if place < TRACED_PICTURES:
             recorders = {name: RecordingStage(stage) for name, stage in stages.items()}
             tensors = pipeline_over(model, recorders).run(image, prompt).tensors
-            _stage_errors(exported, recorders, errors)
+            # Where no anchors were said, the mask decoder did not run and has no feeds.
+            feeds = {name: recorder.feeds for name, recorder in recorders.items() if recorder.feeds is not None}
+            wanted = {name: recorders[name].outputs for name in feeds}
+            if twin is not None:
+                float_outputs, twins = wanted, torch_stages(twin)
+                wanted = {name: twins[name].run(fed) for name, fed in feeds.items()}
+                _stage_errors(wanted, float_outputs, quantisation)
+            _stage_errors({name: exported.stages[name].run(fed) for name, fed in feeds.items()}, wanted, errors)
         golden |= _golden(place, image, reference[index], tensors)
     glue_parity, chain_parity = compare(glue, reference), compare(chain, reference)
     failures = [f"glue: {failure}" for failure in glue_gates.failures(glue_parity)]
@@ -146,7 +164,8 @@ def measure(
             f"chain: the reference's mask is empty on all {chain_parity.images} pictures, so no mask was compared; "
             "give pictures with defects that the model finds (--images)"
         )
-    return ParityReport(glue_parity, errors, chain_parity, failures, engine), golden
+    on_golden = compare([chain[index] for index in chosen], [reference[index] for index in chosen])
+    return ParityReport(glue_parity, errors, chain_parity, failures, engine, on_golden, quantisation), golden
 
 
 def hardest(reference: Sequence[Outcome], threshold: float) -> list[int]:
@@ -187,11 +206,11 @@ def _golden(index: int, image: np.ndarray, outcome: Outcome, tensors: Mapping[st
     return {f"{index}.{name}": array for name, array in arrays.items()}
 
 
-def _stage_errors(exported: Pipeline, recorders: Mapping[str, RecordingStage], errors: dict[str, dict[str, float]]) -> None:
-    for name, recorder in recorders.items():
-        if recorder.feeds is None:
-            continue  # no anchors were said: the mask decoder did not run
-        outputs = exported.stages[name].run(recorder.feeds)
+def _stage_errors(
+    ours: Mapping[str, dict[str, np.ndarray]], wanted: Mapping[str, dict[str, np.ndarray]], errors: dict[str, dict[str, float]]
+) -> None:
+    """Raise `errors` to the relative errors of these outputs, by stage and tensor."""
+    for name, outputs in wanted.items():
         known = errors.setdefault(name, {})
         for key, value in outputs.items():
-            known[key] = worst(known.get(key), relative_error(value, recorder.outputs[key]))
+            known[key] = worst(known.get(key), relative_error(ours[name][key], value))

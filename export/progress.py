@@ -27,6 +27,12 @@ class Progress:
         if self._bar:
             self._bar.update()
 
+    def show(self, what: str, done: int, total: int) -> None:
+        """`done` of `total` steps: for work that counts by itself, with a bar whose length it tells."""
+        if self._bar:
+            self._bar.total = total
+            self._bar.update(done - self._bar.n)
+
     def end(self) -> None:
         if self._bar:
             self._bar.close()

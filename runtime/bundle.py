@@ -18,10 +18,12 @@ from tokenizers import Tokenizer
 
 from runtime.contract import CONTRACT_VERSION, STAGES
 from runtime.errors import BundleCorrupt, BundleMissing, BundleVersionError
+from runtime.parity import GATES, Gates
 from runtime.preprocess import Preprocessing
 from runtime.prompts import PromptEncoder, Prompts
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+OLDEST_SCHEMA = 1  # before quantisation: what it lacks has defaults
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
 EMBEDDINGS = "embeddings.npy"
@@ -43,14 +45,18 @@ class Manifest:
 
     Attributes:
         model: name of the checkpoint's configuration.
-        precision: numeric type of the graphs' arithmetic by stage: fp32, fp16 or bf16.
-        lmm: how the language model's weights are stored: float.
+        precision: numeric type of the graphs' arithmetic by stage: fp32, fp16, bf16, or int8 (an encoder's linear layers in 8 bit, the
+            rest of it fp32).
+        lmm: how the language model's weights are stored: float, int8 or gptq4.
         threshold: a pixel is anomalous where the map exceeds it; the default of a Segmenter, adjustable there.
         fusion_weight: share of the absolute map in the anomaly map (eq. 8), built into the graph and told here.
         sizes: size of each axis of the contract that this checkpoint fixes.
         parity: summary of parity.json, written by export.
         files: every file of the bundle but the manifest, by POSIX path.
         tools: versions of what made the bundle.
+        gates: limits that export judged the bundle by (fields of runtime.parity.Gates); empty: those of its precision.
+        quantisation: of a bundle with integers: "plan" (sha256, settings, pictures), "layers" (integer layers by name, in words) and
+            "kept_float" (layers that the gate put back, with why).
     """
 
     schema_version: int
@@ -66,6 +72,13 @@ class Manifest:
     parity: dict[str, Any]
     files: dict[str, FileRecord]
     tools: dict[str, str]
+    gates: dict[str, Any] = dataclasses.field(default_factory=dict)
+    quantisation: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def integer_weights(self) -> bool:
+        """Whether the language model's weights are integers, which an engine may multiply with 8-bit activations."""
+        return any(name.startswith("language.") for name in self.quantisation.get("layers", {}))
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
@@ -78,7 +91,8 @@ class Manifest:
             versions = int(fields["schema_version"]), int(fields["contract_version"])
         except (ValueError, KeyError, TypeError) as error:
             raise BundleCorrupt(f"{where} is not a bundle manifest ({error}); export the bundle again") from error
-        _check_version("schema", versions[0], SCHEMA_VERSION, where)
+        if versions[0] < OLDEST_SCHEMA or versions[0] > SCHEMA_VERSION:
+            _check_version("schema", versions[0], SCHEMA_VERSION, where)
         _check_version("contract", versions[1], CONTRACT_VERSION, where)
         try:
             fields["preprocessing"] = Preprocessing(**_tuples(fields["preprocessing"]))
@@ -87,6 +101,7 @@ class Manifest:
             fields["threshold"], fields["fusion_weight"] = float(fields["threshold"]), float(fields["fusion_weight"])
             if not 0 <= fields["threshold"] <= 1:
                 raise ValueError(f"threshold {fields['threshold']} is no probability in 0..1")
+            Gates(**(fields.get("gates") or dataclasses.asdict(GATES["fp32"])))  # a misspelt one must not pass for none
             if missing := {"L", "H", "C"} - fields["sizes"].keys():
                 raise KeyError(f"sizes lacks {', '.join(sorted(missing))}")
             return cls(**fields)

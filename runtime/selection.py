@@ -27,6 +27,8 @@ from runtime.verify import open_pipeline, verify
 # (engine, inference precision), on the CPU and on CUDA.
 CPU_CANDIDATES = (("openvino", "bf16"), ("openvino", "graph"), ("onnxruntime", "graph"))
 CUDA_CANDIDATES = (("onnxruntime", "graph"),)
+# Beside them where the language model's weights are integers.
+INTEGER_CANDIDATES = (("openvino", "int8"), ("onnxruntime", "int8"))
 PACKAGES = ("agvas", "onnxruntime", "onnxruntime-gpu", "openvino")
 TIMED_RUNS = 5
 
@@ -63,7 +65,7 @@ def choose_engine(bundle: Bundle, options: EngineOptions, precision: str | None 
             pass  # what was chosen then cannot be opened now: measure again
         else:
             return pipeline, known
-    candidates = CPU_CANDIDATES if options.device == "cpu" else CUDA_CANDIDATES
+    candidates = candidates_for(bundle, options.device)
     best: tuple[Pipeline, Choice] | None = None
     rejected: dict[str, str] = {}
     for engine, computes_in in candidates:
@@ -92,6 +94,13 @@ def choose_engine(bundle: Bundle, options: EngineOptions, precision: str | None 
         raise EngineUnavailable(f"no engine on device {options.device} can run this bundle: {reasons}")
     _write(cache, best[1])
     return best
+
+
+def candidates_for(bundle: Bundle, device: str) -> tuple[tuple[str, str], ...]:
+    """(engine, inference precision) that come into question for a bundle on a device."""
+    if device != "cpu":
+        return CUDA_CANDIDATES
+    return (*INTEGER_CANDIDATES, *CPU_CANDIDATES) if bundle.manifest.integer_weights else CPU_CANDIDATES
 
 
 def cache_folder() -> Path:

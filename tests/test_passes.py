@@ -164,6 +164,29 @@ def test_a_sum_that_is_a_graph_output_is_not_rounded_on_its_way_to_fp32(precisio
     assert types(lowered(read_on, precision))["Add"] == LOW[precision]
 
 
+@BOTH
+def test_where_a_map_is_drawn_from_kernels_and_features_nothing_is_rounded_from_the_products_before_it_on(precision: str) -> None:
+    model = graph(
+        "(float[N, 4] x, float[N, 4] z) => (float[N, N] y)",
+        "a = MatMul(x, w) k = MatMul(a, w) f = MatMul(z, w) g = Gelu(f) t = Transpose(g) m = MatMul(k, t) l = Neg(m) y = Sigmoid(l)",
+        w=ones(4, 4),
+    )
+    computes_in = {node.outputs[0].name: node.inputs[0].dtype for node in lowered(model, precision).graph if node.op_type != "Cast"}
+    fp32 = ir.DataType.FLOAT
+    assert computes_in == {"a": LOW[precision]} | dict.fromkeys(("k", "f", "g", "t", "m", "l", "y"), fp32)
+
+
+@BOTH
+def test_attention_that_another_product_follows_draws_no_map(precision: str) -> None:
+    model = graph(
+        "(float[N, 4] x) => (float[N, 4] y)",
+        "q = MatMul(x, w) t = Transpose(q) s = MatMul(q, t) p = Softmax(s) v = MatMul(p, q) y = MatMul(v, w)",
+        w=ones(4, 4),
+    )
+    products = [node for node in lowered(model, precision).graph if node.op_type == "MatMul"]
+    assert {value.dtype for node in products for value in node.inputs} == {LOW[precision]}
+
+
 # Borders
 
 
@@ -321,9 +344,11 @@ def test_a_lowered_stage_stays_close_to_fp32(
     for name, tensor in wanted.items():
         assert ours[name].dtype == np.float32
         assert relative_error(ours[name], tensor) < tolerance, name
-    # Not for having stayed fp32: what matrix products read is low, all of it.
-    read = [value for node in ir.load(path).graph if node.op_type in ("MatMul", "Gemm") for value in node.inputs]
-    assert read and {value.dtype for value in read} == {LOW[precision]}
+    # Not for having stayed fp32: what matrix products read is low, all of it but where a map is drawn.
+    products = [node for node in ir.load(path).graph if node.op_type in ("MatMul", "Gemm")]
+    fp32 = [node.op_type for node in products if {value.dtype for value in node.inputs} == {ir.DataType.FLOAT}]
+    assert fp32 == (["Gemm"] * 3 + ["MatMul"] if stage == "mask_decoder" else [])
+    assert len(products) > 5 and all(len({value.dtype for value in node.inputs}) == 1 for node in products)
 
 
 def test_onnxruntime_refuses_bf16_and_says_which_engine_takes_it(tiny_bundle: Path, tmp_path: Path) -> None:

@@ -31,7 +31,8 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda:N; nothing else is used in its place")
     parser.add_argument(
         "--inference-precision",
-        help="graph (the graphs' own types) or bf16 (openvino); default: graph for a named engine, either for auto",
+        help="graph (the graphs' own types), bf16 (openvino) or int8 (where weights are integers); default: graph for a named engine, "
+        "any for auto",
     )
     parser.add_argument(
         "--threads",

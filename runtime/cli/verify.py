@@ -22,10 +22,9 @@ from runtime.bundle import Bundle
 from runtime.cli.common import AUTO, Progress, add_engine_arguments, close_stdout, describe, engine_options, json_line, say
 from runtime.errors import AgvasError
 from runtime.images import find_images
-from runtime.parity import GATES
 from runtime.pipeline import Pipeline
 from runtime.selection import CPU_CANDIDATES, CUDA_CANDIDATES, choose_engine
-from runtime.verify import compare_on_images, gates_for, open_pipeline, summary, verify
+from runtime.verify import compare_on_images, gates_for, limits, open_pipeline, summary, verify
 
 # What a picture without a reference is compared with, in this order.
 REFERENCES = ("onnxruntime", "openvino")
@@ -114,7 +113,7 @@ def verify_bundle(
         other, other_engine, other_options = against
         shown = _labelled(progress, "pictures")
         parity = compare_on_images(pipeline, other, pictures, bundle.manifest.threshold, shown)
-        failures = GATES[report["gates"]].failures(parity)
+        failures = limits(bundle, options).failures(parity)
         report["images_parity"] = {
             **parity.to_json(),
             "against": describe(other_engine, other_options),

@@ -1,0 +1,225 @@
+"""What of a model becomes integers in a bundle, and the torch model that computes with those integers.
+
+The language model's weights come from a plan (agvas-calibrate), a GPTQ checkpoint, or a calibration made here; the encoders' linear layers
+take 8-bit weights by plain rounding and input ranges from calibration pictures. Choosing the codes is calibration's, writing them into
+graphs is integer_weights.py's, putting layers back to float is gate.py's.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from agvas.model import AGVAS
+from calibration.calibrate import CalibrationSettings, calibrate
+from calibration.gptq import GPTQSettings, round_to_nearest
+from calibration.gptq_checkpoint import read_gptq_checkpoint
+from calibration.observers import Ranges
+from calibration.pictures import calibration_pictures
+from calibration.plan import PLAN, QuantPlan, read_plan, read_ranges
+from calibration.truth import linear_of, put_weight
+from calibration.weights import QuantizedWeight
+from export.adapters import name_in_stage
+from runtime import preprocess
+from runtime.errors import RequestError
+
+ENCODERS = ("pixel_encoder", "semantic_encoder")
+# bits and group (0: one scale an output) of the language model's weights.
+LMM = {"gptq4": GPTQSettings(bits=4, group=128), "int8": GPTQSettings(bits=8, group=0)}
+ENCODER_WEIGHTS = GPTQSettings(bits=8, group=0)
+# Pictures that export calibrates on where it is given no plan.
+PICTURES = 64
+
+
+@dataclass(frozen=True, eq=False)
+class Quantisation:
+    """Which linear layers are integers, by their names in AGVAS.
+
+    Attributes:
+        weights: integer weights.
+        ranges: largest absolute input of those of them whose input is rounded to 8 bit as well.
+        source: where they come from, for the manifest.
+    """
+
+    weights: Mapping[str, QuantizedWeight] = field(default_factory=dict)
+    ranges: Mapping[str, float] = field(default_factory=dict)
+    source: Mapping[str, Any] = field(default_factory=dict)
+
+    def only(self, names: Iterable[str]) -> Quantisation:
+        """What is left when only these layers are integers."""
+        chosen = set(names)
+        return Quantisation(
+            {name: weight for name, weight in self.weights.items() if name in chosen},
+            {name: most for name, most in self.ranges.items() if name in chosen},
+            self.source,
+        )
+
+    def without(self, names: Iterable[str]) -> Quantisation:
+        """What is left when these layers stay float."""
+        return self.only(self.weights.keys() - set(names))
+
+    def in_stage(self, stage: str) -> tuple[dict[str, QuantizedWeight], dict[str, float]]:
+        """Weights and ranges of a stage's layers, by their names in its graph."""
+        weights = {local: weight for name, weight in self.weights.items() if (local := name_in_stage(stage, name))}
+        ranges = {local: most for name, most in self.ranges.items() if (local := name_in_stage(stage, name))}
+        return weights, ranges
+
+    def in_words(self) -> dict[str, str]:
+        """By layer: int4, groups of 128, and the like."""
+        words = {}
+        for name, weight in self.weights.items():
+            whole = weight.bits == 8 and weight.group == weight.codes.shape[1]
+            groups = "one scale an output" if whole else f"groups of {weight.group}"
+            inputs = f", inputs int8 to ±{self.ranges[name]:.4g}" if name in self.ranges else ""
+            words[name] = f"int{weight.bits}, {groups}{inputs}"
+        return words
+
+
+def quantise(
+    model: AGVAS, lmm: str, encoders: bool, calibration: Path | None, progress: Callable[[str, int, int], None] | None = None
+) -> Quantisation:
+    """Choose the integers.
+
+    Args:
+        lmm: float, int8 or gptq4.
+        encoders: whether both encoders' linear layers go to 8 bit.
+        calibration: a plan's folder or, for gptq4 and int8 without `encoders`, a GPTQ checkpoint; None calibrates on procedural pictures.
+        progress: told (what, steps done, steps in all) of a calibration made here.
+
+    Raises:
+        PlanError, GPTQCheckpointError: the folder is neither, or was made for another model.
+        RequestError: a plan of other bits than asked for, or without the encoders' ranges; a layer that groups of 128 do not divide.
+    """
+    weights: dict[str, QuantizedWeight] = {}
+    ranges: dict[str, np.ndarray] = {}
+    source: dict[str, Any] = {}
+    if calibration is not None:
+        weights, ranges, source = _read(model, calibration, lmm, encoders)
+    elif lmm != "float":
+        _check_groups(model, LMM[lmm])
+        made = calibrate(model, calibration_pictures(None, PICTURES), CalibrationSettings(LMM[lmm]), progress)
+        weights, ranges, source = made.weights, made.ranges, _told(made.plan)
+    elif encoders:
+        pictures = calibration_pictures(None, PICTURES)
+        ranges, source = encoder_ranges(model, pictures, progress), {"pictures": len(pictures)}
+    inputs: dict[str, float] = {}
+    if encoders:
+        for name in encoder_linears(model):
+            if name not in ranges:
+                raise RequestError(f"--calibration: expected the range of what {name} reads, got none; run agvas-calibrate again")
+            weights[name] = round_to_nearest(linear_of(model, name).weight.detach(), ENCODER_WEIGHTS)
+            inputs[name] = float(ranges[name].max())
+    return Quantisation(weights, inputs, source)
+
+
+def encoder_linears(model: AGVAS) -> list[str]:
+    """Names of both encoders' linear layers."""
+    return [
+        f"{stage}.{name}"
+        for stage in ENCODERS
+        for name, layer in model.get_submodule(stage).named_modules()
+        if isinstance(layer, nn.Linear)
+    ]
+
+
+def encoder_ranges(
+    model: AGVAS, pictures: Sequence[np.ndarray], progress: Callable[[str, int, int], None] | None = None
+) -> dict[str, np.ndarray]:
+    """Largest absolute input of each channel of both encoders' linear layers, float32 [K]."""
+    seen = Ranges()
+    with torch.inference_mode(), seen.watching(model.pixel_encoder, ENCODERS[0]), seen.watching(model.semantic_encoder, ENCODERS[1]):
+        for number in range(len(pictures)):
+            pixel, semantic, _ = preprocess.encoder_images(pictures[number], model.config.preprocessing)
+            model.encode(torch.from_numpy(pixel)[None], torch.from_numpy(semantic)[None])
+            if progress:
+                progress("calibrating", number + 1, len(pictures))
+    return seen.channels
+
+
+def fake_quantised(model: AGVAS, quantisation: Quantisation) -> AGVAS:
+    """A copy of the model that computes in float what the integers stand for: the oracle of the quantised graphs."""
+    twin = copy.deepcopy(model)
+    for name, weight in quantisation.weights.items():
+        put_weight(twin, name, weight)
+        if name in quantisation.ranges:
+            linear_of(twin, name).register_forward_pre_hook(_rounding(quantisation.ranges[name]))
+    return twin
+
+
+@contextmanager
+def one_layer(model: AGVAS, quantisation: Quantisation, name: str) -> Iterator[None]:
+    """While it lasts, one layer of the model computes with its integers."""
+    layer = linear_of(model, name)
+    kept = layer.weight.detach().clone()
+    handle = layer.register_forward_pre_hook(_rounding(quantisation.ranges[name])) if name in quantisation.ranges else None
+    try:
+        put_weight(model, name, quantisation.weights[name])
+        yield
+    finally:
+        with torch.no_grad():
+            layer.weight.copy_(kept)
+        if handle:
+            handle.remove()
+
+
+def _rounding(most: float) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
+    scale = float(np.float32(most / 127))
+    return lambda _, inputs: ((inputs[0] / scale).round().clamp(-128, 127) * scale,)
+
+
+def _check_groups(model: AGVAS, settings: GPTQSettings) -> None:
+    for name, layer in model.language.model.layers.named_modules(prefix="language.model.layers"):
+        if isinstance(layer, nn.Linear):
+            try:
+                settings.group_of(layer.in_features, name)
+            except ValueError as error:
+                reason = str(error).split(";")[0]
+                remedy = "make a plan with agvas-calibrate --group and give it as --calibration, or use --lmm int8"
+                raise RequestError(f"--lmm: {reason}; {remedy}") from error
+
+
+def _read(
+    model: AGVAS, folder: Path, lmm: str, encoders: bool
+) -> tuple[dict[str, QuantizedWeight], dict[str, np.ndarray], dict[str, Any]]:
+    ranges: dict[str, np.ndarray] = {}
+    if (folder / PLAN).is_file() or not (folder / "config.json").is_file():
+        plan, weights = read_plan(folder, model)
+        source = _told(plan)
+        if encoders:
+            ranges = read_ranges(folder)
+    else:
+        if encoders:
+            raise RequestError(
+                f"--calibration: {folder} is a GPTQ checkpoint, which tells nothing of the encoders; give a plan of agvas-calibrate"
+            )
+        weights, source = read_gptq_checkpoint(folder, model), {"gptq_checkpoint": True}
+    if lmm == "float":
+        return {}, ranges, source
+    bits = {weight.bits for weight in weights.values()}
+    if bits != {LMM[lmm].bits}:
+        raise RequestError(
+            f"--calibration: expected weights in {LMM[lmm].bits} bits for --lmm {lmm}, got {sorted(bits)} in {folder}; "
+            f"run agvas-calibrate --bits {LMM[lmm].bits}"
+        )
+    return dict(weights), ranges, source
+
+
+def _told(plan: QuantPlan) -> dict[str, Any]:
+    """A plan in the manifest: its hash and what a reader asks first."""
+    return {
+        "sha256": hashlib.sha256(repr(asdict(plan)).encode()).hexdigest(),
+        "weights_sha256": plan.weights_sha256,
+        "settings": asdict(plan.settings),
+        "answer_weight": plan.answer_weight,
+        "pictures": len(plan.images),
+        "tokens": plan.tokens,
+    }
