@@ -34,6 +34,11 @@ _HEADS = {
     "empty_normal": "empty normal",
     "image_auroc": "image AUROC",
 }
+_EXTRAS = {"cv2": "eval"}  # by package; what else may be missing is the checkpoint's PyTorch. Engines name their own extras
+_NEEDS = """\
+what is needed: a bundle needs an engine alone, as agvas-segment does (pip install "agvas[openvino]" or "agvas[cpu]");
+--baseline also "agvas[eval]", --checkpoint "agvas[train]"
+"""
 
 
 @dataclass(frozen=True)
@@ -122,7 +127,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="agvas-eval",
         description="Pixel AP, F1-max, AUPRO, IoU on anomalous images, empty masks on normal images, and image AUROC.",
-        epilog=f"{READERS_HELP}\nconventions, also in the JSON:\n{conventions}",
+        epilog=f"{READERS_HELP}\n{_NEEDS}\nconventions, also in the JSON:\n{conventions}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     data = parser.add_argument_group(
@@ -190,7 +195,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.output is not None:  # last, so that a full disk does not cost the numbers
             arguments.output.write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     except ModuleNotFoundError as error:
-        print(f'agvas-eval: {error.name} is not installed; pip install "agvas[train]"', file=sys.stderr)
+        package = str(error.name).split(".")[0]
+        print(f'agvas-eval: {package} is not installed; pip install "agvas[{_EXTRAS.get(package, "train")}]"', file=sys.stderr)
         return 2
     except (ValueError, OSError, ImportError, EngineError, AgvasError) as error:
         print(f"agvas-eval: {' '.join(str(error).split())}", file=sys.stderr)

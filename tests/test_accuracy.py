@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tomllib
 from PIL import Image
 
 from agvas.training.sources.manifest import Item, read_manifest
@@ -664,6 +665,39 @@ def test_help_loads_neither_torch_nor_opencv() -> None:
     root = Path(accuracy.__file__).parents[1]
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
     assert run.stderr.strip() == "[]" and "--baseline" in run.stdout
+
+
+def run_with_only(packages: set[str], arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    """agvas-eval where nothing but the standard library, ours and these packages can be imported."""
+    code = (
+        "import sys\n"
+        "class Only:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        f"        if name.split('.')[0] not in sys.stdlib_module_names | {packages | {'agvas', 'benchmarks', 'engines', 'runtime'}!r}:\n"
+        "            raise ModuleNotFoundError(f'No module named {name!r}', name=name)\n"
+        "sys.meta_path.insert(0, Only())\n"
+        "from benchmarks.accuracy import main\n"
+        f"sys.exit(main({arguments!r}))"
+    )
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(accuracy.__file__).parents[1])
+
+
+DEPENDENCIES = {"numpy", "PIL", "tokenizers", "tqdm"}  # the package's own, without any extra
+
+
+def test_a_bundle_is_judged_with_what_the_runtime_and_one_engine_need(parts: Path, tiny_bundle: Path, tmp_path: Path) -> None:
+    outputs = ["--csv", str(tmp_path / "images.csv"), "--overlays", str(tmp_path / "sheets"), "--output", str(tmp_path / "all.json")]
+    arguments = [str(parts), "--bundle", str(tiny_bundle), "--engine", "onnxruntime", "--limit", "1", *outputs]
+    done = run_with_only(DEPENDENCIES | {"onnxruntime"}, arguments)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "all.json").read_text())["mean"]["images"] == 1
+
+
+def test_a_baseline_without_opencv_names_the_extra_that_has_it(parts: Path) -> None:
+    done = run_with_only(DEPENDENCIES, [str(parts), "--baseline", "median"])
+    assert (done.returncode, done.stderr) == (2, 'agvas-eval: cv2 is not installed; pip install "agvas[eval]"\n')
+    extras = tomllib.loads((Path(accuracy.__file__).parents[1] / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert any(need.startswith("opencv-python-headless") for need in extras["eval"])
 
 
 # The baselines.
