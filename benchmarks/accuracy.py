@@ -19,6 +19,7 @@ from typing import Any
 
 from benchmarks.contact_sheet import ContactSheet
 from benchmarks.datasets import LAYOUTS, READERS_HELP, Judged, read_dataset
+from benchmarks.environment import versions
 from benchmarks.evaluation import CONVENTIONS, METRICS, Observation, Predict, Progress, evaluate, mean_metrics
 from benchmarks.per_image import PerImageTable
 from benchmarks.predictors import BASELINES, Question, Source, open_predictor, read_normal_text
@@ -209,7 +210,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace, stack: ExitStack) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """(what --output writes, each data set's result); files are opened on `stack`."""
+    """(what --output writes, each data set's result); files are opened on `stack`.
+
+    With every result stands who was `judged`, with what was used, the `settings` as they were asked for (None is the model's own, or where
+    there is no such thing) and `versions`; no paths, so that results made elsewhere compare.
+    """
     if len(arguments.dataset) != len(arguments.root):
         given = f"{len(arguments.dataset)} and {len(arguments.root)}"
         raise ValueError(f"--dataset, --root: expected as many of one as of the other, got {given}; give a --root for each --dataset")
@@ -240,12 +245,14 @@ def _run(arguments: argparse.Namespace, stack: ExitStack) -> tuple[dict[str, Any
         arguments.overlays.mkdir(parents=True, exist_ok=True)
     per_image = None if arguments.csv is None else stack.enter_context(PerImageTable(arguments.csv))
     results = evaluate_datasets(datasets, predict, _tqdm, per_image, arguments.overlays)
-    changed: dict[str, Any] = {"mode": question.mode, "instruction": question.instruction, "normal_text": question.normal_text}
-    changed |= {"threshold": source.threshold, "fusion_weight": source.fusion_weight, "limit": arguments.limit, "split": arguments.split}
-    results = [result | {"settings": changed} for result in results]
+    settings: dict[str, Any] = {"mode": None if source.baseline is not None else question.mode}
+    settings |= {"instruction": question.instruction, "normal_text": question.normal_text}
+    settings |= {"threshold": source.threshold, "fusion_weight": source.fusion_weight, "limit": arguments.limit, "split": arguments.split}
+    facts = {"judged": dict(predict.judged), "settings": settings, "versions": versions()}
+    results = [result | facts for result in results]
     if len(results) == 1:
         return results[0], results
-    return {"datasets": results, "mean": mean_metrics([result["mean"] for result in results])}, results
+    return {"datasets": results, "mean": mean_metrics([result["mean"] for result in results]), **facts}, results
 
 
 if __name__ == "__main__":

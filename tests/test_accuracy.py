@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import math
 import subprocess
@@ -18,13 +19,14 @@ import pytest
 import tomllib
 from PIL import Image
 
+import agvas.checkpoint
 from agvas.training.sources.manifest import Item, read_manifest
 from benchmarks import accuracy, baselines, contact_sheet, evaluation, predictors
 from benchmarks.accuracy import evaluate_datasets, main, read_datasets
 from benchmarks.contact_sheet import ContactSheet
 from benchmarks.datasets import Judged
 from benchmarks.evaluation import Observation, Prediction, evaluate
-from benchmarks.predictors import Question, Source, open_predictor, read_normal_text
+from benchmarks.predictors import Predictor, Question, Source, open_predictor, read_normal_text
 
 HEIGHT, WIDTH = 11, 17
 HEADER = "image,mask,label,class,split"
@@ -210,7 +212,7 @@ def test_every_data_set_is_read_before_a_model_is_opened(
 
 @pytest.fixture
 def fake_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(accuracy, "open_predictor", lambda *_: perfect)
+    monkeypatch.setattr(accuracy, "open_predictor", lambda *_: Predictor(perfect, {"kind": "bundle", "name": "any"}))
 
 
 @pytest.mark.usefixtures("fake_model")
@@ -234,6 +236,7 @@ def test_several_data_sets_print_one_table_a_line_each_and_the_mean_last(
     lines = capsys.readouterr().out.splitlines()
     assert [json.loads(line)["dataset"] for line in lines[-3:-1]] == ["parts", "other"]
     summary = json.loads(lines[-1])
+    assert all(part["judged"] == {"kind": "bundle", "name": "any"} == summary["judged"] for part in summary["datasets"])
     assert [part["dataset"] for part in summary["datasets"]] == ["parts", "other"]
     assert summary["mean"]["ap"] == 1.0 and summary["mean"]["images"] == 6
     assert json.loads(output.read_text()) == summary
@@ -250,7 +253,10 @@ def test_without_json_only_the_table_is_printed(parts: Path, capsys: pytest.Capt
 
 def test_a_baseline_runs_from_the_files_to_the_json(parts: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(parts), "--baseline", "median", "--json"]) == 0
-    bolt = json.loads(capsys.readouterr().out.splitlines()[-1])["categories"]["bolt"]
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (result["judged"]["name"], result["settings"]["mode"]) == ("median", None)
+    assert result["versions"]["packages"]["numpy"] == np.__version__
+    bolt = result["categories"]["bolt"]
     assert (bolt["empty_normal"], bolt["image_auroc"]) == (1.0, 1.0)  # normal images are plain grey
 
 
@@ -305,6 +311,7 @@ class FakeDecoder:
 
 @dataclass(frozen=True)
 class FakeConfig:
+    name: str = "fake"
     mask_decoder: FakeDecoder = FakeDecoder()
     prompts: Any = field(default_factory=lambda: SimpleNamespace(instructions=INSTRUCTIONS))
 
@@ -455,10 +462,19 @@ def test_a_real_model_is_asked_in_the_mode_it_has_and_says_which_it_lacks(
 def test_a_real_bundle_is_judged_like_its_checkpoint(
     parts: Path, tiny_checkpoint: Path, tiny_bundle: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    means = []
+    means, judged = [], []
     for source in (["--checkpoint", str(tiny_checkpoint)], ["--bundle", str(tiny_bundle), "--engine", "onnxruntime"]):
         assert main([str(parts), *source, "--threshold", "0.4", "--json"]) == 0
-        means.append(json.loads(capsys.readouterr().out.splitlines()[-1])["mean"])
+        line = capsys.readouterr().out.splitlines()[-1]
+        assert str(tiny_bundle.parent) not in line and str(tiny_checkpoint.parent) not in line
+        means.append(json.loads(line)["mean"])
+        judged.append(json.loads(line)["judged"])
+    assert [(told["kind"], told["name"], told["model"], told["threshold"]) for told in judged] == [
+        ("checkpoint", "tiny", "tiny", 0.4),
+        ("bundle", "tiny-fp32", "tiny", 0.4),
+    ]
+    manifest = (tiny_bundle / "manifest.json").read_bytes()
+    assert judged[1]["manifest_sha256"] == hashlib.sha256(manifest).hexdigest() and judged[1]["engine"] == "onnxruntime"
     for name in evaluation.METRICS:
         assert means[0][name] == pytest.approx(means[1][name], abs=0.01)
 
@@ -536,12 +552,19 @@ class FakeModel:
     def __init__(self, *given: Any, **settings: Any) -> None:
         self.given, self.settings, self.overshoot = given, settings, np.float32(5e-5)
         self.asked: list[tuple[Any, ...]] = []
-        self.bundle = SimpleNamespace(manifest=SimpleNamespace(prompts=SimpleNamespace(instructions=INSTRUCTIONS)))
+        told = {"model": "fake", "precision": {"spam": "fp16"}, "lmm": "float", "fusion_weight": 0.5}
+        manifest = SimpleNamespace(prompts=SimpleNamespace(instructions=INSTRUCTIONS), **told)
+        self.bundle = SimpleNamespace(manifest=manifest, folder=given[0], id="0a")
+        self.engine, self.inference_precision, self.device = "openvino", "bf16", settings.get("device")
+        self.threshold = 0.5 if settings.get("threshold") is None else settings["threshold"]
         self.config, self.mask_decoder = FakeConfig(), SimpleNamespace(fusion_weight=0.5)
 
     def to(self, device: str) -> FakeModel:
         self.settings["device"] = device
         return self
+
+    def parameters(self) -> Any:
+        return iter([SimpleNamespace(dtype="torch.float32")])
 
     def segment(self, image: np.ndarray, *asked: Any) -> SimpleNamespace:
         self.asked.append(asked)
@@ -599,6 +622,47 @@ def test_a_checkpoints_threshold_and_fusion_weight_can_be_swept(opened: list[Fak
     (model,) = opened
     assert model.config.mask_decoder == FakeDecoder(threshold=0.2, fusion_weight=0.9)
     assert model.mask_decoder.fusion_weight == 0.9
+
+
+def test_what_was_judged_is_told_with_the_settings_that_were_used_and_without_paths(opened: list[FakeModel], tmp_path: Path) -> None:
+    """`auto` chose an engine, and a threshold that was not given is the model's own."""
+    bundle = open_predictor(Source(bundle=tmp_path / "line-3")).judged
+    assert bundle == {
+        "kind": "bundle",
+        "name": "line-3",
+        "manifest_sha256": "0a",
+        "model": "fake",
+        "precision": {"spam": "fp16"},
+        "lmm": "float",
+        "engine": "openvino",
+        "inference_precision": "bf16",
+        "device": "cpu",
+        "threshold": 0.5,
+        "fusion_weight": 0.5,
+    }
+    checkpoint = open_predictor(Source(checkpoint="nano", threshold=0.2)).judged
+    weights = (Path(agvas.checkpoint.__file__).parent / "nano" / "model.safetensors").read_bytes()
+    assert checkpoint == {
+        "kind": "checkpoint",
+        "name": "nano",
+        "weights_sha256": hashlib.sha256(weights).hexdigest(),
+        "model": "fake",
+        "engine": "torch",
+        "inference_precision": "float32",
+        "device": "cpu",
+        "threshold": 0.2,
+        "fusion_weight": 0.5,
+    }
+    baseline = open_predictor(Source(baseline="median")).judged
+    assert baseline == {
+        "kind": "baseline",
+        "name": "median",
+        "engine": None,
+        "inference_precision": None,
+        "device": "cpu",
+        "threshold": 0.5,
+        "fusion_weight": None,
+    }
 
 
 @pytest.mark.parametrize("source", [Source(bundle=Path("b")), Source(checkpoint="nano")])
