@@ -610,12 +610,59 @@ def test_a_reviewer_accepts_rejects_and_corrects_and_the_journals_stay_as_they_a
     assert before == [(reviewed / "instruct" / name).read_bytes() for name in ("instruct.jsonl", "refused.jsonl")]
 
 
+def test_what_comes_next_is_told_at_the_end_of_describing_and_of_reviewing(
+    dataset: Path, server: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = dataset / "instruct"
+    assert run(dataset, server) == 0
+    described = capsys.readouterr().out
+    assert main(["review", "--output", str(output)]) == 0
+    for said in (described, capsys.readouterr().out):
+        assert f"write yes or no in column accept of {output / 'review.csv'}" in said
+        assert f"agvas-instruct review --output {output} --apply" in said
+
+
+@pytest.mark.parametrize("more", [[], ["--accept-unmarked"]])
+def test_a_review_without_any_decision_writes_nothing_and_says_where_decisions_go(
+    dataset: Path, server: Server, capsys: pytest.CaptureFixture[str], more: list[str]
+) -> None:
+    """With --accept-unmarked, too, where every sample was refused."""
+    server.play = lambda number, body: (200, completion("{" if more else ANSWER), {})
+    assert run(dataset, server) == 0
+    before = b"an earlier review's"
+    (dataset / "instruct/accepted.jsonl").write_bytes(before)
+    capsys.readouterr()
+    assert main(["review", "--output", str(dataset / "instruct"), "--apply", "--json", *more]) == 1
+    printed = capsys.readouterr()
+    assert printed.out == "" and f"write yes or no in column accept of {dataset / 'instruct/review.csv'}" in printed.err
+    assert (dataset / "instruct/accepted.jsonl").read_bytes() == before
+
+
+def test_a_review_that_rejects_everything_is_a_decision(reviewed: Path) -> None:
+    write_review(reviewed, [row | {"accept": "no"} for row in review_rows(reviewed)])
+    assert main(["review", "--output", str(reviewed / "instruct"), "--apply"]) == 0
+    assert read_entries(reviewed / "instruct/accepted.jsonl") == []
+    assert (reviewed / "instruct/accepted.jsonl").is_file()
+
+
+def test_yes_on_a_refused_line_says_first_that_it_is_one(reviewed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_review(reviewed, [row | {"accept": "yes"} for row in review_rows(reviewed)])
+    assert main(["review", "--output", str(reviewed / "instruct"), "--apply"]) == 2
+    assert "found a refused answer that is still to be corrected: the field observation mentions" in capsys.readouterr().err
+    assert not (reviewed / "instruct/accepted.jsonl").exists()
+
+
 def test_unmarked_samples_are_left_out_unless_wanted_and_refused_ones_always(reviewed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = review_rows(reviewed)
+    next(row for row in rows if row["status"] == "described")["accept"] = "no"
+    write_review(reviewed, rows)
     assert main(["review", "--output", str(reviewed / "instruct"), "--apply", "--json"]) == 0
-    assert (last_line(capsys)["accepted"], read_entries(reviewed / "instruct/accepted.jsonl")) == (0, [])
+    summary = last_line(capsys)
+    assert (summary["accepted"], summary["rejected"], summary["unmarked"]) == (0, 1, 2)
+    assert read_entries(reviewed / "instruct/accepted.jsonl") == []
     assert main(["review", "--output", str(reviewed / "instruct"), "--apply", "--accept-unmarked", "--json"]) == 0
     summary = last_line(capsys)
-    assert (summary["accepted"], summary["unmarked"]) == (2, 1)
+    assert (summary["accepted"], summary["rejected"], summary["unmarked"]) == (1, 1, 1)
 
 
 def test_a_later_run_keeps_decisions_corrections_and_columns_of_the_reviewer(reviewed: Path, server: Server) -> None:

@@ -1,7 +1,7 @@
 """agvas-instruct: describe the anomalies of a data set by a large multimodal model, and take the reviewers' decisions.
 
 Parses, opens what the run needs, shows how far it is. Exit codes: 0 all samples have a description or a place in the review file, 1 some
-were left for the next run, 2 nothing could be done or the endpoint closed, 130 interrupted.
+were left for the next run (or a review held no decision to apply), 2 nothing could be done or the endpoint closed, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -88,7 +88,10 @@ def _parser() -> argparse.ArgumentParser:
 def _review_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=f"{PROG} review",
-        description="Bring review.csv up to date: write yes or no into its column accept, correct texts where you like, save as CSV.",
+        description="Bring review.csv up to date. Then write yes or no into its column accept, correct texts where you like, save as CSV, "
+        "and run again with --apply. Pictures are named relative to the file's folder. A line of status refused holds what could be saved "
+        "of the last answer, and in column reasons why it was refused.",
+        epilog="Exit codes: 0 done; 1 --apply found no decision and wrote nothing; 2 nothing could be done.",
         allow_abbrev=False,
     )
     add = parser.add_argument
@@ -197,6 +200,9 @@ def _review(options: argparse.Namespace) -> int:
     record: dict[str, Any] = {"review": str(options.output / REVIEW)}
     if options.apply:
         decisions = apply_review(options.output, options.accept_unmarked)
+        if not decisions.accepted + decisions.rejected:
+            print(f"{PROG}: no decision was taken and nothing written; {_decide(options.output)}", file=sys.stderr)
+            return 1
         print(
             f"{decisions.accepted} accepted ({decisions.edited} with corrected texts), {decisions.rejected} rejected, "
             f"{decisions.unmarked} without a decision left out; wrote {options.output / ACCEPTED}"
@@ -204,10 +210,16 @@ def _review(options: argparse.Namespace) -> int:
         record |= {"accepted_file": str(options.output / ACCEPTED), **vars(decisions)}
     else:
         record["samples"] = update_review(options.output)
-        print(f"{record['samples']} samples in {options.output / REVIEW}; write yes or no into its column accept")
+        print(f"{record['samples']} samples; {_decide(options.output)}, then run {PROG} review --output {options.output} --apply")
     if options.json:
         print(json.dumps(record))
     return 0
+
+
+def _decide(output: Path) -> str:
+    from agvas.instruct.review import REVIEW
+
+    return f"write yes or no in column accept of {output / REVIEW}"
 
 
 def _summarise(options: argparse.Namespace, tally: Tally, requests: int, seconds: float, review: Path) -> None:
@@ -220,6 +232,8 @@ def _summarise(options: argparse.Namespace, tally: Tally, requests: int, seconds
         f"{tally.done_before} done before; {tally.input_tokens} input and {tally.output_tokens} output tokens{without}"
         + ("" if cost is None else f", cost {cost:.2f}")
     )
+    if tally.described + tally.refused + tally.done_before:
+        print(f"next: {_decide(options.output)}, then run {PROG} review --output {options.output} --apply")
     if options.json:
         record = {
             "described": tally.described,
