@@ -135,14 +135,15 @@ def _parser() -> argparse.ArgumentParser:
         "data", "at least one; --dataset and --root belong together and may be repeated, the first to the first"
     )
     data.add_argument("datasets", nargs="*", type=Path, metavar="DATASET", help="folder with a manifest.csv")
-    data.add_argument("--dataset", action="append", default=[], choices=LAYOUTS, help="the layout of the next --root, see below")
+    layouts = f"the layout of the next --root: {', '.join(LAYOUTS)}, see below"
+    data.add_argument("--dataset", action="append", default=[], metavar="LAYOUT", help=layouts)
     data.add_argument("--root", action="append", default=[], type=Path, metavar="DIR", help="the data set's folder")
     data.add_argument("--limit", type=_positive, metavar="N", help="N images of each data set, evenly spaced over it")
     data.add_argument("--split", help="manifest: only the lines whose column split says so; ksdd2, isic: instead of test")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--bundle", type=Path, metavar="DIR", help="an exported bundle")
     source.add_argument("--checkpoint", metavar="nano|DIR", help="the PyTorch reference")
-    source.add_argument("--baseline", choices=BASELINES, help="a trivial map, for comparison")
+    source.add_argument("--baseline", metavar="NAME", help=f"a trivial map, for comparison: {', '.join(BASELINES)}")
     parser.add_argument("--engine", help="auto, onnxruntime, openvino, tensorrt or tensorrt-rtx; with --bundle")
     parser.add_argument("--device", help="cpu or cuda:N; with --bundle or --checkpoint")
     parser.add_argument("--inference-precision", help="graph or bf16, as agvas-segment has it; with --bundle")
@@ -151,7 +152,7 @@ def _parser() -> argparse.ArgumentParser:
         "--fusion-weight", type=float, metavar="A", help="of the absolute map (eq. 8), instead of the model's own; with --checkpoint"
     )
     asked = parser.add_argument_group("question")
-    asked.add_argument("--mode", choices=MODES, default=DIRECT, help="what the model is asked to do; it must have been trained for it")
+    asked.add_argument("--mode", default=DIRECT, help=f"one that the model was trained for of {', '.join(MODES)} (default {DIRECT})")
     asked.add_argument("--instruction", metavar="TEXT", help="instead of the mode's default")
     asked.add_argument(
         "--normal-text",

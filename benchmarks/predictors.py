@@ -17,6 +17,7 @@ import numpy as np
 
 from benchmarks.datasets import Judged
 from benchmarks.evaluation import Predict, Prediction
+from runtime.errors import choose
 from runtime.prompts import DIRECT, MODES
 
 __all__ = ["BASELINES", "Predictor", "Question", "Source", "open_predictor", "read_normal_text"]
@@ -49,6 +50,8 @@ class Source:
     def __post_init__(self) -> None:
         if sum(given is not None for given in (self.bundle, self.checkpoint, self.baseline)) != 1:
             raise ValueError("expected exactly one of bundle, checkpoint and baseline; give one")
+        if self.baseline is not None:
+            choose("--baseline", self.baseline, BASELINES)
         if self.engine is not None and self.bundle is None:
             raise ValueError(f"engine: only a bundle has engines, got {self.engine}; leave --engine out or give --bundle")
         if self.inference_precision is not None and self.bundle is None:
@@ -83,8 +86,7 @@ class Question:
     normal_text: str | Mapping[str, str] | None = None
 
     def __post_init__(self) -> None:
-        if self.mode not in MODES:
-            raise ValueError(f"--mode: expected one of {', '.join(MODES)}, got {self.mode}; give one of these")
+        choose("--mode", self.mode, MODES)
         if self.mode == PLUS and not self.normal_text:
             raise ValueError(f"--normal-text: {PLUS} puts a sentence on the normal state before the instruction, got none; give one")
         if self.mode != PLUS and self.normal_text is not None:

@@ -270,6 +270,7 @@ def test_bad_data_ends_with_2_and_one_line_on_stderr(tmp_path: Path, capsys: pyt
 @pytest.mark.parametrize(
     "extra",
     [
+        ["--baseline", "mean"],
         ["--baseline", "constant", "--engine", "onnxruntime"],
         ["--checkpoint", "nano", "--engine", "onnxruntime"],
         ["--baseline", "constant", "--device", "cuda:0"],
@@ -285,7 +286,7 @@ def test_settings_that_cannot_be_followed_are_refused_and_not_ignored(
 
 @pytest.mark.parametrize(
     "extra",
-    [[], ["--baseline", "mean"], ["--baseline", "constant", "--bundle", "b"], ["--bundle", "b", "--limit", "0"]],
+    [[], ["--baseline", "constant", "--bundle", "b"], ["--bundle", "b", "--limit", "0"]],
 )
 def test_bad_arguments_end_with_2(parts: Path, extra: list[str]) -> None:
     with pytest.raises(SystemExit) as raised:
@@ -436,6 +437,9 @@ def test_a_run_that_judged_nothing_leaves_no_table(parts: Path, tmp_path: Path, 
         (["--dataset", "mvtec", "--root", "nowhere"], "nowhere: expected a folder, found nothing"),
         (["--dataset", "mvtec", "--root", ".", "--split", "train"], "without splits"),
         (["--dataset", "manifest", "--root", ".", "--normal-text", "It is round."], "only describe-then-segment-plus"),
+        (["--dataset", "mvtex", "--root", "."], "--dataset: expected one of mvtec, ksdd2"),
+        (["--dataset", "mvtex", "--root", "."], "did you mean 'mvtec'?"),
+        (["--dataset", "mvtec", "--root", ".", "--mode", "segment-and-explain"], "did you mean 'segment-then-explain'?"),
         (["--dataset", "manifest", "--root", ".", "--csv", "no/such/folder/images.csv"], "existing folder"),
     ],
 )
@@ -608,6 +612,7 @@ def test_a_bundle_gets_the_settings_that_were_asked_for(opened: list[FakeModel])
         ({"checkpoint": "nano", "inference_precision": "bf16"}, "only a bundle has one, got bf16"),
         ({"bundle": Path("b"), "fusion_weight": 0.3}, "only a checkpoint's"),
         ({"baseline": "median", "threshold": 0.3}, "a baseline's is fixed"),
+        ({"baseline": "medium"}, "did you mean 'median'"),
         ({"checkpoint": "nano", "threshold": 1.5}, "threshold: expected a number in 0..1, got 1.5"),
         ({"checkpoint": "nano", "fusion_weight": -1.0}, "fusion weight: expected a number in 0..1"),
     ],
