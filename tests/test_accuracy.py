@@ -518,6 +518,26 @@ def test_a_sheet_keeps_the_best_the_worst_and_a_fair_draw(parts: Path) -> None:
     assert drawn[0] == drawn[1], "the same pictures must give the same sheet"
 
 
+@pytest.mark.parametrize(
+    ("ious", "best", "worst", "drawn"),
+    [
+        ([0.5], [0], [], []),
+        ([0.5, None], [0], [], [1]),
+        ([0.1, 0.9, 0.5], [1, 2], [0], []),
+        ([0.0, 0.0, 0.0], [0, 1], [2], []),
+    ],
+)
+def test_a_small_sets_picture_stands_on_its_sheet_once(
+    parts: Path, ious: list[float | None], best: list[int], worst: list[int], drawn: list[int]
+) -> None:
+    sheet = ContactSheet("parts", parts, rows=3)
+    for seen in observed(parts, ious):
+        sheet.add(seen)
+    rows = {name: [row.order for row in rows] for name, rows in sheet._parts()}
+    expected = {"best IoU": best, "worst IoU": worst, "drawn at random": drawn}
+    assert rows == {name: orders for name, orders in expected.items() if orders}
+
+
 def test_a_sheet_shows_picture_truth_map_and_mask_side_by_side(parts: Path, tmp_path: Path) -> None:
     sheet = ContactSheet("parts", parts, rows=1)
     (item, *_) = read_manifest(parts)

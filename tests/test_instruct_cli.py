@@ -294,6 +294,33 @@ def test_a_sample_that_the_endpoint_cannot_answer_is_left_for_the_next_run(
     assert {record["image"] for record in lines_of(dataset / "instruct/instruct.jsonl")} == {f"../images/{n}.png" for n in range(3)}
 
 
+def test_notes_name_a_picture_as_the_manifest_does_whatever_became_of_it(
+    tmp_path: Path, server: Server, waits: list[float], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """0 is refused, 1 gets no reply, 2 does not decode."""
+    dataset = write_dataset(tmp_path / "bolts")
+    whole = (dataset / "images/2.png").read_bytes()
+    (dataset / "images/2.png").write_bytes(whole[: len(whole) // 2])
+    server.play = lambda number, body: (200, completion("{"), {}) if number == 0 else (500, "always", {})
+    arguments = ["--dataset", str(dataset), "--endpoint", server.url, "--model", "m-1", "--output", str(dataset / "instruct")]
+    assert main([*arguments, "--concurrency", "1", "--answers", "1", "--tries", "1"]) == 1
+    error = capsys.readouterr().err
+    assert "agvas-instruct: images/0.png: to review after 1 answers" in error
+    assert "left for the next run: images/1.png: " in error and "left for the next run: images/2.png: " in error
+    assert str(dataset) not in error and "../images" not in error
+
+
+@pytest.mark.parametrize(
+    ("prices", "shown"),
+    [(("2", "10"), "cost 0.0090"), (("200", "1000"), "cost 0.90"), (("0", "0"), "cost 0.00"), (("9000", "0"), "cost 27.00")],
+)
+def test_a_small_cost_is_shown_with_the_digits_it_has(
+    dataset: Path, server: Server, capsys: pytest.CaptureFixture[str], prices: tuple[str, str], shown: str
+) -> None:
+    assert run(dataset, server, "--price-input", prices[0], "--price-output", prices[1]) == 0
+    assert capsys.readouterr().out.splitlines()[0].endswith(shown)
+
+
 def test_an_outage_ends_the_run_and_not_every_sample(
     tmp_path: Path, server: Server, waits: list[float], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -449,7 +476,12 @@ def test_a_dry_run_writes_exactly_what_would_be_sent_and_sends_nothing(
     dataset: Path, server: Server, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(dataset, server, "--dry-run", "2") == 0
-    folders = [Path(folder) for folder in last_line(capsys)["dry_run"]]
+    printed = capsys.readouterr().out.splitlines()
+    summary = json.loads(printed[-1])
+    folders = [Path(folder) for folder in summary["dry_run"]]
+    assert summary["pictures"] == ["images/0.png", "images/1.png"]
+    assert [line.split("  ") for line in printed[:2]] == [[folder.name, name] for folder, name in zip(folders, summary["pictures"])]
+    assert [folder.name.split("-")[0] for folder in folders] == ["0", "1"]
     assert not server.requests and len(folders) == 2 and not (dataset / "instruct/instruct.jsonl").exists()
     for folder in folders:
         assert {path.name for path in folder.iterdir()} == {"boxes.jpg", "tint.jpg", "normal.jpg", "request.json"}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import signal
 import sys
@@ -182,10 +183,12 @@ def _rehearse(
 ) -> int:
     from agvas.instruct.dry_run import rehearse
 
-    folders = rehearse(records, references, request, options.output / _DRY_RUN, options.dry_run, explanations)
-    print(f"wrote {len(folders)} requests with their pictures to {options.output / _DRY_RUN}; nothing was sent")
+    written = rehearse(records, references, request, options.output / _DRY_RUN, options.dry_run, explanations)
+    for folder, name in written:
+        print(f"{folder.name}  {name}")
+    print(f"wrote {len(written)} requests with their pictures to {options.output / _DRY_RUN}; nothing was sent")
     if options.json:
-        print(json.dumps({"dry_run": [str(folder) for folder in folders]}))
+        print(json.dumps({"dry_run": [str(folder) for folder, _ in written], "pictures": [name for _, name in written]}))
     return 0
 
 
@@ -230,7 +233,7 @@ def _summarise(options: argparse.Namespace, tally: Tally, requests: int, seconds
     print(
         f"{tally.described} described, {tally.refused} to review without a usable answer, {tally.undone} left for the next run, "
         f"{tally.done_before} done before; {tally.input_tokens} input and {tally.output_tokens} output tokens{without}"
-        + ("" if cost is None else f", cost {cost:.2f}")
+        + ("" if cost is None else f", cost {_money(cost)}")
     )
     if tally.described + tally.refused + tally.done_before:
         print(f"next: {_decide(options.output)}, then run {PROG} review --output {options.output} --apply")
@@ -260,6 +263,11 @@ def _cost(options: argparse.Namespace, tally: Tally) -> float | None:
     return float(tally.input_tokens * options.price_input + tally.output_tokens * options.price_output) / 1e6
 
 
+def _money(cost: float) -> str:
+    """Two decimals, and of a small sum as many as show two digits of it: 0.0042."""
+    return f"{cost:.{max(2, 1 - math.floor(math.log10(cost))) if cost > 0 else 2}f}"
+
+
 class _Bar:
     """How many records are behind, with tokens and cost so far; notes go above it."""
 
@@ -275,7 +283,7 @@ class _Bar:
     def __call__(self, tally: Tally) -> None:
         cost = _cost(self._options, tally)
         tokens = f"{tally.input_tokens} in, {tally.output_tokens} out"
-        self._tqdm.set_postfix_str(tokens if cost is None else f"{tokens}, cost {cost:.2f}", refresh=False)
+        self._tqdm.set_postfix_str(tokens if cost is None else f"{tokens}, cost {_money(cost)}", refresh=False)
         behind = tally.described + tally.refused + tally.undone + tally.done_before + tally.duplicates
         self._tqdm.update(behind - self._tqdm.n)
 

@@ -18,7 +18,7 @@ from agvas.instruct.endpoint import Endpoint, EndpointClosed, Pace, RequestFaile
 from agvas.instruct.journal import DESCRIBED, REFUSED, Entry, Journal, Refusal, read_entries, read_refusals, relative_path
 from agvas.instruct.references import References
 from agvas.instruct.request import RequestSettings, first_request, with_reasons
-from agvas.instruct.samples import Explanations, Record, Sample, identify, mask_file
+from agvas.instruct.samples import Explanations, Record, Sample, identify, mask_file, picture_name
 
 __all__ = ["Construction", "RunSettings", "Tally"]
 
@@ -137,7 +137,7 @@ class Construction:
                 refused.append(outcome.to_json())
                 self.tally.refused += 1
                 in_a_row = 0
-                self._note(f"{outcome.image}: to review after {outcome.attempts} answers: {outcome.reasons[0]}")
+                self._note(f"{event.name}: to review after {outcome.attempts} answers: {outcome.reasons[0]}")
             elif isinstance(outcome, _Undone):
                 self.tally.undone += 1
                 self.tally.errors.append(outcome.reason)
@@ -168,15 +168,16 @@ class Construction:
                     record = next(turn, None)
                 if record is None:
                     return
-                event = _Event()
+                event = _Event(name=picture_name(record))
                 try:
                     event.outcome = self._handle(record, event)
                 except Stopped:
                     pass
                 except RequestFailed as error:
-                    event.outcome = _Undone(f"{record.image}: {error}", of_endpoint=True)
+                    event.outcome = _Undone(f"{event.name}: {error}", of_endpoint=True)
                 except (ValueError, LookupError, OSError) as error:
-                    event.outcome = _Undone(str(error) if str(record.image) in str(error) else f"{record.image}: {error}")
+                    path, said = str(record.image), str(error)
+                    event.outcome = _Undone(said.replace(path, event.name) if path in said else f"{event.name}: {said}")
                 except Exception as error:  # EndpointClosed, or a fault of ours: the run must end aloud, not one thread in silence
                     event.outcome = error
                     self.stop()  # here, not in the collector: this worker must not send one request more
@@ -231,8 +232,9 @@ class _Undone:
 
 @dataclass
 class _Event:
-    """What a worker tells the collector: what became of one record, or that the worker has ended."""
+    """What a worker tells the collector: what became of one record, or that the worker has ended. `name` is the picture's (samples.py)."""
 
+    name: str = ""
     outcome: Entry | Refusal | _Undone | Exception | str | None = None
     input_tokens: int = 0
     output_tokens: int = 0
