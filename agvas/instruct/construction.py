@@ -89,6 +89,7 @@ class Construction:
         self._stopping = threading.Event()
         self._claimed: set[str] = set()
         self._claims_left = settings.limit
+        self._failures_in_a_row = 0
 
     def run(self, progress: Callable[[Tally], None] = lambda tally: None) -> Tally:
         """Describe what is not described yet; `progress` is called after each record.
@@ -122,7 +123,7 @@ class Construction:
 
     def _collect(self, described: Journal, refused: Journal, working: int, progress: Callable[[Tally], None]) -> None:
         """Write events until all workers have ended; a fault that ends the run is raised after the others have come home."""
-        in_a_row, fault = 0, None
+        fault: Exception | None = None
         while working:
             event = self._results.get()
             outcome = event.outcome
@@ -132,20 +133,15 @@ class Construction:
             elif isinstance(outcome, Entry):
                 described.append(outcome.to_json())
                 self.tally.described += 1
-                in_a_row = 0
             elif isinstance(outcome, Refusal):
                 refused.append(outcome.to_json())
                 self.tally.refused += 1
-                in_a_row = 0
                 self._note(f"{event.name}: to review after {outcome.attempts} answers: {outcome.reasons[0]}")
             elif isinstance(outcome, _Undone):
                 self.tally.undone += 1
                 self.tally.errors.append(outcome.reason)
                 self._note(f"left for the next run: {outcome.reason}")
-                in_a_row += outcome.of_endpoint
-                if in_a_row >= _FAILURES_IN_A_ROW:
-                    outcome = EndpointClosed(f"{in_a_row} requests in a row failed, the last with: {outcome.reason}")
-            if isinstance(outcome, Exception):
+            elif isinstance(outcome, Exception):
                 fault = fault or outcome
                 self.stop()
             progress(self.tally)
@@ -181,9 +177,26 @@ class Construction:
                 except Exception as error:  # EndpointClosed, or a fault of ours: the run must end aloud, not one thread in silence
                     event.outcome = error
                     self.stop()  # here, not in the collector: this worker must not send one request more
+                outage = self._find_outage(event.outcome)
                 self._results.put(event)
+                if outage is not None:
+                    self._results.put(_Event(outcome=outage))
         finally:
             self._results.put(_Event(ended=True))
+
+    def _find_outage(self, outcome: object) -> EndpointClosed | None:
+        """What ends the run after too many failures in a row; counted by the worker, which must not send one request more."""
+        with self._lock:
+            if isinstance(outcome, (Entry, Refusal)):
+                self._failures_in_a_row = 0
+            if not (isinstance(outcome, _Undone) and outcome.of_endpoint):
+                return None
+            self._failures_in_a_row += 1
+            if self._failures_in_a_row < _FAILURES_IN_A_ROW:
+                return None
+            failures = self._failures_in_a_row
+        self.stop()
+        return EndpointClosed(f"{failures} requests in a row failed, the last with: {outcome.reason}")
 
     def _handle(self, record: Record, event: _Event) -> Entry | Refusal | str | None:
         sample = identify(record, self._explanations)
