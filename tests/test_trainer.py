@@ -20,7 +20,7 @@ from agvas.training import cli
 from agvas.training.adaptation import TrainedParts
 from agvas.training.batch import collate
 from agvas.training.feature_cache import FeatureCache
-from agvas.training.loop import LoopSettings
+from agvas.training.loop import Diverged, LoopSettings
 from agvas.training.sample import TrainingSample
 from agvas.training.trainer import TuningSettings, tune
 
@@ -152,8 +152,23 @@ def test_agvas_train_tunes_a_checkpoint_on_a_mixture(mixture: Path, tmp_path: Pa
     assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == 2
 
 
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(ValueError("of the settings"), 2), (OSError("of the disk"), 2), (Diverged("the loss is nan"), 1), (KeyboardInterrupt(), 130)],
+)
+def test_exit_codes_tell_wrong_input_from_a_run_that_diverged(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: BaseException, code: int
+) -> None:
+    def raises(options: object) -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "_from_nothing", raises)
+    assert cli.main([]) == code
+    assert (str(error) or "training-run") in capsys.readouterr().err
+
+
 def test_a_mixture_that_is_none_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save(new_tiny(), tmp_path / "base")
     arguments = ["--checkpoint", str(tmp_path / "base"), "--mixture", str(tmp_path / "no.json")]
-    assert cli.main([*arguments, "--output", str(tmp_path / "run")]) == 1
+    assert cli.main([*arguments, "--output", str(tmp_path / "run")]) == 2
     assert "no.json" in capsys.readouterr().err
