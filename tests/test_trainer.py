@@ -153,6 +153,26 @@ def test_agvas_train_tunes_a_checkpoint_on_a_mixture(mixture: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (["--checkpoint", "nano", "--mixture", "m.json"], "tuning-run"),
+        (["--config", "tiny"], "training-run"),
+        (["--checkpoint", "nano", "--output", "x"], "x"),
+    ],
+)
+def test_what_is_tuned_and_what_is_trained_from_nothing_have_folders_of_their_own(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], given: list[str], expected: str
+) -> None:
+    for door in ("_tune", "_from_nothing"):
+        monkeypatch.setattr(cli, door, lambda options: options.output)
+    assert cli.main(given) == 0
+    assert capsys.readouterr().out == f"saved {expected}\n"
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    assert "(default training-run, with --checkpoint tuning-run)" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
     ("error", "code"),
     [(ValueError("of the settings"), 2), (OSError("of the disk"), 2), (Diverged("the loss is nan"), 1), (KeyboardInterrupt(), 130)],
 )

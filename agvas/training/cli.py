@@ -14,6 +14,8 @@ from agvas.training.settings import read_settings
 if TYPE_CHECKING:
     from agvas.training.loop import LoopSettings
 
+OUTPUT, TUNING_OUTPUT = Path("training-run"), Path("tuning-run")  # a folder holds one run, so the two do not share one
+
 _EXIT_CODES = """\
 exit codes: 0 trained; 1 the loss became no number, the last state is intact; 2 nothing could be done with these arguments, files or data;
 130 stopped, the same command goes on
@@ -23,6 +25,8 @@ exit codes: 0 trained; 1 the loss became no number, the last state is intact; 2 
 def main(arguments: list[str] | None = None) -> int:
     """The command agvas-train; its exit codes are in the help."""
     options = _parser().parse_args(arguments)
+    if options.output is None:
+        options.output = OUTPUT if options.checkpoint is None else TUNING_OUTPUT
     try:
         output = _tune(options) if options.checkpoint is not None else _from_nothing(options)
     except ModuleNotFoundError as error:
@@ -55,7 +59,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--mixture", type=Path, metavar="FILE.json", help="what to tune on; see the README")
     parser.add_argument("--settings", type=Path, metavar="FILE.json", help="tuning settings that differ from the paper's; see the README")
     parser.add_argument("--feature-cache", type=Path, metavar="DIR", help="keep what the frozen encoders say of each picture")
-    parser.add_argument("--output", type=Path, default=Path("training-run"), help="folder of states, logs and checkpoint")
+    where = f"folder of states, logs and checkpoint (default {OUTPUT}, with --checkpoint {TUNING_OUTPUT})"
+    parser.add_argument("--output", type=Path, metavar="DIR", help=where)
     parser.add_argument("--steps", type=int, help="optimiser steps (of each of the two phases with --config)")
     parser.add_argument("--batch", type=int, help="samples an optimiser step learns from, over all processes")
     parser.add_argument("--micro-batch", type=int, help="samples a process computes with at a time")
