@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from agvas.config import ABLATIONS
 from agvas.training.settings import read_settings
+from agvas.training.sources.layouts import LAYOUTS_HELP
 
 if TYPE_CHECKING:
     from agvas.training.loop import LoopSettings
@@ -50,13 +51,13 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="agvas-train",
         description=__doc__,
-        epilog=_EXIT_CODES,
+        epilog=f"{LAYOUTS_HELP}\n{_EXIT_CODES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--config", choices=("nano", "tiny"), help="train this named size from nothing on procedural samples (default nano)")
     what.add_argument("--checkpoint", metavar="nano|DIR", help="tune this checkpoint: LoRA, SPAM, AGMD, embeddings and head (paper B.2)")
-    parser.add_argument("--mixture", type=Path, metavar="FILE.json", help="what to tune on; see the README")
+    parser.add_argument("--mixture", type=Path, metavar="FILE.json", help="what to tune on: sources as below, in the form the README shows")
     parser.add_argument("--settings", type=Path, metavar="FILE.json", help="tuning settings that differ from the paper's; see the README")
     parser.add_argument("--feature-cache", type=Path, metavar="DIR", help="keep what the frozen encoders say of each picture")
     where = f"folder of states, logs and checkpoint (default {OUTPUT}, with --checkpoint {TUNING_OUTPUT})"
