@@ -206,9 +206,9 @@ def nano() -> AGVASConfig:
     """The model this package ships, trained on procedural defects (agvas/training) in all four modes."""
     return AGVASConfig(
         name="nano",
-        pixel=PixelEncoderConfig(512, 16, 128, 2, 2, 384, 8, (1,), output_width=128, stem="convolutional"),
+        pixel=PixelEncoderConfig(512, 16, 128, 3, 2, 384, 8, (1,), output_width=128, stem="convolutional"),
         semantic=SemanticEncoderConfig(160, 16, 128, 4, 4, 384),
-        language=LanguageConfig(768, 256, 4, 4, 2, 512, max_positions=2048),
+        language=LanguageConfig(768, 160, 4, 5, 1, 448, max_positions=2048),
         spam=SPAMConfig(width=128, heads=4),
         mask_decoder=MaskDecoderConfig(layers=2, heads=4, mlp_width=256),
         preprocessing=_preprocessing(512, 160),
