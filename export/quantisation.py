@@ -219,7 +219,7 @@ def _told(plan: QuantPlan) -> dict[str, Any]:
         "sha256": hashlib.sha256(repr(asdict(plan)).encode()).hexdigest(),
         "weights_sha256": plan.weights_sha256,
         "settings": asdict(plan.settings),
-        "answer_weight": plan.answer_weight,
+        "answer_share": plan.answer_share,
         "pictures": len(plan.images),
         "tokens": plan.tokens,
     }
