@@ -19,6 +19,7 @@ from typing import Any
 
 from benchmarks.contact_sheet import ContactSheet
 from benchmarks.datasets import LAYOUTS, READERS_HELP, Judged, read_dataset
+from benchmarks.environment import versions
 from benchmarks.evaluation import CONVENTIONS, METRICS, Observation, Predict, Progress, evaluate, mean_metrics
 from benchmarks.per_image import PerImageTable
 from benchmarks.predictors import BASELINES, Question, Source, open_predictor, read_normal_text
@@ -34,6 +35,11 @@ _HEADS = {
     "empty_normal": "empty normal",
     "image_auroc": "image AUROC",
 }
+_EXTRAS = {"cv2": "eval"}  # by package; what else may be missing is the checkpoint's PyTorch. Engines name their own extras
+_NEEDS = """\
+what is needed: a bundle needs an engine alone, as agvas-segment does (pip install "agvas[openvino]" or "agvas[cpu]");
+--baseline also "agvas[eval]", --checkpoint "agvas[train]"
+"""
 
 
 @dataclass(frozen=True)
@@ -122,21 +128,22 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="agvas-eval",
         description="Pixel AP, F1-max, AUPRO, IoU on anomalous images, empty masks on normal images, and image AUROC.",
-        epilog=f"{READERS_HELP}\nconventions, also in the JSON:\n{conventions}",
+        epilog=f"{READERS_HELP}\n{_NEEDS}\nconventions, also in the JSON:\n{conventions}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     data = parser.add_argument_group(
         "data", "at least one; --dataset and --root belong together and may be repeated, the first to the first"
     )
     data.add_argument("datasets", nargs="*", type=Path, metavar="DATASET", help="folder with a manifest.csv")
-    data.add_argument("--dataset", action="append", default=[], choices=LAYOUTS, help="the layout of the next --root, see below")
+    layouts = f"the layout of the next --root: {', '.join(LAYOUTS)}, see below"
+    data.add_argument("--dataset", action="append", default=[], metavar="LAYOUT", help=layouts)
     data.add_argument("--root", action="append", default=[], type=Path, metavar="DIR", help="the data set's folder")
     data.add_argument("--limit", type=_positive, metavar="N", help="N images of each data set, evenly spaced over it")
     data.add_argument("--split", help="manifest: only the lines whose column split says so; ksdd2, isic: instead of test")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--bundle", type=Path, metavar="DIR", help="an exported bundle")
     source.add_argument("--checkpoint", metavar="nano|DIR", help="the PyTorch reference")
-    source.add_argument("--baseline", choices=BASELINES, help="a trivial map, for comparison")
+    source.add_argument("--baseline", metavar="NAME", help=f"a trivial map, for comparison: {', '.join(BASELINES)}")
     parser.add_argument("--engine", help="auto, onnxruntime, openvino, tensorrt or tensorrt-rtx; with --bundle")
     parser.add_argument("--device", help="cpu or cuda:N; with --bundle or --checkpoint")
     parser.add_argument("--inference-precision", help="graph or bf16, as agvas-segment has it; with --bundle")
@@ -145,7 +152,7 @@ def _parser() -> argparse.ArgumentParser:
         "--fusion-weight", type=float, metavar="A", help="of the absolute map (eq. 8), instead of the model's own; with --checkpoint"
     )
     asked = parser.add_argument_group("question")
-    asked.add_argument("--mode", choices=MODES, default=DIRECT, help="what the model is asked to do; it must have been trained for it")
+    asked.add_argument("--mode", default=DIRECT, help=f"one that the model was trained for of {', '.join(MODES)} (default {DIRECT})")
     asked.add_argument("--instruction", metavar="TEXT", help="instead of the mode's default")
     asked.add_argument(
         "--normal-text",
@@ -190,7 +197,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.output is not None:  # last, so that a full disk does not cost the numbers
             arguments.output.write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     except ModuleNotFoundError as error:
-        print(f'agvas-eval: {error.name} is not installed; pip install "agvas[train]"', file=sys.stderr)
+        package = str(error.name).split(".")[0]
+        print(f'agvas-eval: {package} is not installed; pip install "agvas[{_EXTRAS.get(package, "train")}]"', file=sys.stderr)
         return 2
     except (ValueError, OSError, ImportError, EngineError, AgvasError) as error:
         print(f"agvas-eval: {' '.join(str(error).split())}", file=sys.stderr)
@@ -203,7 +211,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace, stack: ExitStack) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """(what --output writes, each data set's result); files are opened on `stack`."""
+    """(what --output writes, each data set's result); files are opened on `stack`.
+
+    With every result stands who was `judged`, with what was used, the `settings` as they were asked for (None is the model's own, or where
+    there is no such thing) and `versions`; no paths, so that results made elsewhere compare.
+    """
     if len(arguments.dataset) != len(arguments.root):
         given = f"{len(arguments.dataset)} and {len(arguments.root)}"
         raise ValueError(f"--dataset, --root: expected as many of one as of the other, got {given}; give a --root for each --dataset")
@@ -234,12 +246,14 @@ def _run(arguments: argparse.Namespace, stack: ExitStack) -> tuple[dict[str, Any
         arguments.overlays.mkdir(parents=True, exist_ok=True)
     per_image = None if arguments.csv is None else stack.enter_context(PerImageTable(arguments.csv))
     results = evaluate_datasets(datasets, predict, _tqdm, per_image, arguments.overlays)
-    changed: dict[str, Any] = {"mode": question.mode, "instruction": question.instruction, "normal_text": question.normal_text}
-    changed |= {"threshold": source.threshold, "fusion_weight": source.fusion_weight, "limit": arguments.limit, "split": arguments.split}
-    results = [result | {"settings": changed} for result in results]
+    settings: dict[str, Any] = {"mode": None if source.baseline is not None else question.mode}
+    settings |= {"instruction": question.instruction, "normal_text": question.normal_text}
+    settings |= {"threshold": source.threshold, "fusion_weight": source.fusion_weight, "limit": arguments.limit, "split": arguments.split}
+    facts = {"judged": dict(predict.judged), "settings": settings, "versions": versions()}
+    results = [result | facts for result in results]
     if len(results) == 1:
         return results[0], results
-    return {"datasets": results, "mean": mean_metrics([result["mean"] for result in results])}, results
+    return {"datasets": results, "mean": mean_metrics([result["mean"] for result in results]), **facts}, results
 
 
 if __name__ == "__main__":

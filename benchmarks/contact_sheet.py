@@ -2,7 +2,7 @@
 
 What is kept while an evaluation runs is thumbnails only, so a sheet of 10,000 pictures costs no more than one of ten. The same pictures
 and predictions give the same sheet, the random rows included. Best and worst are by IoU, among equals by the picture's own AP, hence of
-anomalous pictures only.
+anomalous pictures only; no picture is shown twice.
 """
 
 from __future__ import annotations
@@ -72,8 +72,7 @@ class ContactSheet:
 
     def image(self) -> Image.Image:
         """The sheet, RGB."""
-        drawn = sorted(self._drawn, key=lambda row: row.order)
-        parts = [(name, rows) for name, rows in (("best IoU", self._best), ("worst IoU", self._worst), ("drawn at random", drawn)) if rows]
+        parts = self._parts()
         height = 2 * LINE + sum(LINE + GAP + len(rows) * (LINE + SIDE + GAP) for _, rows in parts)
         sheet = Image.new("RGB", (WIDTH, height), _BACKGROUND)
         draw, font = ImageDraw.Draw(sheet), ImageFont.load_default()
@@ -95,6 +94,16 @@ class ContactSheet:
                         sheet.paste(panel, (corner[0] + (SIDE - panel.width) // 2, corner[1] + (SIDE - panel.height) // 2))
                 top += LINE + SIDE + GAP
         return sheet
+
+    def _parts(self) -> list[tuple[str, list[_Row]]]:
+        """What is shown, each picture once: a set too small for best and worst is halved, and a drawn picture shown already is left out."""
+        ranked = {row.order for row in (*self._best, *self._worst)}
+        best = self._best[: (len(ranked) + 1) // 2]
+        shown = {row.order for row in best}
+        worst = [row for row in self._worst if row.order not in shown]
+        shown |= {row.order for row in worst}
+        drawn = sorted((row for row in self._drawn if row.order not in shown), key=lambda row: row.order)
+        return [(name, rows) for name, rows in (("best IoU", best), ("worst IoU", worst), ("drawn at random", drawn)) if rows]
 
     def _caption(self, seen: Observation) -> str:
         numbers = [("IoU", seen.iou), ("AP", seen.ap), ("score", seen.prediction.score)]

@@ -17,7 +17,8 @@ import numpy.typing as npt
 from PIL import Image
 
 from agvas.training.sources.errors import DatasetError
-from agvas.training.sources.manifest import read_manifest
+from agvas.training.sources.manifest import MANIFEST, read_manifest
+from runtime.errors import choose
 from runtime.images import SUFFIXES
 
 __all__ = ["LAYOUTS", "READERS_HELP", "Judged", "Picture", "read_dataset"]
@@ -113,8 +114,7 @@ def read_dataset(layout: str, root: Path, split: str | None = None) -> list[Judg
     split is for manifest (the column's value; None for every line), ksdd2 and isic (None means test); ValueError for the others and for an
     unknown layout. Raises DatasetError, naming the file or folder, where the layout is not what was published.
     """
-    if layout not in LAYOUTS:
-        raise ValueError(f"--dataset: expected one of {', '.join(LAYOUTS)}, got {layout}; give one of these")
+    choose("--dataset", layout, LAYOUTS)
     if split is not None and layout not in ("manifest", "ksdd2", "isic"):
         raise ValueError(f"--split: {layout} is published without splits that could be judged, got {split}; leave it out")
     if not root.is_dir():
@@ -151,15 +151,16 @@ def _of_split(root: Path, split: str | None) -> list[Judged]:
     chosen = [item for item in items if split is None or item.split == split]
     if not chosen:
         splits = ", ".join(sorted({item.split or "(empty)" for item in items}))
-        raise DatasetError(root / "manifest.csv", None, f"images of split {split}", splits, "give another --split")
+        raise DatasetError(root / MANIFEST, None, f"images of split {split}", splits, "give another --split")
     return list(chosen)
 
 
 def _mvtec(root: Path) -> list[Picture]:
     """A category is pooled for itself; the paper's figure is the mean over the 15."""
     categories = [root] if (root / "test").is_dir() else _folders(root)
-    if not categories:
-        raise DatasetError(root, None, "a folder for each category, with test and ground_truth in it", "none", "name the unpacked data set")
+    if not any((category / "test").is_dir() for category in categories):
+        wanted = "the layout mvtec, a folder for each category with test and ground_truth in it"
+        raise _another_layout(root, wanted, "name the unpacked data set")
     pictures = []
     for category in categories:
         kinds = _folders(_folder_of(category, "test"))
@@ -183,7 +184,9 @@ def _ksdd2(root: Path, split: str) -> list[Picture]:
     """Normal pictures come with masks, too, so every mask is decoded here to know which those are."""
     if split not in ("train", "test"):
         raise ValueError(f"--split: ksdd2 has train and test, got {split}; give one of the two")
-    files = _files(_folder_of(root, split))
+    if not (root / split).is_dir():
+        raise _another_layout(root, f"the layout ksdd2, a folder {split} with pictures and masks", "name the unpacked data set")
+    files = _files(root / split)
     masks = [file for file in files if file.stem.endswith("_GT")]
     pairs = _paired([file for file in files if not file.stem.endswith("_GT")], masks, "_GT")
     return [Picture(image, mask, bool(_read_mask(mask, smoothed=False).any()), "ksdd2") for image, mask in pairs]
@@ -192,8 +195,8 @@ def _ksdd2(root: Path, split: str) -> list[Picture]:
 def _rsdd(root: Path) -> list[Picture]:
     """Both types are pooled as one category, rail; the type is the kind. The paper does not say how it averages them."""
     types = [root] if (root / "GroundTruth").is_dir() else _folders(root)
-    if not types:
-        raise DatasetError(root, None, "Type-I RSDDs dataset and Type-II RSDDs dataset", "no folder", "name the unpacked data set")
+    if not any((folder / "GroundTruth").is_dir() for folder in types):
+        raise _another_layout(root, "the layout rsdd, Type-I RSDDs dataset and Type-II RSDDs dataset", "name the unpacked data set")
     pictures = []
     for folder in types:
         images, masks = _one_of(folder, (("Rail surface images", "GroundTruth"),))
@@ -237,12 +240,20 @@ def _one_of(root: Path, pairs: Sequence[tuple[str, str]]) -> tuple[Path, Path]:
     present = [(root / images, root / masks) for images, masks in pairs if (root / images).is_dir() or (root / masks).is_dir()]
     wanted = " or ".join(f"{images} and {masks}" for images, masks in pairs)
     if not present:
-        found = ", ".join(folder.name for folder in _folders(root)[:5]) or "no folder"
-        raise DatasetError(root, None, f"the folders {wanted}", found, "name the folder that holds them")
+        raise _another_layout(root, f"the folders {wanted}", "name the folder that holds them")
     if len(present) > 1:
         found = " and ".join(images.name for images, _ in present)
         raise DatasetError(root, None, f"one of {wanted}", found, "name a folder that holds one of them")
     return _folder_of(root, present[0][0].name), _folder_of(root, present[0][1].name)
+
+
+def _another_layout(root: Path, expected: str, remedy: str) -> DatasetError:
+    """A folder without anything of its layout; one with a manifest has most likely been named by the wrong layout."""
+    names = [folder.name for folder in _folders(root)]
+    found = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "") or "no folder"
+    if (root / MANIFEST).is_file():
+        return DatasetError(root, None, expected, f"{found} and {MANIFEST}", "give --dataset manifest")
+    return DatasetError(root, None, expected, found, remedy)
 
 
 def _folder_of(parent: Path, name: str) -> Path:

@@ -8,7 +8,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("torch", "transformers", "onnx", "onnxruntime", "openvino", "numpy", "pillow", "tokenizers", "opencv-python-headless")
+PACKAGES = ("agvas", "torch", "transformers", "onnx", "onnxruntime", "openvino", "numpy", "pillow", "tokenizers", "opencv-python-headless")
+
+
+def versions() -> dict[str, Any]:
+    """Python and the packages that numbers may depend on; None where one is not installed."""
+    return {"python": platform.python_version(), "packages": {name: _version(name) for name in PACKAGES}}
 
 
 def environment() -> dict[str, Any]:
@@ -18,8 +23,7 @@ def environment() -> dict[str, Any]:
         "cpus": os.cpu_count(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-        "packages": {name: _version(name) for name in PACKAGES},
+        **versions(),
         "threads_variable": os.environ.get("OMP_NUM_THREADS", "unset"),
     }
 

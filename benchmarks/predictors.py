@@ -17,9 +17,10 @@ import numpy as np
 
 from benchmarks.datasets import Judged
 from benchmarks.evaluation import Predict, Prediction
+from runtime.errors import choose
 from runtime.prompts import DIRECT, MODES, PLUS, with_normal_state
 
-__all__ = ["BASELINES", "Question", "Source", "open_predictor", "read_normal_text"]
+__all__ = ["BASELINES", "Predictor", "Question", "Source", "open_predictor", "read_normal_text"]
 
 BASELINES = ("constant", "median", "gradient")  # as in baselines.py, which loads OpenCV; a test compares the two
 _MAP_SLACK = 1e-4  # as runtime.segmentation allows
@@ -48,6 +49,8 @@ class Source:
     def __post_init__(self) -> None:
         if sum(given is not None for given in (self.bundle, self.checkpoint, self.baseline)) != 1:
             raise ValueError("expected exactly one of bundle, checkpoint and baseline; give one")
+        if self.baseline is not None:
+            choose("--baseline", self.baseline, BASELINES)
         if self.engine is not None and self.bundle is None:
             raise ValueError(f"engine: only a bundle has engines, got {self.engine}; leave --engine out or give --bundle")
         if self.inference_precision is not None and self.bundle is None:
@@ -82,8 +85,7 @@ class Question:
     normal_text: str | Mapping[str, str] | None = None
 
     def __post_init__(self) -> None:
-        if self.mode not in MODES:
-            raise ValueError(f"--mode: expected one of {', '.join(MODES)}, got {self.mode}; give one of these")
+        choose("--mode", self.mode, MODES)
         if self.mode == PLUS and not self.normal_text:
             raise ValueError(f"--normal-text: {PLUS} puts a sentence on the normal state before the instruction, got none; give one")
         if self.mode != PLUS and self.normal_text is not None:
@@ -121,7 +123,24 @@ def read_normal_text(text: str) -> str | dict[str, str]:
     return dict(sentences)
 
 
-def open_predictor(source: Source, question: Question | None = None) -> Predict:
+@dataclass(frozen=True, eq=False)
+class Predictor:
+    """What predicts, a function of a picture, and who that is.
+
+    Attributes:
+        judged: for the result's reader. Always there: kind (bundle, checkpoint or baseline), name (the folder's, without its path), engine,
+            inference_precision, device, threshold and fusion_weight as they were used; None where there is no such thing. Models have
+            theirs and a sha256, of the bundle's manifest or the checkpoint's weights; bundles precision and lmm as the manifest has them.
+    """
+
+    predict: Predict
+    judged: Mapping[str, Any]
+
+    def __call__(self, item: Judged) -> Prediction:
+        return self.predict(item)
+
+
+def open_predictor(source: Source, question: Question | None = None) -> Predictor:
     """What predicts; by default it is asked directly."""
     asked = question or Question()
     if source.bundle is not None:
@@ -134,7 +153,7 @@ def open_predictor(source: Source, question: Question | None = None) -> Predict:
     return _baseline_predictor(source.baseline)
 
 
-def _bundle_predictor(source: Source, question: Question) -> Predict:
+def _bundle_predictor(source: Source, question: Question) -> Predictor:
     from runtime import Segmenter
 
     settings: dict[str, Any] = {"inference_precision": source.inference_precision, "threshold": source.threshold}
@@ -144,11 +163,27 @@ def _bundle_predictor(source: Source, question: Question) -> Predict:
     def predict(item: Judged) -> Prediction:
         return _prediction(segmenter(item.image, question.text(item.category, defaults), question.mode))
 
-    return predict
+    manifest = segmenter.bundle.manifest
+    judged = {
+        "kind": "bundle",
+        "name": segmenter.bundle.folder.resolve().name,
+        "manifest_sha256": segmenter.bundle.id,
+        "model": manifest.model,
+        "precision": manifest.precision,
+        "lmm": manifest.lmm,
+        "engine": segmenter.engine,
+        "inference_precision": segmenter.inference_precision,
+        "device": segmenter.device,
+        "threshold": segmenter.threshold,
+        "fusion_weight": manifest.fusion_weight,
+    }
+    return Predictor(predict, judged)
 
 
-def _checkpoint_predictor(source: Source, question: Question) -> Predict:
+def _checkpoint_predictor(source: Source, question: Question) -> Predictor:
     import agvas
+    from agvas.checkpoint import checkpoint_folder
+    from runtime.bundle import sha256_of
     from runtime.images import read_image
 
     model = agvas.load(source.checkpoint or "")
@@ -167,7 +202,19 @@ def _checkpoint_predictor(source: Source, question: Question) -> Predict:
     def predict(item: Judged) -> Prediction:
         return _prediction(model.segment(read_image(item.image), question.text(item.category, defaults), question.mode))
 
-    return predict
+    folder = checkpoint_folder(source.checkpoint or "")
+    judged = {
+        "kind": "checkpoint",
+        "name": folder.resolve().name,
+        "weights_sha256": sha256_of(folder / "model.safetensors"),
+        "model": model.config.name,
+        "engine": "torch",
+        "inference_precision": str(next(model.parameters()).dtype).removeprefix("torch."),
+        "device": source.device or "cpu",
+        "threshold": decoder.threshold,
+        "fusion_weight": decoder.fusion_weight,
+    }
+    return Predictor(predict, judged)
 
 
 def _prediction(result: Any) -> Prediction:
@@ -178,7 +225,7 @@ def _prediction(result: Any) -> Prediction:
     return Prediction(anomaly_map, np.asarray(result.mask), float(result.score), str(result.text))
 
 
-def _baseline_predictor(baseline: str) -> Predict:
+def _baseline_predictor(baseline: str) -> Predictor:
     from benchmarks import baselines
     from runtime.images import read_image
 
@@ -190,4 +237,5 @@ def _baseline_predictor(baseline: str) -> Predict:
         anomaly_map = baselines.anomaly_map(name, read_image(item.image))
         return Prediction(anomaly_map, anomaly_map > baselines.THRESHOLD, float(anomaly_map.max()))
 
-    return predict
+    judged = {"kind": "baseline", "name": baseline, "threshold": baselines.THRESHOLD, "device": "cpu"}
+    return Predictor(predict, judged | dict.fromkeys(("engine", "inference_precision", "fusion_weight")))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import math
 import subprocess
@@ -15,15 +16,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tomllib
 from PIL import Image
 
+import agvas.checkpoint
 from agvas.training.sources.manifest import Item, read_manifest
 from benchmarks import accuracy, baselines, contact_sheet, evaluation, predictors
 from benchmarks.accuracy import evaluate_datasets, main, read_datasets
 from benchmarks.contact_sheet import ContactSheet
 from benchmarks.datasets import Judged
 from benchmarks.evaluation import Observation, Prediction, evaluate
-from benchmarks.predictors import Question, Source, open_predictor, read_normal_text
+from benchmarks.predictors import Predictor, Question, Source, open_predictor, read_normal_text
 
 HEIGHT, WIDTH = 11, 17
 HEADER = "image,mask,label,class,split"
@@ -209,7 +212,7 @@ def test_every_data_set_is_read_before_a_model_is_opened(
 
 @pytest.fixture
 def fake_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(accuracy, "open_predictor", lambda *_: perfect)
+    monkeypatch.setattr(accuracy, "open_predictor", lambda *_: Predictor(perfect, {"kind": "bundle", "name": "any"}))
 
 
 @pytest.mark.usefixtures("fake_model")
@@ -233,6 +236,7 @@ def test_several_data_sets_print_one_table_a_line_each_and_the_mean_last(
     lines = capsys.readouterr().out.splitlines()
     assert [json.loads(line)["dataset"] for line in lines[-3:-1]] == ["parts", "other"]
     summary = json.loads(lines[-1])
+    assert all(part["judged"] == {"kind": "bundle", "name": "any"} == summary["judged"] for part in summary["datasets"])
     assert [part["dataset"] for part in summary["datasets"]] == ["parts", "other"]
     assert summary["mean"]["ap"] == 1.0 and summary["mean"]["images"] == 6
     assert json.loads(output.read_text()) == summary
@@ -249,7 +253,10 @@ def test_without_json_only_the_table_is_printed(parts: Path, capsys: pytest.Capt
 
 def test_a_baseline_runs_from_the_files_to_the_json(parts: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(parts), "--baseline", "median", "--json"]) == 0
-    bolt = json.loads(capsys.readouterr().out.splitlines()[-1])["categories"]["bolt"]
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (result["judged"]["name"], result["settings"]["mode"]) == ("median", None)
+    assert result["versions"]["packages"]["numpy"] == np.__version__
+    bolt = result["categories"]["bolt"]
     assert (bolt["empty_normal"], bolt["image_auroc"]) == (1.0, 1.0)  # normal images are plain grey
 
 
@@ -263,6 +270,7 @@ def test_bad_data_ends_with_2_and_one_line_on_stderr(tmp_path: Path, capsys: pyt
 @pytest.mark.parametrize(
     "extra",
     [
+        ["--baseline", "mean"],
         ["--baseline", "constant", "--engine", "onnxruntime"],
         ["--checkpoint", "nano", "--engine", "onnxruntime"],
         ["--baseline", "constant", "--device", "cuda:0"],
@@ -278,7 +286,7 @@ def test_settings_that_cannot_be_followed_are_refused_and_not_ignored(
 
 @pytest.mark.parametrize(
     "extra",
-    [[], ["--baseline", "mean"], ["--baseline", "constant", "--bundle", "b"], ["--bundle", "b", "--limit", "0"]],
+    [[], ["--baseline", "constant", "--bundle", "b"], ["--bundle", "b", "--limit", "0"]],
 )
 def test_bad_arguments_end_with_2(parts: Path, extra: list[str]) -> None:
     with pytest.raises(SystemExit) as raised:
@@ -304,6 +312,7 @@ class FakeDecoder:
 
 @dataclass(frozen=True)
 class FakeConfig:
+    name: str = "fake"
     mask_decoder: FakeDecoder = FakeDecoder()
     prompts: Any = field(default_factory=lambda: SimpleNamespace(instructions=INSTRUCTIONS))
 
@@ -428,6 +437,9 @@ def test_a_run_that_judged_nothing_leaves_no_table(parts: Path, tmp_path: Path, 
         (["--dataset", "mvtec", "--root", "nowhere"], "nowhere: expected a folder, found nothing"),
         (["--dataset", "mvtec", "--root", ".", "--split", "train"], "without splits"),
         (["--dataset", "manifest", "--root", ".", "--normal-text", "It is round."], "only describe-then-segment-plus"),
+        (["--dataset", "mvtex", "--root", "."], "--dataset: expected one of mvtec, ksdd2"),
+        (["--dataset", "mvtex", "--root", "."], "did you mean 'mvtec'?"),
+        (["--dataset", "mvtec", "--root", ".", "--mode", "segment-and-explain"], "did you mean 'segment-then-explain'?"),
         (["--dataset", "manifest", "--root", ".", "--csv", "no/such/folder/images.csv"], "existing folder"),
     ],
 )
@@ -454,10 +466,19 @@ def test_a_real_model_is_asked_in_the_mode_it_has_and_says_which_it_lacks(
 def test_a_real_bundle_is_judged_like_its_checkpoint(
     parts: Path, tiny_checkpoint: Path, tiny_bundle: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    means = []
+    means, judged = [], []
     for source in (["--checkpoint", str(tiny_checkpoint)], ["--bundle", str(tiny_bundle), "--engine", "onnxruntime"]):
         assert main([str(parts), *source, "--threshold", "0.4", "--json"]) == 0
-        means.append(json.loads(capsys.readouterr().out.splitlines()[-1])["mean"])
+        line = capsys.readouterr().out.splitlines()[-1]
+        assert str(tiny_bundle.parent) not in line and str(tiny_checkpoint.parent) not in line
+        means.append(json.loads(line)["mean"])
+        judged.append(json.loads(line)["judged"])
+    assert [(told["kind"], told["name"], told["model"], told["threshold"]) for told in judged] == [
+        ("checkpoint", "tiny", "tiny", 0.4),
+        ("bundle", "tiny-fp32", "tiny", 0.4),
+    ]
+    manifest = (tiny_bundle / "manifest.json").read_bytes()
+    assert judged[1]["manifest_sha256"] == hashlib.sha256(manifest).hexdigest() and judged[1]["engine"] == "onnxruntime"
     for name in evaluation.METRICS:
         assert means[0][name] == pytest.approx(means[1][name], abs=0.01)
 
@@ -495,6 +516,26 @@ def test_a_sheet_keeps_the_best_the_worst_and_a_fair_draw(parts: Path) -> None:
         assert len(set(random_rows)) == 3
         drawn.append((random_rows, sheet.image().tobytes()))
     assert drawn[0] == drawn[1], "the same pictures must give the same sheet"
+
+
+@pytest.mark.parametrize(
+    ("ious", "best", "worst", "drawn"),
+    [
+        ([0.5], [0], [], []),
+        ([0.5, None], [0], [], [1]),
+        ([0.1, 0.9, 0.5], [1, 2], [0], []),
+        ([0.0, 0.0, 0.0], [0, 1], [2], []),
+    ],
+)
+def test_a_small_sets_picture_stands_on_its_sheet_once(
+    parts: Path, ious: list[float | None], best: list[int], worst: list[int], drawn: list[int]
+) -> None:
+    sheet = ContactSheet("parts", parts, rows=3)
+    for seen in observed(parts, ious):
+        sheet.add(seen)
+    rows = {name: [row.order for row in rows] for name, rows in sheet._parts()}
+    expected = {"best IoU": best, "worst IoU": worst, "drawn at random": drawn}
+    assert rows == {name: orders for name, orders in expected.items() if orders}
 
 
 def test_a_sheet_shows_picture_truth_map_and_mask_side_by_side(parts: Path, tmp_path: Path) -> None:
@@ -535,12 +576,19 @@ class FakeModel:
     def __init__(self, *given: Any, **settings: Any) -> None:
         self.given, self.settings, self.overshoot = given, settings, np.float32(5e-5)
         self.asked: list[tuple[Any, ...]] = []
-        self.bundle = SimpleNamespace(manifest=SimpleNamespace(prompts=SimpleNamespace(instructions=INSTRUCTIONS)))
+        told = {"model": "fake", "precision": {"spam": "fp16"}, "lmm": "float", "fusion_weight": 0.5}
+        manifest = SimpleNamespace(prompts=SimpleNamespace(instructions=INSTRUCTIONS), **told)
+        self.bundle = SimpleNamespace(manifest=manifest, folder=given[0], id="0a")
+        self.engine, self.inference_precision, self.device = "openvino", "bf16", settings.get("device")
+        self.threshold = 0.5 if settings.get("threshold") is None else settings["threshold"]
         self.config, self.mask_decoder = FakeConfig(), SimpleNamespace(fusion_weight=0.5)
 
     def to(self, device: str) -> FakeModel:
         self.settings["device"] = device
         return self
+
+    def parameters(self) -> Any:
+        return iter([SimpleNamespace(dtype="torch.float32")])
 
     def segment(self, image: np.ndarray, *asked: Any) -> SimpleNamespace:
         self.asked.append(asked)
@@ -584,6 +632,7 @@ def test_a_bundle_gets_the_settings_that_were_asked_for(opened: list[FakeModel])
         ({"checkpoint": "nano", "inference_precision": "bf16"}, "only a bundle has one, got bf16"),
         ({"bundle": Path("b"), "fusion_weight": 0.3}, "only a checkpoint's"),
         ({"baseline": "median", "threshold": 0.3}, "a baseline's is fixed"),
+        ({"baseline": "medium"}, "did you mean 'median'"),
         ({"checkpoint": "nano", "threshold": 1.5}, "threshold: expected a number in 0..1, got 1.5"),
         ({"checkpoint": "nano", "fusion_weight": -1.0}, "fusion weight: expected a number in 0..1"),
     ],
@@ -598,6 +647,47 @@ def test_a_checkpoints_threshold_and_fusion_weight_can_be_swept(opened: list[Fak
     (model,) = opened
     assert model.config.mask_decoder == FakeDecoder(threshold=0.2, fusion_weight=0.9)
     assert model.mask_decoder.fusion_weight == 0.9
+
+
+def test_what_was_judged_is_told_with_the_settings_that_were_used_and_without_paths(opened: list[FakeModel], tmp_path: Path) -> None:
+    """`auto` chose an engine, and a threshold that was not given is the model's own."""
+    bundle = open_predictor(Source(bundle=tmp_path / "line-3")).judged
+    assert bundle == {
+        "kind": "bundle",
+        "name": "line-3",
+        "manifest_sha256": "0a",
+        "model": "fake",
+        "precision": {"spam": "fp16"},
+        "lmm": "float",
+        "engine": "openvino",
+        "inference_precision": "bf16",
+        "device": "cpu",
+        "threshold": 0.5,
+        "fusion_weight": 0.5,
+    }
+    checkpoint = open_predictor(Source(checkpoint="nano", threshold=0.2)).judged
+    weights = (Path(agvas.checkpoint.__file__).parent / "nano" / "model.safetensors").read_bytes()
+    assert checkpoint == {
+        "kind": "checkpoint",
+        "name": "nano",
+        "weights_sha256": hashlib.sha256(weights).hexdigest(),
+        "model": "fake",
+        "engine": "torch",
+        "inference_precision": "float32",
+        "device": "cpu",
+        "threshold": 0.2,
+        "fusion_weight": 0.5,
+    }
+    baseline = open_predictor(Source(baseline="median")).judged
+    assert baseline == {
+        "kind": "baseline",
+        "name": "median",
+        "engine": None,
+        "inference_precision": None,
+        "device": "cpu",
+        "threshold": 0.5,
+        "fusion_weight": None,
+    }
 
 
 @pytest.mark.parametrize("source", [Source(bundle=Path("b")), Source(checkpoint="nano")])
@@ -664,6 +754,39 @@ def test_help_loads_neither_torch_nor_opencv() -> None:
     root = Path(accuracy.__file__).parents[1]
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
     assert run.stderr.strip() == "[]" and "--baseline" in run.stdout
+
+
+def run_with_only(packages: set[str], arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    """agvas-eval where nothing but the standard library, ours and these packages can be imported."""
+    code = (
+        "import sys\n"
+        "class Only:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        f"        if name.split('.')[0] not in sys.stdlib_module_names | {packages | {'agvas', 'benchmarks', 'engines', 'runtime'}!r}:\n"
+        "            raise ModuleNotFoundError(f'No module named {name!r}', name=name)\n"
+        "sys.meta_path.insert(0, Only())\n"
+        "from benchmarks.accuracy import main\n"
+        f"sys.exit(main({arguments!r}))"
+    )
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(accuracy.__file__).parents[1])
+
+
+DEPENDENCIES = {"numpy", "PIL", "tokenizers", "tqdm"}  # the package's own, without any extra
+
+
+def test_a_bundle_is_judged_with_what_the_runtime_and_one_engine_need(parts: Path, tiny_bundle: Path, tmp_path: Path) -> None:
+    outputs = ["--csv", str(tmp_path / "images.csv"), "--overlays", str(tmp_path / "sheets"), "--output", str(tmp_path / "all.json")]
+    arguments = [str(parts), "--bundle", str(tiny_bundle), "--engine", "onnxruntime", "--limit", "1", *outputs]
+    done = run_with_only(DEPENDENCIES | {"onnxruntime"}, arguments)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "all.json").read_text())["mean"]["images"] == 1
+
+
+def test_a_baseline_without_opencv_names_the_extra_that_has_it(parts: Path) -> None:
+    done = run_with_only(DEPENDENCIES, [str(parts), "--baseline", "median"])
+    assert (done.returncode, done.stderr) == (2, 'agvas-eval: cv2 is not installed; pip install "agvas[eval]"\n')
+    extras = tomllib.loads((Path(accuracy.__file__).parents[1] / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert any(need.startswith("opencv-python-headless") for need in extras["eval"])
 
 
 # The baselines.

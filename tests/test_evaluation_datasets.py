@@ -221,7 +221,9 @@ DAMAGES: dict[str, tuple[str, Damage, str]] = {
     "mvtec: nothing inside": ("mvtec", lambda r: (shutil.rmtree(r), r.mkdir()), "a folder for each category"),
     "mvtec: a mask of another name": ("mvtec", lambda r: put_mask(r / "carpet/ground_truth/hole/002.png"), "ends in _mask"),
     "ksdd2: a mask is missing": ("ksdd2", lambda r: (r / "test/20001_GT.png").unlink(), "20001.png: expected its mask 20001_GT"),
-    "ksdd2: no test folder": ("ksdd2", lambda r: shutil.rmtree(r / "test"), "test: expected a folder"),
+    "ksdd2: no test folder": ("ksdd2", lambda r: shutil.rmtree(r / "test"), "the layout ksdd2, a folder test"),
+    "mvtec: no category": ("mvtec", lambda r: [shutil.rmtree(r / c / "test") for c in ("bottle", "carpet")], "found bottle, carpet; name"),
+    "rsdd: no type": ("rsdd", lambda r: [shutil.rmtree(path) for path in r.iterdir()], "the layout rsdd"),
     "ksdd2: a damaged mask": (
         "ksdd2",
         lambda r: (r / "test/20001_GT.png").write_bytes(b"\x89PNG"),
@@ -268,6 +270,16 @@ def test_damage_is_named_with_its_file_before_anything_is_evaluated(damage: str,
     assert message in str(raised.value) and str(root) in str(raised.value)
 
 
+@pytest.mark.parametrize("layout", ["mvtec", "ksdd2", "rsdd", "isic", "colondb", "clinicdb"])
+def test_a_manifest_that_is_named_as_another_layout_is_told_its_own(layout: str, tmp_path: Path) -> None:
+    for name in ("photos", "pictures"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "manifest.csv").write_text("image,mask,label\n")
+    with pytest.raises(DatasetError, match=r"found photos, pictures and manifest\.csv; give --dataset manifest") as raised:
+        read_dataset(layout, tmp_path)
+    assert str(raised.value).startswith(f"{tmp_path}: expected the ")
+
+
 def test_a_mask_that_contradicts_its_layout_is_found_when_it_is_read(tmp_path: Path) -> None:
     root = polyps(tmp_path / "set")
     put_mask(root / "masks" / "2.png", anomalous=False)
@@ -287,6 +299,7 @@ def test_a_mask_that_contradicts_its_layout_is_found_when_it_is_read(tmp_path: P
     ("layout", "split", "message"),
     [
         ("imagenet", None, "expected one of mvtec"),
+        ("mvtex", None, "did you mean 'mvtec'"),
         ("mvtec", "train", "without splits"),
         ("ksdd2", "val", "train and test, got val"),
         ("isic", "val", "train, validation, test, got val"),

@@ -294,6 +294,33 @@ def test_a_sample_that_the_endpoint_cannot_answer_is_left_for_the_next_run(
     assert {record["image"] for record in lines_of(dataset / "instruct/instruct.jsonl")} == {f"../images/{n}.png" for n in range(3)}
 
 
+def test_notes_name_a_picture_as_the_manifest_does_whatever_became_of_it(
+    tmp_path: Path, server: Server, waits: list[float], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """0 is refused, 1 gets no reply, 2 does not decode."""
+    dataset = write_dataset(tmp_path / "bolts")
+    whole = (dataset / "images/2.png").read_bytes()
+    (dataset / "images/2.png").write_bytes(whole[: len(whole) // 2])
+    server.play = lambda number, body: (200, completion("{"), {}) if number == 0 else (500, "always", {})
+    arguments = ["--dataset", str(dataset), "--endpoint", server.url, "--model", "m-1", "--output", str(dataset / "instruct")]
+    assert main([*arguments, "--concurrency", "1", "--answers", "1", "--tries", "1"]) == 1
+    error = capsys.readouterr().err
+    assert "agvas-instruct: images/0.png: to review after 1 answers" in error
+    assert "left for the next run: images/1.png: " in error and "left for the next run: images/2.png: " in error
+    assert str(dataset) not in error and "../images" not in error
+
+
+@pytest.mark.parametrize(
+    ("prices", "shown"),
+    [(("2", "10"), "cost 0.0090"), (("200", "1000"), "cost 0.90"), (("0", "0"), "cost 0.00"), (("9000", "0"), "cost 27.00")],
+)
+def test_a_small_cost_is_shown_with_the_digits_it_has(
+    dataset: Path, server: Server, capsys: pytest.CaptureFixture[str], prices: tuple[str, str], shown: str
+) -> None:
+    assert run(dataset, server, "--price-input", prices[0], "--price-output", prices[1]) == 0
+    assert capsys.readouterr().out.splitlines()[0].endswith(shown)
+
+
 def test_an_outage_ends_the_run_and_not_every_sample(
     tmp_path: Path, server: Server, waits: list[float], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -449,7 +476,12 @@ def test_a_dry_run_writes_exactly_what_would_be_sent_and_sends_nothing(
     dataset: Path, server: Server, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(dataset, server, "--dry-run", "2") == 0
-    folders = [Path(folder) for folder in last_line(capsys)["dry_run"]]
+    printed = capsys.readouterr().out.splitlines()
+    summary = json.loads(printed[-1])
+    folders = [Path(folder) for folder in summary["dry_run"]]
+    assert summary["pictures"] == ["images/0.png", "images/1.png"]
+    assert [line.split("  ") for line in printed[:2]] == [[folder.name, name] for folder, name in zip(folders, summary["pictures"])]
+    assert [folder.name.split("-")[0] for folder in folders] == ["0", "1"]
     assert not server.requests and len(folders) == 2 and not (dataset / "instruct/instruct.jsonl").exists()
     for folder in folders:
         assert {path.name for path in folder.iterdir()} == {"boxes.jpg", "tint.jpg", "normal.jpg", "request.json"}
@@ -610,12 +642,59 @@ def test_a_reviewer_accepts_rejects_and_corrects_and_the_journals_stay_as_they_a
     assert before == [(reviewed / "instruct" / name).read_bytes() for name in ("instruct.jsonl", "refused.jsonl")]
 
 
+def test_what_comes_next_is_told_at_the_end_of_describing_and_of_reviewing(
+    dataset: Path, server: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = dataset / "instruct"
+    assert run(dataset, server) == 0
+    described = capsys.readouterr().out
+    assert main(["review", "--output", str(output)]) == 0
+    for said in (described, capsys.readouterr().out):
+        assert f"write yes or no in column accept of {output / 'review.csv'}" in said
+        assert f"agvas-instruct review --output {output} --apply" in said
+
+
+@pytest.mark.parametrize("more", [[], ["--accept-unmarked"]])
+def test_a_review_without_any_decision_writes_nothing_and_says_where_decisions_go(
+    dataset: Path, server: Server, capsys: pytest.CaptureFixture[str], more: list[str]
+) -> None:
+    """With --accept-unmarked, too, where every sample was refused."""
+    server.play = lambda number, body: (200, completion("{" if more else ANSWER), {})
+    assert run(dataset, server) == 0
+    before = b"an earlier review's"
+    (dataset / "instruct/accepted.jsonl").write_bytes(before)
+    capsys.readouterr()
+    assert main(["review", "--output", str(dataset / "instruct"), "--apply", "--json", *more]) == 1
+    printed = capsys.readouterr()
+    assert printed.out == "" and f"write yes or no in column accept of {dataset / 'instruct/review.csv'}" in printed.err
+    assert (dataset / "instruct/accepted.jsonl").read_bytes() == before
+
+
+def test_a_review_that_rejects_everything_is_a_decision(reviewed: Path) -> None:
+    write_review(reviewed, [row | {"accept": "no"} for row in review_rows(reviewed)])
+    assert main(["review", "--output", str(reviewed / "instruct"), "--apply"]) == 0
+    assert read_entries(reviewed / "instruct/accepted.jsonl") == []
+    assert (reviewed / "instruct/accepted.jsonl").is_file()
+
+
+def test_yes_on_a_refused_line_says_first_that_it_is_one(reviewed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_review(reviewed, [row | {"accept": "yes"} for row in review_rows(reviewed)])
+    assert main(["review", "--output", str(reviewed / "instruct"), "--apply"]) == 2
+    assert "found a refused answer that is still to be corrected: the field observation mentions" in capsys.readouterr().err
+    assert not (reviewed / "instruct/accepted.jsonl").exists()
+
+
 def test_unmarked_samples_are_left_out_unless_wanted_and_refused_ones_always(reviewed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = review_rows(reviewed)
+    next(row for row in rows if row["status"] == "described")["accept"] = "no"
+    write_review(reviewed, rows)
     assert main(["review", "--output", str(reviewed / "instruct"), "--apply", "--json"]) == 0
-    assert (last_line(capsys)["accepted"], read_entries(reviewed / "instruct/accepted.jsonl")) == (0, [])
+    summary = last_line(capsys)
+    assert (summary["accepted"], summary["rejected"], summary["unmarked"]) == (0, 1, 2)
+    assert read_entries(reviewed / "instruct/accepted.jsonl") == []
     assert main(["review", "--output", str(reviewed / "instruct"), "--apply", "--accept-unmarked", "--json"]) == 0
     summary = last_line(capsys)
-    assert (summary["accepted"], summary["unmarked"]) == (2, 1)
+    assert (summary["accepted"], summary["rejected"], summary["unmarked"]) == (1, 1, 1)
 
 
 def test_a_later_run_keeps_decisions_corrections_and_columns_of_the_reviewer(reviewed: Path, server: Server) -> None:

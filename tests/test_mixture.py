@@ -328,8 +328,8 @@ def changed(path: str, value: Any) -> dict[str, Any]:
         (changed("anomaly.anomalous_share", 1.5), r"anomaly\.anomalous_share: expected 0 to 1"),
         (changed("anomaly.probability", 0.3), r"probabilities that sum to 1, got 0\.4 \+ 0\.25 \+ 0\.3 \+ 0\.1 = 1\.05"),
         (changed("anomaly.probability", 0.2), "probabilities that sum to 1"),
-        (changed("anomaly.probability", -0.1), "expected"),
-        (changed("anomaly.probability", "0.25"), r"anomaly\.probability: expected a number"),
+        (changed("anomaly.probability", -0.1), r"anomaly\.probability: .* got -0\.1; correct it, or leave the group out to turn it off"),
+        (changed("anomaly.probability", "0.25"), r'anomaly\.probability: expected a number, got "0\.25"; write 0\.25 without quotes'),
         (changed("anomaly.probability", True), r"anomaly\.probability: expected a number, got true"),
         ({"general": {"probability": 0}}, "at least one group"),
         ({}, "at least one group"),
@@ -344,6 +344,13 @@ def test_settings_that_cannot_be_name_the_file_the_key_and_the_nearest_name(sets
 
 def test_broken_json_names_the_line(sets: Path) -> None:
     with pytest.raises(DatasetError, match=r"wrong\.json, line 2: expected JSON"):
+        read(sets, "{\n", "wrong.json")
+
+
+def test_a_mixture_is_the_users_own_file_and_not_a_releases(sets: Path) -> None:
+    with pytest.raises(DatasetError, match=r"no\.json: expected .* found no such file; correct the path, or write the file"):
+        MixtureSettings.read(sets / "no.json")
+    with pytest.raises(DatasetError, match="correct it there"):
         read(sets, "{\n", "wrong.json")
 
 

@@ -197,7 +197,7 @@ def test_agvas_train_makes_a_checkpoint_that_segments(tmp_path: Path, capsys: py
     assert run_cli([*SHORT, "--output", str(output)]) == 0
     assert capsys.readouterr().out == f"saved {output / 'checkpoint'}\n"
     assert load(output / "checkpoint").segment(picture()).mask.shape == picture().shape[:2]
-    assert run_cli([*SHORT[:3], "3", *SHORT[4:], "--output", str(output)]) == 1
+    assert run_cli([*SHORT[:3], "3", *SHORT[4:], "--output", str(output)]) == 2
     assert "describes another run" in capsys.readouterr().err.splitlines()[-1]
 
 
@@ -213,7 +213,7 @@ def test_agvas_train_makes_a_checkpoint_that_segments(tmp_path: Path, capsys: py
 def test_what_does_not_go_together_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
-    assert run_cli([*arguments, "--output", str(tmp_path / "run"), *(["--samples", "2"] if "3" in arguments[:2] else [])]) == 1
+    assert run_cli([*arguments, "--output", str(tmp_path / "run"), *(["--samples", "2"] if "3" in arguments[:2] else [])]) == 2
     assert message in capsys.readouterr().err
 
 

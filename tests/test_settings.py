@@ -44,6 +44,8 @@ def test_what_is_said_is_taken_at_any_depth(tmp_path: Path) -> None:
     [
         ({"loop": {"learning_rat": 1}}, "loop.learning_rat: not a setting; .* did you mean 'learning_rate'"),
         ({"loop": {"steps": "many"}}, 'loop.steps: expected int, got "many"'),
+        ({"loop": {"steps": "3"}}, 'loop.steps: expected int, got "3"; write 3 without quotes'),
+        ({"loop": {"learning_rate": "1e-4"}}, 'expected float, got "1e-4"; write 1e-4 without quotes'),
         ({"loop": {"steps": True}}, "loop.steps: expected int, got true"),
         ({"loop": {"betas": [0.9]}}, "loop.betas: expected 2 values, got 1"),
         ({"loop": 3}, "loop: expected an object, got 3"),
@@ -58,9 +60,19 @@ def test_nonsense_is_named(tmp_path: Path, values: Any, message: str) -> None:
     assert str(tmp_path / "settings.json") in str(error.value)
 
 
-def test_a_file_that_is_no_json_is_named(tmp_path: Path) -> None:
-    (tmp_path / "settings.json").write_text("{")
-    with pytest.raises(ValueError, match="expected a JSON file of settings"):
+@pytest.mark.parametrize("value", ["3.5", "true", "NaN", "three", "", [3], None])
+def test_what_is_no_whole_number_without_its_quotes_either_gets_no_such_advice(tmp_path: Path, value: Any) -> None:
+    with pytest.raises(ValueError, match="loop.steps: expected int") as error:
+        read(tmp_path, {"loop": {"steps": value}})
+    assert "without quotes" not in str(error.value)
+
+
+def test_a_file_that_is_no_json_is_named_with_its_line_and_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "settings.json").write_text('{"loop": {\n  "steps": 3,\n}}')
+    with pytest.raises(ValueError, match=r"settings\.json, line [23]: expected JSON with settings, .*; correct it there"):
         read_settings(tmp_path / "settings.json", TuningSettings())
-    with pytest.raises(ValueError, match="nowhere.json"):
+    (tmp_path / "settings.json").write_bytes(b"\xff")
+    with pytest.raises(ValueError, match=r"settings\.json: .*save the file as UTF-8"):
+        read_settings(tmp_path / "settings.json", TuningSettings())
+    with pytest.raises(ValueError, match=r"nowhere\.json: expected a JSON file with settings, found no such file; correct the path"):
         read_settings(tmp_path / "nowhere.json", TuningSettings())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,8 +21,10 @@ from agvas.training import cli
 from agvas.training.adaptation import TrainedParts
 from agvas.training.batch import collate
 from agvas.training.feature_cache import FeatureCache
-from agvas.training.loop import LoopSettings
+from agvas.training.loop import Diverged, LoopSettings
 from agvas.training.sample import TrainingSample
+from agvas.training.sources.catalogue import COCO_PLACES, GROUPS, OPTIONS
+from agvas.training.sources.referring import PLACES
 from agvas.training.trainer import TuningSettings, tune
 
 LOOP = LoopSettings(steps=4, global_batch=2, micro_batch=1, warmup_steps=1, learning_rate=3e-3, precision="no", save_every=2, log_every=1)
@@ -152,8 +155,64 @@ def test_agvas_train_tunes_a_checkpoint_on_a_mixture(mixture: Path, tmp_path: Pa
     assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == 2
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (["--checkpoint", "nano", "--mixture", "m.json"], "tuning-run"),
+        (["--config", "tiny"], "training-run"),
+        (["--checkpoint", "nano", "--output", "x"], "x"),
+    ],
+)
+def test_what_is_tuned_and_what_is_trained_from_nothing_have_folders_of_their_own(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], given: list[str], expected: str
+) -> None:
+    for door in ("_tune", "_from_nothing"):
+        monkeypatch.setattr(cli, door, lambda options: options.output)
+    assert cli.main(given) == 0
+    assert capsys.readouterr().out == f"saved {expected}\n"
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    assert "(default training-run, with --checkpoint tuning-run)" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(ValueError("of the settings"), 2), (OSError("of the disk"), 2), (Diverged("the loss is nan"), 1), (KeyboardInterrupt(), 130)],
+)
+def test_exit_codes_tell_wrong_input_from_a_run_that_diverged(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: BaseException, code: int
+) -> None:
+    def raises(options: object) -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "_from_nothing", raises)
+    assert cli.main([]) == code
+    assert (str(error) or "training-run") in capsys.readouterr().err
+
+
+def test_the_help_shows_the_folders_of_every_kind_of_source(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    printed = capsys.readouterr().out
+    parts = re.split(r"^ (\w+)$", printed, flags=re.MULTILINE)
+    groups = dict(zip(parts[1::2], parts[2::2]))
+    assert tuple(groups) == GROUPS
+    for group, kinds in OPTIONS.items():
+        lines = dict(re.findall(r"^  ([\w+-]+) +(\S.*(?:\n {10,}.*)*)$", groups[group], flags=re.MULTILINE))
+        assert lines.keys() == kinds.keys()
+        for kind, places in COCO_PLACES.items() if group == "general" else ():
+            assert all(f"ROOT/{place}" in lines[kind] for place in places if place != ".")
+        for kind, (references, images) in PLACES.items() if group == "general" else ():
+            shared = lines[kind] + (lines["refcoco"] if "as refcoco" in lines[kind] else "")
+            assert f"ROOT/{kind}" in lines[kind] and references in shared and f"ROOT/{images}" in shared
+        for kind, options in kinds.items():
+            told = lines["goods-ad"] if "as goods-ad" in lines[kind] else lines["refcoco"] if "as refcoco" in lines[kind] else lines[kind]
+            for option in options:
+                assert option in told.rpartition("[")[2], f"{kind} takes {option}"
+
+
 def test_a_mixture_that_is_none_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save(new_tiny(), tmp_path / "base")
     arguments = ["--checkpoint", str(tmp_path / "base"), "--mixture", str(tmp_path / "no.json")]
-    assert cli.main([*arguments, "--output", str(tmp_path / "run")]) == 1
+    assert cli.main([*arguments, "--output", str(tmp_path / "run")]) == 2
     assert "no.json" in capsys.readouterr().err

@@ -1,13 +1,14 @@
 """agvas-instruct: describe the anomalies of a data set by a large multimodal model, and take the reviewers' decisions.
 
 Parses, opens what the run needs, shows how far it is. Exit codes: 0 all samples have a description or a place in the review file, 1 some
-were left for the next run, 2 nothing could be done or the endpoint closed, 130 interrupted.
+were left for the next run (or a review held no decision to apply), 2 nothing could be done or the endpoint closed, 130 interrupted.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import signal
 import sys
@@ -88,7 +89,10 @@ def _parser() -> argparse.ArgumentParser:
 def _review_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=f"{PROG} review",
-        description="Bring review.csv up to date: write yes or no into its column accept, correct texts where you like, save as CSV.",
+        description="Bring review.csv up to date. Then write yes or no into its column accept, correct texts where you like, save as CSV, "
+        "and run again with --apply. Pictures are named relative to the file's folder. A line of status refused holds what could be saved "
+        "of the last answer, and in column reasons why it was refused.",
+        epilog="Exit codes: 0 done; 1 --apply found no decision and wrote nothing; 2 nothing could be done.",
         allow_abbrev=False,
     )
     add = parser.add_argument
@@ -179,10 +183,12 @@ def _rehearse(
 ) -> int:
     from agvas.instruct.dry_run import rehearse
 
-    folders = rehearse(records, references, request, options.output / _DRY_RUN, options.dry_run, explanations)
-    print(f"wrote {len(folders)} requests with their pictures to {options.output / _DRY_RUN}; nothing was sent")
+    written = rehearse(records, references, request, options.output / _DRY_RUN, options.dry_run, explanations)
+    for folder, name in written:
+        print(f"{folder.name}  {name}")
+    print(f"wrote {len(written)} requests with their pictures to {options.output / _DRY_RUN}; nothing was sent")
     if options.json:
-        print(json.dumps({"dry_run": [str(folder) for folder in folders]}))
+        print(json.dumps({"dry_run": [str(folder) for folder, _ in written], "pictures": [name for _, name in written]}))
     return 0
 
 
@@ -197,6 +203,9 @@ def _review(options: argparse.Namespace) -> int:
     record: dict[str, Any] = {"review": str(options.output / REVIEW)}
     if options.apply:
         decisions = apply_review(options.output, options.accept_unmarked)
+        if not decisions.accepted + decisions.rejected:
+            print(f"{PROG}: no decision was taken and nothing written; {_decide(options.output)}", file=sys.stderr)
+            return 1
         print(
             f"{decisions.accepted} accepted ({decisions.edited} with corrected texts), {decisions.rejected} rejected, "
             f"{decisions.unmarked} without a decision left out; wrote {options.output / ACCEPTED}"
@@ -204,10 +213,16 @@ def _review(options: argparse.Namespace) -> int:
         record |= {"accepted_file": str(options.output / ACCEPTED), **vars(decisions)}
     else:
         record["samples"] = update_review(options.output)
-        print(f"{record['samples']} samples in {options.output / REVIEW}; write yes or no into its column accept")
+        print(f"{record['samples']} samples; {_decide(options.output)}, then run {PROG} review --output {options.output} --apply")
     if options.json:
         print(json.dumps(record))
     return 0
+
+
+def _decide(output: Path) -> str:
+    from agvas.instruct.review import REVIEW
+
+    return f"write yes or no in column accept of {output / REVIEW}"
 
 
 def _summarise(options: argparse.Namespace, tally: Tally, requests: int, seconds: float, review: Path) -> None:
@@ -218,8 +233,10 @@ def _summarise(options: argparse.Namespace, tally: Tally, requests: int, seconds
     print(
         f"{tally.described} described, {tally.refused} to review without a usable answer, {tally.undone} left for the next run, "
         f"{tally.done_before} done before; {tally.input_tokens} input and {tally.output_tokens} output tokens{without}"
-        + ("" if cost is None else f", cost {cost:.2f}")
+        + ("" if cost is None else f", cost {_money(cost)}")
     )
+    if tally.described + tally.refused + tally.done_before:
+        print(f"next: {_decide(options.output)}, then run {PROG} review --output {options.output} --apply")
     if options.json:
         record = {
             "described": tally.described,
@@ -246,6 +263,11 @@ def _cost(options: argparse.Namespace, tally: Tally) -> float | None:
     return float(tally.input_tokens * options.price_input + tally.output_tokens * options.price_output) / 1e6
 
 
+def _money(cost: float) -> str:
+    """Two decimals, and of a small sum as many as show two digits of it: 0.0042."""
+    return f"{cost:.{max(2, 1 - math.floor(math.log10(cost))) if cost > 0 else 2}f}"
+
+
 class _Bar:
     """How many records are behind, with tokens and cost so far; notes go above it."""
 
@@ -261,7 +283,7 @@ class _Bar:
     def __call__(self, tally: Tally) -> None:
         cost = _cost(self._options, tally)
         tokens = f"{tally.input_tokens} in, {tally.output_tokens} out"
-        self._tqdm.set_postfix_str(tokens if cost is None else f"{tokens}, cost {cost:.2f}", refresh=False)
+        self._tqdm.set_postfix_str(tokens if cost is None else f"{tokens}, cost {_money(cost)}", refresh=False)
         behind = tally.described + tally.refused + tally.undone + tally.done_before + tally.duplicates
         self._tqdm.update(behind - self._tqdm.n)
 

@@ -18,7 +18,7 @@ from agvas.instruct.endpoint import Endpoint, EndpointClosed, Pace, RequestFaile
 from agvas.instruct.journal import DESCRIBED, REFUSED, Entry, Journal, Refusal, read_entries, read_refusals, relative_path
 from agvas.instruct.references import References
 from agvas.instruct.request import RequestSettings, first_request, with_reasons
-from agvas.instruct.samples import Explanations, Record, Sample, identify, mask_file
+from agvas.instruct.samples import Explanations, Record, Sample, identify, mask_file, picture_name
 
 __all__ = ["Construction", "RunSettings", "Tally"]
 
@@ -89,6 +89,7 @@ class Construction:
         self._stopping = threading.Event()
         self._claimed: set[str] = set()
         self._claims_left = settings.limit
+        self._failures_in_a_row = 0
 
     def run(self, progress: Callable[[Tally], None] = lambda tally: None) -> Tally:
         """Describe what is not described yet; `progress` is called after each record.
@@ -122,7 +123,7 @@ class Construction:
 
     def _collect(self, described: Journal, refused: Journal, working: int, progress: Callable[[Tally], None]) -> None:
         """Write events until all workers have ended; a fault that ends the run is raised after the others have come home."""
-        in_a_row, fault = 0, None
+        fault: Exception | None = None
         while working:
             event = self._results.get()
             outcome = event.outcome
@@ -132,20 +133,15 @@ class Construction:
             elif isinstance(outcome, Entry):
                 described.append(outcome.to_json())
                 self.tally.described += 1
-                in_a_row = 0
             elif isinstance(outcome, Refusal):
                 refused.append(outcome.to_json())
                 self.tally.refused += 1
-                in_a_row = 0
-                self._note(f"{outcome.image}: to review after {outcome.attempts} answers: {outcome.reasons[0]}")
+                self._note(f"{event.name}: to review after {outcome.attempts} answers: {outcome.reasons[0]}")
             elif isinstance(outcome, _Undone):
                 self.tally.undone += 1
                 self.tally.errors.append(outcome.reason)
                 self._note(f"left for the next run: {outcome.reason}")
-                in_a_row += outcome.of_endpoint
-                if in_a_row >= _FAILURES_IN_A_ROW:
-                    outcome = EndpointClosed(f"{in_a_row} requests in a row failed, the last with: {outcome.reason}")
-            if isinstance(outcome, Exception):
+            elif isinstance(outcome, Exception):
                 fault = fault or outcome
                 self.stop()
             progress(self.tally)
@@ -168,21 +164,39 @@ class Construction:
                     record = next(turn, None)
                 if record is None:
                     return
-                event = _Event()
+                event = _Event(name=picture_name(record))
                 try:
                     event.outcome = self._handle(record, event)
                 except Stopped:
                     pass
                 except RequestFailed as error:
-                    event.outcome = _Undone(f"{record.image}: {error}", of_endpoint=True)
+                    event.outcome = _Undone(f"{event.name}: {error}", of_endpoint=True)
                 except (ValueError, LookupError, OSError) as error:
-                    event.outcome = _Undone(str(error) if str(record.image) in str(error) else f"{record.image}: {error}")
+                    path, said = str(record.image), str(error)
+                    event.outcome = _Undone(said.replace(path, event.name) if path in said else f"{event.name}: {said}")
                 except Exception as error:  # EndpointClosed, or a fault of ours: the run must end aloud, not one thread in silence
                     event.outcome = error
                     self.stop()  # here, not in the collector: this worker must not send one request more
+                outage = self._find_outage(event.outcome)
                 self._results.put(event)
+                if outage is not None:
+                    self._results.put(_Event(outcome=outage))
         finally:
             self._results.put(_Event(ended=True))
+
+    def _find_outage(self, outcome: object) -> EndpointClosed | None:
+        """What ends the run after too many failures in a row; counted by the worker, which must not send one request more."""
+        with self._lock:
+            if isinstance(outcome, (Entry, Refusal)):
+                self._failures_in_a_row = 0
+            if not (isinstance(outcome, _Undone) and outcome.of_endpoint):
+                return None
+            self._failures_in_a_row += 1
+            if self._failures_in_a_row < _FAILURES_IN_A_ROW:
+                return None
+            failures = self._failures_in_a_row
+        self.stop()
+        return EndpointClosed(f"{failures} requests in a row failed, the last with: {outcome.reason}")
 
     def _handle(self, record: Record, event: _Event) -> Entry | Refusal | str | None:
         sample = identify(record, self._explanations)
@@ -231,8 +245,9 @@ class _Undone:
 
 @dataclass
 class _Event:
-    """What a worker tells the collector: what became of one record, or that the worker has ended."""
+    """What a worker tells the collector: what became of one record, or that the worker has ended. `name` is the picture's (samples.py)."""
 
+    name: str = ""
     outcome: Entry | Refusal | _Undone | Exception | str | None = None
     input_tokens: int = 0
     output_tokens: int = 0

@@ -66,6 +66,8 @@ def update_review(output: Path) -> int:
 def apply_review(output: Path, accept_unmarked: bool = False) -> Decisions:
     """Write output/accepted.jsonl: the accepted lines of review.csv with their texts as they stand there.
 
+    Where nothing is accepted and nothing rejected, nothing is written: an empty file would look like everybody's no.
+
     Args:
         accept_unmarked: also take described samples whose `accept` is empty (refused ones never).
 
@@ -92,7 +94,10 @@ def apply_review(output: Path, accept_unmarked: bool = False) -> Decisions:
         elif decision in _YES or (accept_unmarked and isinstance(known, Entry)):
             entry = _accepted(known, Description(**{name: " ".join(row[name].split()) for name in FIELDS}))
             if reasons := check_fields(entry.description, entry.category):
-                faults.append(_fault(output, line, "a text that can be trained on", "; ".join(reasons), "correct it or write no"))
+                found = "; ".join(reasons)
+                if isinstance(known, Refusal):
+                    found = f"a refused answer that is still to be corrected: {found}"
+                faults.append(_fault(output, line, "a text that can be trained on", found, "correct it or write no"))
             edited += entry is not known
             accepted.append(entry)
         else:
@@ -101,7 +106,8 @@ def apply_review(output: Path, accept_unmarked: bool = False) -> Decisions:
         first = faults[0]
         more = f" ({len(faults) - 1} more lines have faults)" if len(faults) > 1 else ""
         raise DatasetError(first.file, first.line, first.expected, first.found, first.remedy + more)
-    _replace(output / ACCEPTED, "".join(entry.to_json() + "\n" for entry in accepted).encode())
+    if accepted or rejected:
+        _replace(output / ACCEPTED, "".join(entry.to_json() + "\n" for entry in accepted).encode())
     return Decisions(len(accepted), rejected, unmarked, edited)
 
 

@@ -20,7 +20,7 @@ from agvas.instruct.references import References
 from agvas.instruct.request import PROMPT_VERSION, knowledge_sentence
 from agvas.training.sources.errors import DatasetError
 
-__all__ = ["Explanations", "Record", "Sample", "identify", "mask_file", "read_explanations"]
+__all__ = ["Explanations", "Record", "Sample", "identify", "mask_file", "picture_name", "read_explanations"]
 
 _EXPLANATION_COLUMNS = ("class", "kind", "explanation")
 
@@ -92,6 +92,14 @@ def mask_file(record: Record) -> Path | None:
     """The file of the record's mask, None where its reader keeps none."""
     mask = getattr(record, "mask", None)
     return mask if isinstance(mask, Path) else None
+
+
+def picture_name(record: Record) -> str:
+    """What a person is told: the picture as the data set's manifest names it, its whole path where there is no manifest."""
+    manifest = getattr(record, "manifest", None)
+    if isinstance(manifest, Path) and record.image.is_relative_to(manifest.parent):
+        return record.image.relative_to(manifest.parent).as_posix()
+    return str(record.image)
 
 
 def read_explanations(path: Path, records: Sequence[Record]) -> dict[tuple[str, str], str]:

@@ -10,19 +10,33 @@ from typing import TYPE_CHECKING
 
 from agvas.config import ABLATIONS
 from agvas.training.settings import read_settings
+from agvas.training.sources.layouts import LAYOUTS_HELP
 
 if TYPE_CHECKING:
     from agvas.training.loop import LoopSettings
 
+OUTPUT, TUNING_OUTPUT = Path("training-run"), Path("tuning-run")  # a folder holds one run, so the two do not share one
+
+_EXIT_CODES = """\
+exit codes: 0 trained; 1 the loss became no number, the last state is intact; 2 nothing could be done with these arguments, files or data;
+130 stopped, the same command goes on
+"""
+
 
 def main(arguments: list[str] | None = None) -> int:
+    """The command agvas-train; its exit codes are in the help."""
     options = _parser().parse_args(arguments)
+    if options.output is None:
+        options.output = OUTPUT if options.checkpoint is None else TUNING_OUTPUT
     try:
         output = _tune(options) if options.checkpoint is not None else _from_nothing(options)
     except ModuleNotFoundError as error:
         print(f'agvas-train: {error.name} is not installed; pip install "agvas[train]"', file=sys.stderr)
         return 2
-    except (ValueError, OSError, ArithmeticError) as error:  # the last where a loss is no number
+    except (ValueError, OSError) as error:
+        print(f"agvas-train: {error}", file=sys.stderr)
+        return 2
+    except ArithmeticError as error:  # a loss that is no number
         print(f"agvas-train: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -34,22 +48,28 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="agvas-train", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="agvas-train",
+        description=__doc__,
+        epilog=f"{LAYOUTS_HELP}\n{_EXIT_CODES}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--config", choices=("nano", "tiny"), help="train this named size from nothing on procedural samples (default nano)")
     what.add_argument("--checkpoint", metavar="nano|DIR", help="tune this checkpoint: LoRA, SPAM, AGMD, embeddings and head (paper B.2)")
-    parser.add_argument("--mixture", type=Path, metavar="FILE.json", help="what to tune on; see the README")
+    parser.add_argument("--mixture", type=Path, metavar="FILE.json", help="what to tune on: sources as below, in the form the README shows")
     parser.add_argument("--settings", type=Path, metavar="FILE.json", help="tuning settings that differ from the paper's; see the README")
     parser.add_argument("--feature-cache", type=Path, metavar="DIR", help="keep what the frozen encoders say of each picture")
-    parser.add_argument("--output", type=Path, default=Path("training-run"), help="folder of states, logs and checkpoint")
+    where = f"folder of states, logs and checkpoint (default {OUTPUT}, with --checkpoint {TUNING_OUTPUT})"
+    parser.add_argument("--output", type=Path, metavar="DIR", help=where)
     parser.add_argument("--steps", type=int, help="optimiser steps (of each of the two phases with --config)")
     parser.add_argument("--batch", type=int, help="samples an optimiser step learns from, over all processes")
     parser.add_argument("--micro-batch", type=int, help="samples a process computes with at a time")
     parser.add_argument("--samples", type=int, help="procedural samples in the pool, with --config")
     parser.add_argument("--ablation", choices=ABLATIONS, help="leave a part out, with --config")
     parser.add_argument("--seed", type=int, help="of weights and of the order of samples (default: the recipe's, 0)")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda:N; with accelerate launch: cpu or cuda")
-    parser.add_argument("--workers", type=int, default=2, help="processes or threads that make samples")
+    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda:N; with accelerate launch: cpu or cuda")
+    parser.add_argument("--workers", type=int, default=2, help="processes or threads that make samples (default 2)")
     return parser
 
 

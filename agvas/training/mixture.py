@@ -33,10 +33,10 @@ from tqdm import tqdm
 
 from agvas.training.instructions import dialogue, object_dialogue
 from agvas.training.sample import TrainingSample
+from agvas.training.settings import read_own_json, without_quotes
 from agvas.training.sources.catalogue import GROUPS, OPTIONS, SourceSettings, read_source
 from agvas.training.sources.conversations import Conversation
 from agvas.training.sources.errors import DatasetError
-from agvas.training.sources.files import read_json
 from agvas.training.sources.instruct import DescribedImage
 from agvas.training.sources.masked import AnomalyRecord
 from agvas.training.sources.pictures import read_picture
@@ -73,6 +73,10 @@ class MixtureSettings:
 
     def __post_init__(self) -> None:
         active = self.active()
+        for name, group in active.items():
+            if not 0 < group.probability <= 1:
+                remedy = "correct it, or leave the group out to turn it off"
+                raise ValueError(f"{name}.probability: expected more than 0 and at most 1, got {group.probability:g}; {remedy}")
         total = sum(group.probability for group in active.values())
         if not active:
             raise ValueError(f"mixture: expected at least one group with a probability above 0, got none; give one of {', '.join(GROUPS)}")
@@ -91,7 +95,7 @@ class MixtureSettings:
     def read(cls, file: str | os.PathLike[str]) -> MixtureSettings:
         """From a JSON file; a relative root starts at the file's folder. Raises ValueError naming the key, or DatasetError for the file."""
         path = Path(file)
-        content = read_json(path, "the groups of a mixture")
+        content = read_own_json(path, "the groups of a mixture")
         try:
             given = _object(content, GROUPS, "mixture")
             return cls(**{name: _group(name, value, path.parent) for name, value in given.items()})
@@ -231,8 +235,6 @@ def _choose(weights: Sequence[float], rng: np.random.Generator) -> int:
 
 
 def _check_group(name: str, group: GroupSettings) -> None:
-    if not 0 < group.probability <= 1:
-        raise ValueError(f"{name}.probability: expected 0 to 1, got {group.probability:g}; correct it")
     if not group.sources:
         raise ValueError(f"{name}.sources: expected at least one, got none; add one, or switch the group off with probability 0")
     if not 0 <= group.anomalous_share <= 1:
@@ -313,7 +315,7 @@ def _object(value: Any, allowed: tuple[str, ...], where: str) -> dict[str, Any]:
 
 def _number(value: Any, where: str) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not np.isfinite(value):
-        raise ValueError(f"{where}: expected a number, got {json.dumps(value)[:60]}")
+        raise ValueError(f"{where}: expected a number, got {json.dumps(value)[:60]}{without_quotes(value, float)}")
     return float(value)
 
 

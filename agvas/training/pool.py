@@ -31,8 +31,8 @@ OVERLAID_SHARE = 0.4
 class PoolSettings:
     """How many samples, how many of them plain (they come first), their side in pixels, and the first seed (sample i: `seed + i`)."""
 
-    samples: int = 12_000
-    plain: int = 3_000
+    samples: int = 10_000
+    plain: int = 4_000
     side: int = 448
     seed: int = 1_000_000
 

@@ -31,14 +31,14 @@ class PretrainingSettings:
     """
 
     loop: LoopSettings = LoopSettings(
-        steps=3_000,
+        steps=900,
         global_batch=32,
         micro_batch=32,
         learning_rate=2e-3,
-        warmup_steps=100,
+        warmup_steps=40,
         betas=(0.9, 0.98),
         weight_decay=0.02,
-        average_decay=0.999,
+        average_decay=0.997,
     )
     plain_until: int = 0
     side: int | None = 256

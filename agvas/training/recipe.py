@@ -25,7 +25,7 @@ from agvas.training.pool import PoolSettings, ProceduralSource, SamplePool
 from agvas.training.pretraining import PixelPretraining, PretrainingSettings, hand_over
 from agvas.training.trainer import TuningSettings, tune
 
-MODES = {"direct": 0.4, "describe-then-segment": 0.2, "describe-then-segment-plus": 0.2, "segment-then-explain": 0.2}
+MODES = {"direct": 0.55, "describe-then-segment": 0.15, "describe-then-segment-plus": 0.15, "segment-then-explain": 0.15}
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,7 @@ class Recipe:
     """One training from nothing.
 
     Attributes:
-        plain_share, tuning_plain_share: share of a batch drawn from the plain samples, in pretraining (once the others are there) and in
-            tuning. The many faint defects of the others, judged by whole pictures, teach a small model to mark nothing at all.
+        plain_share: share of a batch drawn from the plain samples, once the others are there.
         modes: share of each instruction mode.
         ablation: one of agvas.config.ABLATIONS, None for AG-VAS.
     """
@@ -42,13 +41,12 @@ class Recipe:
     config: str = "nano"
     seed: int = 0
     pool: PoolSettings = PoolSettings()
-    plain_share: float = 0.4
-    tuning_plain_share: float = 0.6
+    plain_share: float = 0.6
     pretraining: PretrainingSettings = field(default_factory=PretrainingSettings)
     tuning: TuningSettings = field(
         default_factory=lambda: TuningSettings(
             LoopSettings(
-                steps=800,
+                steps=700,
                 global_batch=8,
                 micro_batch=8,
                 learning_rate=5e-4,
@@ -57,8 +55,8 @@ class Recipe:
                 weight_decay=0.02,
                 average_decay=0.997,
             ),
-            TrainedParts(lora=None, encoders=True, slow=("pixel_encoder.patch_embed", "mask_decoder.upscaling"), slow_share=0.03),
-            ObjectiveSettings(text=0.5, early_mask=MaskLossWeights(bce=4.0, dice=0.25), early_until=570),
+            TrainedParts(lora=None, encoders=True, slow=("pixel_encoder.patch_embed", "mask_decoder.upscaling"), slow_share=0.1),
+            ObjectiveSettings(text=0.1, early_mask=MaskLossWeights(bce=4.0, dice=0.25), early_until=500),
         )
     )
     modes: dict[str, float] = field(default_factory=lambda: dict(MODES))
@@ -124,7 +122,7 @@ def train_from_nothing(recipe: Recipe, folder: Path, device: str = "cpu", worker
         "pixel pretraining",
     )
     hand_over(first.kernel, model)
-    source = ProceduralSource(pool, model.config.preprocessing.pixel_size, recipe.tuning_plain_share, modes=recipe.modes, anchors=anchors)
+    source = ProceduralSource(pool, model.config.preprocessing.pixel_size, recipe.plain_share, modes=recipe.modes, anchors=anchors)
     return tune(model, source, recipe.tuning, folder, device, dtype=torch.float16)
 
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 import types
 import typing
 from pathlib import Path
 from typing import Any, TypeVar
+
+from agvas.training.sources.errors import DatasetError
 
 T = TypeVar("T")
 
@@ -17,16 +20,40 @@ def read_settings(path: Path, defaults: T) -> T:
     """`defaults` with what the JSON file says put in.
 
     Raises:
-        ValueError: a file that is none, a name that is not a setting, a value of another type; says where.
+        ValueError: a file that is none (DatasetError), a name that is not a setting, a value of another type; says where.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: expected a JSON file of settings: {error}") from error
+    content = read_own_json(path, "settings")
     try:
         return changed(defaults, content)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def read_own_json(path: Path, holding: str) -> Any:
+    """The content of a JSON file that the user wrote; DatasetError, with the line where there is one, for a file that is none."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except json.JSONDecodeError as error:
+        remedy = "correct it there: names and texts in double quotes, a comma between two entries and none after the last"
+        raise DatasetError(path, error.lineno, f"JSON with {holding}", f"{error.msg} (column {error.colno})", remedy) from error
+    except UnicodeDecodeError as error:
+        raise DatasetError(path, None, f"JSON with {holding}", str(error), "save the file as UTF-8") from error
+    except OSError as error:
+        found = "no such file" if isinstance(error, FileNotFoundError) else str(error.strerror)
+        remedy = "correct the path, or write the file as the README shows"
+        raise DatasetError(path, None, f"a JSON file with {holding}", found, remedy) from error
+
+
+def without_quotes(value: Any, kind: type) -> str:
+    """A hint to add to an error: that a text would be what is wanted if it were no text. Empty where it would not."""
+    try:
+        meant = json.loads(value) if isinstance(value, str) else None
+    except ValueError:
+        return ""
+    if isinstance(meant, float) and not math.isfinite(meant):
+        return ""  # Python reads NaN and Infinity as JSON
+    fits = isinstance(meant, (int, float) if kind is float else kind) and isinstance(meant, bool) == (kind is bool)
+    return f"; write {value.strip()} without quotes" if fits else ""
 
 
 def changed(defaults: T, values: Any, where: str = "") -> T:
@@ -61,5 +88,6 @@ def _value(hint: Any, default: Any, value: Any, place: str) -> Any:
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, origin) or (isinstance(value, bool) and kind is not bool):
-        raise ValueError(f"{place}: expected {getattr(origin, '__name__', origin)}, got {json.dumps(value)[:60]}")
+        got = f"{json.dumps(value)[:60]}{without_quotes(value, origin)}"
+        raise ValueError(f"{place}: expected {getattr(origin, '__name__', origin)}, got {got}")
     return value

@@ -466,7 +466,7 @@ def strewn(rng, height, width):
 SIMPLE = (mottled, smooth, smooth, granular, brushed, orange_peel, ground_ceramic)
 SURFACES = (mottled, smooth, granular, granular, pebbles, brushed, brushed, ground_ceramic, ground_ceramic, woven, woven, knitted, leather,
             leather, wood, tiled, meshed, crumpled, marbled, fibrous, porous, orange_peel, ribbed, chequer_plate, speckled, dotted,
-            lettered, circuit, road, road, banded, banded, formwork, formwork, ridged, striped, masonry, blurred_clutter, strewn, strewn, strewn)
+            lettered, circuit, road, road, banded, banded, formwork, formwork, ridged, striped, masonry, blurred_clutter, strewn)
 
 
 def any_simple(rng, height, width):

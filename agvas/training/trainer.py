@@ -57,6 +57,9 @@ def tune(
     if not settings.parts.encoders:  # frozen: no dropout, no batch statistics
         model.pixel_encoder.eval()
         model.semantic_encoder.eval()
+    for layer in model.modules():  # a batch of eight whole pictures has other statistics than what a stem was pretrained on, and noisy ones
+        if isinstance(layer, torch.nn.BatchNorm2d):
+            layer.eval()
     objective = Objective(model, settings.objective, None if cache is None else FeatureCache(cache, model))
     run(
         objective,
