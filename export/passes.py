@@ -99,7 +99,7 @@ class _Lowering:
                 raise ValueError(f"node {node.name} ({node.op_type}) holds a subgraph; lowering to 16 bit knows none")
             for output in node.outputs:
                 if output in floats:
-                    output.dtype = wanted[node]
+                    output.type = ir.TensorType(wanted[node])  # not .dtype, which would change the type of the clones of this graph, too
             if node.op_type == "Cast" and node.outputs[0] in floats:
                 node.attributes["to"] = ir.AttrInt64("to", int(wanted[node]))
         for node in nodes:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from runtime.bundle import Bundle, Manifest, sha256_of
+from runtime.bundle import OLDEST_SCHEMA, SCHEMA_VERSION, Bundle, Manifest, sha256_of
 from runtime.contract import STAGES
 from runtime.errors import BundleCorrupt, BundleMissing, BundleVersionError
 
@@ -175,8 +175,15 @@ def test_a_path_that_leaves_the_folder_is_refused_even_where_the_file_is_as_told
     assert repr(name) in message and "outside the bundle" in message
 
 
-@pytest.mark.parametrize("field", ["schema_version", "contract_version"])
-@pytest.mark.parametrize(("step", "remedy"), [(-1, "export the bundle again"), (1, "install a newer agvas")])
+@pytest.mark.parametrize(
+    ("field", "step", "remedy"),
+    [
+        ("schema_version", OLDEST_SCHEMA - SCHEMA_VERSION - 1, "export the bundle again"),
+        ("schema_version", 1, "install a newer agvas"),
+        ("contract_version", -1, "export the bundle again"),
+        ("contract_version", 1, "install a newer agvas"),
+    ],
+)
 def test_another_version_says_which_side_is_older(
     field: str, step: int, remedy: str, copy_of_bundle: Callable[[], Path]
 ) -> None:

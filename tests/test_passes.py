@@ -253,6 +253,15 @@ def test_a_node_with_a_subgraph_is_refused() -> None:
         lower_precision(ir.from_proto(proto), "fp16")
 
 
+@BOTH
+def test_lowering_a_clone_leaves_the_graph_it_came_from_alone(precision: str) -> None:
+    model = graph("(float[N, 4] x) => (float[N, 4] y)", "a = MatMul(x, w) b = Gelu(a) y = MatMul(b, w)", w=ones(4, 4))
+    before = ir.to_proto(model).SerializeToString(deterministic=True)
+    first = ir.to_proto(lower_precision(model.clone(), precision)).SerializeToString(deterministic=True)
+    assert ir.to_proto(model).SerializeToString(deterministic=True) == before
+    assert ir.to_proto(lower_precision(model.clone(), precision)).SerializeToString(deterministic=True) == first
+
+
 # Numbers that 16 bit cannot hold
 
 INVERSE_NORM = {

@@ -115,8 +115,8 @@ def test_a_gptq4_bundle_holds_4_bit_linears_and_segments_on_every_engine_as_the_
     in_four_bits = sum(weight.numel() for name, weight in wide_model.named_parameters() if name.removesuffix(".weight") in layers) // 2
     assert sizes[ir.DataType.INT4] == in_four_bits
     # What came of rounding is in (2), and (3) is conversion alone.
-    tolerance = {"fp32": 1e-4, "fp16": 2e-2}[precision]
-    assert report.stages["language"]["states"] < tolerance < 1e-3 + report.quantisation["language"]["states"]
+    tolerance = {"fp32": 1e-4, "fp16": 5e-3}[precision]
+    assert report.stages["language"]["states"] < tolerance and report.quantisation["language"]["states"] > 5e-3
     assert report.quantisation["pixel_encoder"]["pixel_embeddings"] == 0
     maps = [Segmenter(bundle.folder, engine=engine)(picture()).anomaly_map for engine in ("onnxruntime", "openvino")]
     np.testing.assert_allclose(maps[0], maps[1], atol={"fp32": 1e-4, "fp16": 2e-2}[precision])
@@ -194,11 +194,12 @@ def spoilt_plan(wide: Path, wide_model: AGVAS, folder: Path, *names: str) -> Pat
 SPOILT = ("language.model.layers.0.mlp.down_proj", "language.model.layers.1.self_attn.o_proj", "language.model.layers.1.mlp.down_proj")
 
 
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_a_layer_that_costs_masks_is_put_back_to_float_and_told(
-    ready: Callable[..., ExportSettings], wide: Path, wide_model: AGVAS, tmp_path: Path
+    precision: str, ready: Callable[..., ExportSettings], wide: Path, wide_model: AGVAS, tmp_path: Path
 ) -> None:
     plan = spoilt_plan(wide, wide_model, tmp_path / "plan", SPOILT[0])
-    bundle, report = export_bundle(ready(tmp_path / "bundle", lmm="int8", calibration=plan), QUIET)
+    bundle, report = export_bundle(ready(tmp_path / "bundle", precision, lmm="int8", calibration=plan), QUIET)
     assert not report.failures
     kept = bundle.manifest.quantisation["kept_float"]
     assert list(kept) == [SPOILT[0]] and "changed the anomaly map by" in kept[SPOILT[0]]
