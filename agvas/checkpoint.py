@@ -7,15 +7,16 @@ model has; nano's are 16 bit to keep the package small and are computed with in 
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
 from agvas.config import AGVASConfig
 from agvas.model import AGVAS
+from agvas.weights import LazyTensors, safetensors_file
 
 NANO = Path(__file__).parent / "nano"
 FILES = ("config.json", "model.safetensors", "tokenizer.json")
@@ -39,8 +40,27 @@ def checkpoint_folder(checkpoint: str | Path) -> Path:
     return folder
 
 
-def load(checkpoint: str | Path = "nano", dtype: torch.dtype = torch.float32) -> AGVAS:
-    """The model, on the CPU, in evaluation mode, in `dtype`.
+@dataclass(frozen=True)
+class OpenedCheckpoint:
+    """A checkpoint whose config and tokenizer are read and whose tensors all fit, none of them in memory yet.
+
+    Attributes:
+        tensors: by the names of AGVAS.state_dict(), every one of them and no other, in the shapes of `config`.
+    """
+
+    folder: Path
+    config: AGVASConfig
+    tokenizer: Tokenizer
+    tensors: LazyTensors
+
+    def skeleton(self) -> AGVAS:
+        """The model on the meta device: its shapes and names, no memory."""
+        with torch.device("meta"):
+            return AGVAS(self.config, self.tokenizer).eval()
+
+
+def open_checkpoint(checkpoint: str | Path = "nano") -> OpenedCheckpoint:
+    """Read everything of a checkpoint but its tensors' values.
 
     Raises:
         CheckpointError: missing files, a config or tokenizer that is none, tensors missing, unexpected or of another shape.
@@ -54,21 +74,27 @@ def load(checkpoint: str | Path = "nano", dtype: torch.dtype = torch.float32) ->
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     except Exception as error:  # the library raises nothing narrower
         raise CheckpointError(f"{folder / 'tokenizer.json'} cannot be read: {error}; copy the file again") from error
-    with torch.device("meta"):
-        model = AGVAS(config, tokenizer)
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     try:
-        with safe_open(folder / "model.safetensors", framework="pt") as file:
-            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
-            _compare(folder, expected, found)
-            state = {name: file.get_tensor(name).to(dtype) for name in file.keys()}
-    except Exception as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"{folder / 'model.safetensors'} cannot be read: {error}; copy the file again") from error
-    model.load_state_dict(state, assign=True)
+        tensors = safetensors_file(folder / "model.safetensors")
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
+    opened = OpenedCheckpoint(folder, config, tokenizer, tensors)
+    expected = {name: tuple(tensor.shape) for name, tensor in opened.skeleton().state_dict().items()}
+    _compare(folder, expected, {name: tensor.shape for name, tensor in tensors.items()})
+    return opened
+
+
+def load(checkpoint: str | Path = "nano", dtype: torch.dtype = torch.float32) -> AGVAS:
+    """The model, on the CPU, in evaluation mode, in `dtype`.
+
+    Raises:
+        CheckpointError: see open_checkpoint.
+    """
+    opened = open_checkpoint(checkpoint)
+    model = opened.skeleton()
+    model.load_state_dict({name: tensor.read().to(dtype) for name, tensor in opened.tensors.items()}, assign=True)
     _fill_buffers(model)
-    return model.eval()
+    return model
 
 
 def save(model: AGVAS, folder: str | Path, dtype: torch.dtype | None = None) -> None:
