@@ -8,7 +8,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("agvas", "torch", "transformers", "onnx", "onnxruntime", "openvino", "numpy", "pillow", "tokenizers", "opencv-python-headless")
+PACKAGES = (
+    *("agvas", "torch", "transformers", "onnx", "onnxruntime", "openvino", "tensorrt-rtx"),
+    *("numpy", "pillow", "tokenizers", "opencv-python-headless"),
+)
 
 
 def versions() -> dict[str, Any]:

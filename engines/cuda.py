@@ -77,21 +77,21 @@ class Stream:
     """One queue of GPU work that other streams do not wait for, and an event behind its last piece."""
 
     def __init__(self) -> None:
-        cuda = runtime()
+        cuda = self._cuda = runtime()
         self.handle = check(cuda.cudaStreamCreateWithFlags(cuda.cudaStreamNonBlocking))
         # Blocking: a thread that waits sleeps, and leaves its core to the picture being read next.
         self._done = check(cuda.cudaEventCreateWithFlags(cuda.cudaEventDisableTiming | cuda.cudaEventBlockingSync))
 
     def mark(self) -> None:
         """Put the event behind what was queued so far."""
-        check(runtime().cudaEventRecord(self._done, self.handle))
+        check(self._cuda.cudaEventRecord(self._done, self.handle))
 
     def wait(self) -> None:
         """Sleep until everything before the mark is done."""
-        check(runtime().cudaEventSynchronize(self._done))
+        check(self._cuda.cudaEventSynchronize(self._done))
 
     def close(self) -> None:
-        cuda = runtime()
+        cuda = self._cuda
         cuda.cudaEventDestroy(self._done)
         cuda.cudaStreamDestroy(self.handle)
 
@@ -100,17 +100,18 @@ class Graph:
     """Work that was captured once from a stream and is queued again in one call."""
 
     def __init__(self, stream: Stream) -> None:
+        self._cuda = runtime()
         self._stream = stream
         self._executable: Any = None
 
     def __enter__(self) -> Graph:
-        cuda = runtime()
+        cuda = self._cuda
         # Thread-local: other threads' allocations do not spoil this capture.
         check(cuda.cudaStreamBeginCapture(self._stream.handle, cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        cuda = runtime()
+        cuda = self._cuda
         ended = cuda.cudaStreamEndCapture(self._stream.handle)
         if error is not None:
             return  # a capture that failed inside is invalid, and its cause is what is told
@@ -121,11 +122,11 @@ class Graph:
             cuda.cudaGraphDestroy(graph)
 
     def launch(self) -> None:
-        check(runtime().cudaGraphLaunch(self._executable, self._stream.handle))
+        check(self._cuda.cudaGraphLaunch(self._executable, self._stream.handle))
 
     def close(self) -> None:
         if self._executable is not None:
-            runtime().cudaGraphExecDestroy(self._executable)
+            self._cuda.cudaGraphExecDestroy(self._executable)
             self._executable = None
 
 
@@ -138,6 +139,7 @@ class Buffer:
     """
 
     def __init__(self) -> None:
+        self._cuda = runtime()
         self.address = 0
         self.bytes = 0
         self._pinned = 0
@@ -147,7 +149,7 @@ class Buffer:
         size = max(size, 1)
         if size <= self.bytes:
             return False
-        cuda = runtime()
+        cuda = self._cuda
         self.close()
         self.address = int(check(cuda.cudaMalloc(size)))
         self._pinned = int(check(cuda.cudaMallocHost(size)))
@@ -171,15 +173,14 @@ class Buffer:
         self._copy(self._pinned, self.address, size, "cudaMemcpyDeviceToHost", stream)
 
     def close(self) -> None:
-        cuda = runtime()
+        cuda = self._cuda
         if self.address:
             cuda.cudaFree(self.address)
         if self._pinned:
             cuda.cudaFreeHost(self._pinned)
         self.address = self._pinned = self.bytes = 0
 
-    @staticmethod
-    def _copy(to: int, source: int, size: int, kind: str, stream: Stream) -> None:
+    def _copy(self, to: int, source: int, size: int, kind: str, stream: Stream) -> None:
         if size:
-            cuda = runtime()
+            cuda = self._cuda
             check(cuda.cudaMemcpyAsync(to, source, size, getattr(cuda.cudaMemcpyKind, kind), stream.handle))

@@ -69,6 +69,7 @@ class BuildReport:
     """What a build took and made.
 
     Attributes:
+        cpu_seconds: of all threads; beside `seconds` it tells whether the machine was busy with other things.
         peak_rss_bytes: most host memory the build held; None where the system does not tell.
         layers: kernels and copies in the engine; None where the builder listed none.
         attention: attentions in the graph (softmax whose result is a matrix product's factor).
@@ -78,6 +79,7 @@ class BuildReport:
     """
 
     seconds: float
+    cpu_seconds: float
     bytes: int
     peak_rss_bytes: int | None
     layers: int | None
@@ -216,6 +218,7 @@ def _build(request: BuildRequest) -> BuildReport:
     fused = {name for name in attention if any(FUSED_ATTENTION.search(_name(line)) and f"{name}]" in line for line in layers)}
     return BuildReport(
         seconds=round(time.monotonic() - started, 3),
+        cpu_seconds=round(time.process_time(), 3),
         bytes=serialized.nbytes,
         peak_rss_bytes=_peak(),
         layers=len(layers) or None,

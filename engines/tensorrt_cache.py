@@ -62,7 +62,7 @@ class EngineRecord:
         bytes, sha256: of the engine file.
         profile: least, usual and largest shape by input.
         workspace_mb: limit it was built with.
-        seconds, peak_rss_bytes, layers, attention, attention_fused, unfused, int4_layers: see BuildReport.
+        seconds, cpu_seconds, peak_rss_bytes, layers, attention, attention_fused, unfused, int4_layers: see BuildReport.
         verified: None when it was never run against the reference; else {"passed", "failures", "mask_iou_mean", "mask_iou_min", "flips"}.
     """
 
@@ -76,6 +76,7 @@ class EngineRecord:
     profile: dict[str, list[list[int]]]
     workspace_mb: int | None
     seconds: float
+    cpu_seconds: float
     peak_rss_bytes: int | None
     layers: int | None
     attention: int

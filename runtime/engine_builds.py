@@ -219,7 +219,7 @@ def _why_not(here: str | None, settings: BuildSettings) -> str:
 
 def _told(key: EngineKey, record: EngineRecord, cached: bool) -> dict[str, Any]:
     counts = ("layers", "attention", "attention_fused", "unfused", "int4_layers")
-    told = {name: getattr(record, name) for name in ("stage", "capability", "bytes", "seconds", "peak_rss_bytes", *counts)}
+    told = {name: getattr(record, name) for name in ("stage", "capability", "bytes", "seconds", "cpu_seconds", "peak_rss_bytes", *counts)}
     verified = record.verified
     return told | {"verified": None if verified is None else verified["passed"], "path": str(key.path), "cached": cached}
 
