@@ -21,7 +21,7 @@ from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tensorboardX import SummaryWriter
@@ -106,7 +106,11 @@ def accelerator_for(settings: LoopSettings, device: str) -> Accelerator:
     deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"  # accelerate drops it in silence where it is told cpu
     # The loop casts by itself: DeepSpeed's bf16 would turn the weights, and not the inputs.
     accelerator = Accelerator(
-        cpu=kind == "cpu" and not deepspeed, mixed_precision="no", gradient_accumulation_steps=settings.global_batch // at_once
+        cpu=kind == "cpu" and not deepspeed,
+        mixed_precision="no",
+        gradient_accumulation_steps=settings.global_batch // at_once,
+        # Without a GPU accelerate finds no backend of its own for DeepSpeed, and takes each process for the only one.
+        kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if kind == "cpu" and deepspeed else None,
     )
     if deepspeed and accelerator.distributed_type != DistributedType.DEEPSPEED:
         raise ValueError("DeepSpeed was asked for and accelerate did not take it; see its own messages, or launch without it")
