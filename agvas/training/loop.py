@@ -142,7 +142,7 @@ def run(
     Args:
         module: called as module(batch, step), returns {name: loss}, each the mean over the batch; their sum is minimised.
         groups: what is trained; all other parameters keep still.
-        workers: threads that draw samples ahead.
+        workers: threads that draw samples ahead; 0 draws them when they are needed.
         facts: what else makes this run this run; kept beside the settings in settings.json, and compared on resume.
 
     Raises:
@@ -263,13 +263,16 @@ def _batches(
     first: int,
     workers: int,
 ) -> Iterator[Batch]:
-    """This process's micro-batches from step `first` on, drawn ahead in threads."""
+    """This process's micro-batches from step `first` on, drawn ahead in threads where there are any."""
 
     def draw(step: int, part: int) -> Batch:
         begin = (part * accelerator.num_processes + accelerator.process_index) * settings.micro_batch
         return collate([source.sample(settings.seed, step, begin + i) for i in range(settings.micro_batch)])
 
     places = ((step, part) for step in range(first, settings.steps) for part in range(accelerator.gradient_accumulation_steps))
+    if workers == 0:
+        yield from (draw(*place) for place in places)
+        return
     with ThreadPoolExecutor(workers) as threads:
         ahead: list[Future[Batch]] = []
         for place in places:
