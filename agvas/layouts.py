@@ -58,6 +58,7 @@ ADAPTER: Rules = (
     (r"^model\.language_model\.(?:model\.)?", "language.model."),
     (r"^(?:language_model\.)?lm_head(?=\.|$)", "language.lm_head"),
     (r"^model\.(layers|embed_tokens|norm)\.", r"language.model.\1."),
+    *LLAVA,
 )
 
 

@@ -77,7 +77,7 @@ def sam_config(tensors: Tensors) -> PixelEncoderConfig:
         patch = tensors["pixel_encoder.patch_embed.projection.weight"].shape[-1]
         output_width = tensors["pixel_encoder.neck.conv1.weight"].shape[0]
         mlp_width = tensors["pixel_encoder.layers.0.mlp.lin1.weight"].shape[0]
-        sides = []
+        sides: list[int] = []
         while (name := f"pixel_encoder.layers.{len(sides)}.attn.rel_pos_h") in tensors:
             reach, head_width = tensors[name].shape
             sides.append((reach + 1) // 2)

@@ -62,7 +62,7 @@ def read_structure(path: Path) -> Any:
         with FakeTensorMode():
             return torch.load(path, map_location="cpu", weights_only=True)
     except UnpicklingError as error:
-        what = str(error).partition("Unsupported global: GLOBAL ")[2].split(" ")[0] or str(error)[:200]
+        what = ", ".join(sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))[:3]) or str(error)[:200]
         raise ValueError(
             f"{path} holds more than tensors ({what}), which could run code when read; where you trust it, save its tensors alone: "
             f"torch.save(state_dict, file), or as safetensors"

@@ -51,14 +51,21 @@ def write_tokenizer(folder: Path, special: tuple[str, ...]) -> Tokenizer:
 
 
 def write_processor(folder: Path) -> None:
-    fields = {"image_mean": MEAN, "image_std": STD, "rescale_factor": 0.00392156862745098, "resample": 3, "size": {"height": 45, "width": 45}}
+    size = {"height": 45, "width": 45}
+    fields = {"image_mean": MEAN, "image_std": STD, "rescale_factor": 0.00392156862745098, "resample": 3, "size": size}
     (folder / "preprocessor_config.json").write_text(json.dumps(fields))
 
 
-def onevision(folder: Path, tied: bool = False, shard: str = "30KB", dtype: torch.dtype = torch.float32) -> LlavaOnevisionForConditionalGeneration:
+def onevision(folder: Path, tied: bool = False, dtype: torch.dtype = torch.float32) -> LlavaOnevisionForConditionalGeneration:
     """LLaVA-OneVision in shards."""
     vision = SiglipVisionConfig(
-        hidden_size=14, intermediate_size=29, num_hidden_layers=3, num_attention_heads=2, image_size=45, patch_size=15, vision_use_head=False
+        hidden_size=14,
+        intermediate_size=29,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        image_size=45,
+        patch_size=15,
+        vision_use_head=False,
     )
     text = Qwen2Config(
         vocab_size=VOCABULARY,
@@ -74,7 +81,7 @@ def onevision(folder: Path, tied: bool = False, shard: str = "30KB", dtype: torc
     config = LlavaOnevisionConfig(vision_config=vision, text_config=text, image_token_index=290, video_token_index=291)
     model = LlavaOnevisionForConditionalGeneration(config).eval()
     spread(model, 1)
-    model.to(dtype).save_pretrained(folder, max_shard_size=shard)
+    model.to(dtype).save_pretrained(folder, max_shard_size="30KB")
     write_tokenizer(folder, ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>", "<video>"))
     write_processor(folder)
     return model
