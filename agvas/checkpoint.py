@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
+from transformers.models.dinov3_vit.modeling_dinov3_vit import DINOv3ViTRopePositionEmbedding
 
 from agvas.config import AGVASConfig
 from agvas.layouts import beyond
@@ -228,5 +229,8 @@ def fill_buffers(model: AGVAS) -> None:
     frequencies, rotary.attention_scaling = rotary.compute_default_rope_parameters(rotary.config)
     rotary.inv_freq = frequencies
     rotary.original_inv_freq = frequencies.clone()
-    positions = model.semantic_encoder.embeddings
-    positions.position_ids = torch.arange(positions.num_positions).unsqueeze(0)
+    for module in model.modules():
+        if isinstance(getattr(module, "position_ids", None), torch.Tensor):
+            module.position_ids = torch.arange(module.num_positions).unsqueeze(0)
+        if isinstance(module, DINOv3ViTRopePositionEmbedding):
+            module.inv_freq = 1 / module.base ** torch.arange(0, 1, 4 / module.head_dim, dtype=torch.float32)

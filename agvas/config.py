@@ -26,6 +26,7 @@ INSTRUCTIONS = {
     "segment-then-explain": "Please segment the anomalies in this image and explain the result.",
 }
 
+PIXEL_KINDS = ("sam", "clip", "siglip", "dinov2", "dinov3")
 SEMANTIC_KINDS = ("siglip", "clip")
 LANGUAGE_KINDS = ("qwen2", "llama")
 
@@ -35,7 +36,12 @@ class PixelEncoderConfig:
     """SAM's ViT (Kirillov et al. 2023): windowed attention with relative positions, global in `global_layers`, neck to `output_width`.
 
     Attributes:
+        mlp_width: of a gated DINOv2 before its gate takes a third of it (width times mlp_ratio).
+        window, global_layers: of SAM alone; the other kinds attend globally.
         stem: "linear", SAM's patch embedding, or "convolutional" (agvas/stem.py).
+        kind: "sam", or another ViT behind a neck of its own (the paper's table 7, agvas/vision_transformer.py).
+        registers: DINOv3's tokens that stand for no patch.
+        gated: whether a DINO's MLPs are gated (DINOv2 ViT-G, DINOv3 ViT-H+).
     """
 
     image_size: int
@@ -48,8 +54,14 @@ class PixelEncoderConfig:
     global_layers: tuple[int, ...]
     output_width: int = 256
     stem: str = "linear"
+    kind: str = "sam"
+    registers: int = 0
+    gated: bool = False
 
     def __post_init__(self) -> None:
+        _one_of("pixel.kind", self.kind, PIXEL_KINDS)
+        if self.kind != "sam" and self.stem != "linear":
+            raise ValueError(f"stem: expected \"linear\" with pixel.kind {self.kind!r}, got {self.stem!r}")
         _one_of("stem", self.stem, ("linear", "convolutional"))
 
     @property

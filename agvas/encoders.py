@@ -26,6 +26,7 @@ from transformers.models.siglip.modeling_siglip import SiglipEncoder, SiglipVisi
 
 from agvas.config import AGVASConfig, LanguageConfig, PixelEncoderConfig, SemanticEncoderConfig
 from agvas.stem import StemmedVisionEncoder
+from agvas.vision_transformer import VisionTransformer
 
 
 def _with_attention(config: Any) -> Any:
@@ -34,8 +35,10 @@ def _with_attention(config: Any) -> Any:
     return config
 
 
-def pixel_encoder(config: PixelEncoderConfig) -> SamVisionEncoder:
-    """SAM's image encoder: [B, 3, S, S] → `.last_hidden_state` [B, P, G, G]."""
+def pixel_encoder(config: PixelEncoderConfig) -> SamVisionEncoder | VisionTransformer:
+    """SAM's image encoder, or another ViT in its place: [B, 3, S, S] → `.last_hidden_state` [B, P, G, G]."""
+    if config.kind != "sam":
+        return VisionTransformer(config)
     kind = StemmedVisionEncoder if config.stem == "convolutional" else SamVisionEncoder
     return kind(
         _with_attention(

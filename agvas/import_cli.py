@@ -29,7 +29,8 @@ def main(arguments: list[str] | None = None) -> int:
         "--pixel-encoder",
         "--sam",
         type=Path,
-        help="SAM's sam_vit_h_4b8939.pth (or vit_l, vit_b), or a folder of transformers' SamModel; not where the base has one",
+        help="SAM's sam_vit_h_4b8939.pth (or vit_l, vit_b), or a folder of transformers' SamModel, CLIP, SigLIP, DINOv2 or DINOv3; "
+        "not where the base has one",
     )
     parser.add_argument(
         "--trained",
@@ -45,6 +46,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--untrained", type=int, nargs="?", const=0, metavar="SEED", help="start SPAM and mask decoder at random, for agvas-train"
     )
+    parser.add_argument(
+        "--pixel-size", type=int, default=1024, help="side of the pixel encoder's pictures where it takes any: DINOv3 (default 1024)"
+    )
     parser.add_argument("--json", action="store_true", help="last line of stdout as JSON")
     options = parser.parse_args(arguments)
     try:
@@ -59,6 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
             options.config,
             options.tokenizer,
             options.untrained,
+            options.pixel_size,
         )
         imported = import_parts(settings)
     except ModuleNotFoundError as error:

@@ -23,6 +23,7 @@ from agvas.mask_decoder import MaskDecoder
 from agvas.parts import FILE, Gathered, Parts, gather, model_type
 from agvas.published import Derived, derive, with_anchors, with_vocabulary
 from agvas.spam import SPAM
+from agvas.vision_transformer import VisionTransformer
 
 UNTRAINED = "untrained.safetensors"
 
@@ -36,6 +37,7 @@ class ImportSettings:
         output: the folder to write.
         config, tokenizer: files to take instead of what the parts bring.
         untrained: seed of the parts that a training will make, where none of them exists yet; None where they must.
+        pixel_size: side of the pictures of a pixel encoder that takes any (DINOv3).
     """
 
     base: Path
@@ -45,6 +47,7 @@ class ImportSettings:
     config: Path | None = None
     tokenizer: Path | None = None
     untrained: int | None = None
+    pixel_size: int = 1024
 
 
 @dataclass(frozen=True)
@@ -109,7 +112,7 @@ def _config(settings: ImportSettings, gathered: Gathered, notes: list[str]) -> A
     file = next((path for path in ([settings.config] if settings.config else own) if path.is_file()), settings.config)
     derived = None
     if model_type(settings.base) is not None:
-        derived = derive(settings.base, gathered.tensors)
+        derived = derive(settings.base, gathered.tensors, settings.pixel_encoder, settings.pixel_size)
     if file is None:
         if derived is None:
             raise ValueError(f"{settings.base} has no config.json; give a LLaVA in Hugging Face's layout or a checkpoint of this package")
@@ -152,7 +155,7 @@ def _tokenizer(settings: ImportSettings, config: AGVASConfig, notes: list[str]) 
 
 
 def _new_parts(path: Path, config: AGVASConfig, seed: int) -> None:
-    """SPAM and mask decoder as their modules start."""
+    """SPAM and mask decoder, and a ViT's neck, as their modules start."""
     torch.manual_seed(seed)
     width = config.pixel.output_width
     decoder = MaskDecoder(config.mask_decoder, config.language.width, width, config.pixel.grid)
@@ -160,6 +163,9 @@ def _new_parts(path: Path, config: AGVASConfig, seed: int) -> None:
     if config.spam is not None:
         spam = SPAM(config.semantic.width, width, config.spam.width, config.spam.heads, config.language.width)
         state |= {f"spam.{name}": tensor for name, tensor in spam.state_dict().items()}
+    if config.pixel.kind != "sam":
+        neck = VisionTransformer(dataclasses.replace(config.pixel, layers=1)).neck  # the backbone is not kept
+        state |= {f"pixel_encoder.neck.{name}": tensor for name, tensor in neck.state_dict().items()}
     save_file(state, path, metadata={"format": "pt"})
 
 

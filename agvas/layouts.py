@@ -47,6 +47,23 @@ SAM_MODEL: Rules = (
     (r"^(?:sam\.)?(?:prompt_encoder|mask_decoder|shared_image_embedding)\.", None),
 )
 
+# transformers' CLIP, SigLIP, DINOv2 and DINOv3 in SAM's place, by themselves or the towers of two.
+VIT: Rules = (
+    (r"^.*\.position_ids$", None),
+    (r"^(?:text_model|text_projection|visual_projection|logit_scale|logit_bias)", None),
+    (r"^(?:vision_model\.)?(?:head|classifier)\.", None),
+    (r"^(?:dinov2\.)?(encoder\.layer\.\d+\.attention)\.attention\.query\.", r"pixel_encoder.backbone.\1.q_proj."),
+    (r"^(?:dinov2\.)?(encoder\.layer\.\d+\.attention)\.attention\.key\.", r"pixel_encoder.backbone.\1.k_proj."),
+    (r"^(?:dinov2\.)?(encoder\.layer\.\d+\.attention)\.attention\.value\.", r"pixel_encoder.backbone.\1.v_proj."),
+    (r"^(?:dinov2\.)?(encoder\.layer\.\d+\.attention)\.output\.dense\.", r"pixel_encoder.backbone.\1.o_proj."),
+    (r"^(?:dinov2\.)?(encoder\.layer\.\d+\.mlp)\.weights_out\.", r"pixel_encoder.backbone.\1.down_proj."),
+    (r"^layer\.(\d+)\.", r"pixel_encoder.backbone.model.layer.\1."),
+    (
+        r"^(?:vision_model\.|dinov2\.)?(embeddings|encoder|pre_layrnorm|post_layernorm|layernorm|norm|model)\.",
+        r"pixel_encoder.backbone.\1.",
+    ),
+)
+
 # What agvas-train writes: our own names, behind the prefixes of the modules that a training state wraps the model in.
 _PARTS = r"(pixel_encoder|semantic_encoder|spam|language|mask_decoder)\."
 TRAINED: Rules = ((r"^(?:module\.)?(?:model\.)?" + _PARTS, r"\1."),)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from agvas import lora
-from agvas.layouts import ADAPTER, LLAVA, SAM, SAM_MODEL, TRAINED, Rules, Translated, rename, translate
+from agvas.layouts import ADAPTER, LLAVA, SAM, SAM_MODEL, TRAINED, VIT, Rules, Translated, rename, translate
 from agvas.torch_file import read_structure, torch_file, torch_folder
 from agvas.weights import LazyTensor, safetensors_file, safetensors_folder
 
@@ -22,6 +22,7 @@ FILE = "parts.json"
 SAFETENSORS, PICKLED, TRAINED_FILE = "model.safetensors", "pytorch_model.bin", "trained.safetensors"
 MODEL_STATES = "mp_rank_00_model_states.pt"  # DeepSpeed's, of the first of the processes that share a model (ZeRO stages 0 to 2)
 HEAD = "language.lm_head.weight"
+VITS = ("clip", "clip_vision_model", "siglip", "siglip_vision_model", "dinov2", "dinov3_vit")
 LLAVAS = ("llava_onevision", "llava")
 
 
@@ -31,7 +32,8 @@ class Parts:
 
     Attributes:
         base: a LLaVA in Hugging Face's layout, or a checkpoint of this package, which has a pixel encoder already.
-        pixel_encoder: SAM as published (.pth), or a folder or file of transformers' SamModel; None where the base has it.
+        pixel_encoder: SAM as published (.pth), a folder or file of transformers' SamModel, or a folder of its CLIP, SigLIP, DINOv2 or
+            DINOv3, whose neck was trained; None where the base has it.
         trained: what was trained, each a folder of agvas-train (trained/), a peft adapter, a DeepSpeed state, or a file of tensors.
     """
 
@@ -155,8 +157,10 @@ def _is_tied(folder: Path) -> bool:
 
 
 def pixel_encoder(path: Path) -> Translated:
-    """SAM's image encoder from its own file or from transformers' layout. ValueError for anything else."""
+    """SAM's image encoder from its own file or from transformers' layout, or one of transformers' ViTs. ValueError for anything else."""
     tensors = _folder(path) if path.is_dir() else _file(path)
+    if path.is_dir() and model_type(path) in VITS:
+        return translate(_halved(tensors), VIT)
     rules: Rules = SAM if any(name.startswith("image_encoder.") for name in tensors) else SAM_MODEL
     translated = translate(tensors, rules)
     if not translated.tensors:
@@ -165,6 +169,20 @@ def pixel_encoder(path: Path) -> Translated:
             f"(transformers' SamModel), got {', '.join(sorted(tensors)[:3])}"
         )
     return translated
+
+
+def _halved(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
+    """A gated DINOv2 is published with gate and input projection in one matrix, the gate's rows first."""
+    halved = {}
+    for name, tensor in tensors.items():
+        stem, fused, kind = name.partition(".mlp.weights_in.")
+        if not fused:
+            halved[name] = tensor
+            continue
+        rows = tensor.shape[0] // 2
+        halved[f"{stem}.mlp.gate_proj.{kind}"] = tensor.rows(0, rows)
+        halved[f"{stem}.mlp.up_proj.{kind}"] = tensor.rows(rows, 2 * rows)
+    return halved
 
 
 def trained(path: Path) -> tuple[Translated, dict[str, lora.LoRA]]:

@@ -44,11 +44,13 @@ class Derived(NamedTuple):
     assumed: tuple[str, ...]
 
 
-def derive(base: Path, tensors: Tensors) -> Derived:
+def derive(base: Path, tensors: Tensors, pixel_encoder: Path | None = None, pixel_size: int = 1024) -> Derived:
     """The configuration of a LLaVA base in Hugging Face's layout with whatever parts have been put to it.
 
     Args:
         tensors: of all parts, by our names.
+        pixel_encoder: where the pixel encoder is from; what no tensor of a ViT tells stands in its folder.
+        pixel_size: side of the pixel encoder's pictures where its positions leave it open (DINOv3's rotary ones).
 
     Raises:
         ValueError: a file missing, a variant that is not computed here, a part missing.
@@ -63,9 +65,12 @@ def derive(base: Path, tensors: Tensors) -> Derived:
     _same(where, "projector_hidden_act", theirs.projector_hidden_act, "gelu")
     language = _language(where, theirs, tensors)
     semantic = _semantic(where, theirs)
-    pixel = sam_config(tensors)
     spam, decoder, assumed = _trained(tensors)
-    preprocessing = Preprocessing(pixel.image_size, SAM_MEAN, SAM_STD, semantic.image_size, *_statistics(base))
+    if "pixel_encoder.pos_embed" in tensors or pixel_encoder is None:
+        pixel, statistics = sam_config(tensors), (SAM_MEAN, SAM_STD)
+    else:
+        pixel, statistics = vit_config(pixel_encoder, tensors, pixel_size), _statistics(pixel_encoder, resampled=False)
+    preprocessing = Preprocessing(pixel.image_size, *statistics, semantic.image_size, *_statistics(base))
     name = f"agvas-{base.resolve().name}"
     return Derived(AGVASConfig(name, pixel, semantic, language, spam, decoder, preprocessing, published_prompts(language.kind)), assumed)
 
@@ -90,6 +95,49 @@ def sam_config(tensors: Tensors) -> PixelEncoderConfig:
     window = windows.pop() if windows else grid
     return PixelEncoderConfig(
         grid * patch, patch, width, len(sides), width // head_width, mlp_width, window, global_layers, output_width
+    )
+
+
+def vit_config(folder: Path, tensors: Tensors, size: int) -> PixelEncoderConfig:
+    """The sizes of a CLIP, SigLIP, DINOv2 or DINOv3 that stands in SAM's place; its neck's width is the trained one's, 256 without."""
+    from transformers import AutoConfig
+
+    try:
+        theirs = AutoConfig.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # the library raises what its validators do
+        raise ValueError(f"{folder / 'config.json'} cannot be read: {error}; copy the file again") from error
+    theirs = getattr(theirs, "vision_config", theirs)
+    where = folder / "config.json"
+    variants = {
+        "clip_vision_model": ("clip", {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}),
+        "siglip_vision_model": ("siglip", {"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6}),
+        "dinov2": ("dinov2", {"hidden_act": "gelu", "layer_norm_eps": 1e-6, "qkv_bias": True}),
+        "dinov3_vit": (
+            "dinov3",
+            {"layer_norm_eps": 1e-5, "rope_theta": 100.0, "query_bias": True, "key_bias": False, "value_bias": True, "mlp_bias": True},
+        ),
+    }
+    kind, fixed = variants[theirs.model_type]
+    for name, expected in fixed.items():
+        _same(where, name, getattr(theirs, name), expected)
+    gated = bool(getattr(theirs, "use_swiglu_ffn", False) or getattr(theirs, "use_gated_mlp", False))
+    if kind == "dinov3":
+        _same(where, "hidden_act", theirs.hidden_act, "silu" if gated else "gelu")
+    width = theirs.hidden_size
+    neck = tensors.get("pixel_encoder.neck.conv1.weight")
+    return PixelEncoderConfig(
+        size if kind == "dinov3" else theirs.image_size,
+        theirs.patch_size,
+        width,
+        theirs.num_hidden_layers,
+        theirs.num_attention_heads,
+        int(width * theirs.mlp_ratio) if kind == "dinov2" else theirs.intermediate_size,
+        0,
+        (),
+        256 if neck is None else neck.shape[0],
+        kind=kind,
+        registers=theirs.num_register_tokens if kind == "dinov3" else 0,
+        gated=gated,
     )
 
 
@@ -184,8 +232,8 @@ def _trained(tensors: Tensors) -> tuple[SPAMConfig | None, MaskDecoderConfig, tu
     return spam, MaskDecoderConfig(blocks, 8, mlp_width, roles=roles), assumed
 
 
-def _statistics(base: Path) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
-    """Mean and deviation of the tower's input, in grey levels, from the base's own image processor."""
+def _statistics(base: Path, resampled: bool = True) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+    """Mean and deviation of an encoder's input, in grey levels, from its own image processor; `resampled`: its filter is ours, too."""
     places = (base / "preprocessor_config.json", base / "processor_config.json")
     for path in places:
         if not path.is_file():
@@ -201,13 +249,14 @@ def _statistics(base: Path) -> tuple[tuple[float, float, float], tuple[float, fl
             raise ValueError(f"{path} lacks {error}; copy preprocessor_config.json of the base") from error
         except (ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} cannot be read: {error}; copy the file again") from error
-        _same(path, "resample", resample, BICUBIC)
+        if resampled:
+            _same(path, "resample", resample, BICUBIC)
         if not math.isclose(scale, 1 / 255, rel_tol=1e-3) or len(mean) != 3 or len(std) != 3:
             raise ValueError(f"{path}: expected three means and deviations and rescale_factor 1/255, got {mean}, {std} and {scale}")
         # Rounded, since a scale of eight digits must not make 127.5 something else.
         in_levels = [round(value / scale, 3) for value in (*mean, *std)]
         return (in_levels[0], in_levels[1], in_levels[2]), (in_levels[3], in_levels[4], in_levels[5])
-    raise ValueError(f"{base} lacks preprocessor_config.json (mean and deviation of the tower); copy it from where the base is published")
+    raise ValueError(f"{base} lacks preprocessor_config.json (mean and deviation of its pictures); copy it from where that is published")
 
 
 def _same(where: Path, name: str, found: Any, expected: Any) -> None:

@@ -57,6 +57,12 @@ class LazyTensor:
     def bytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
+    def rows(self, first: int, end: int) -> LazyTensor:
+        """Its rows `first` to `end`, whose bytes lie side by side."""
+        row = self.bytes // self.shape[0]
+        span = None if self.span is None else Span(self.span.file, self.span.offset + first * row, (end - first) * row)
+        return LazyTensor((end - first, *self.shape[1:]), self.dtype, lambda: self.read()[first:end].clone(), span)
+
 
 LazyTensors = Mapping[str, LazyTensor]
 

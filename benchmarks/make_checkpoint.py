@@ -219,7 +219,7 @@ def write_shards(folder: Path, shapes: dict[str, tuple[int, ...]], dtype: torch.
             filled = 0
         shards[-1][name] = shape
         filled += size
-    places = {}
+    places: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         file = f"model-{number:05}-of-{len(shards):05}.safetensors"
         write_safetensors(folder / file, shard, dtype, draw)

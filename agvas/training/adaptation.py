@@ -71,6 +71,8 @@ class Adaptation:
         else:
             model.language.requires_grad_(True)
         whole: list[nn.Module | None] = [model.spam, model.mask_decoder, model.language.get_input_embeddings(), model.language.lm_head]
+        if model.config.pixel.kind != "sam":
+            whole.append(model.pixel_encoder.neck)  # which no published backbone brings
         if parts.encoders:
             whole += [model.pixel_encoder, model.semantic_encoder]
         for part in whole:

@@ -52,6 +52,8 @@ def tune(
         ValueError: the folder holds another run; settings that cannot be.
         Diverged: see loop.py.
     """
+    if cache is not None and model.config.pixel.kind != "sam":
+        raise ValueError(f"feature cache: expected a frozen pixel encoder, got kind {model.config.pixel.kind}, whose neck learns; leave it out")
     adaptation = Adaptation(model, settings.parts, settings.loop.seed)
     model.train()
     if not settings.parts.encoders:  # frozen: no dropout, no batch statistics
