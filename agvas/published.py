@@ -108,7 +108,7 @@ def vit_config(folder: Path, tensors: Tensors, size: int) -> PixelEncoderConfig:
         raise ValueError(f"{folder / 'config.json'} cannot be read: {error}; copy the file again") from error
     theirs = getattr(theirs, "vision_config", theirs)
     where = folder / "config.json"
-    variants = {
+    variants: dict[str, tuple[str, dict[str, Any]]] = {
         "clip_vision_model": ("clip", {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}),
         "siglip_vision_model": ("siglip", {"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6}),
         "dinov2": ("dinov2", {"hidden_act": "gelu", "layer_norm_eps": 1e-6, "qkv_bias": True}),
