@@ -53,7 +53,8 @@ def tune(
         Diverged: see loop.py.
     """
     if cache is not None and model.config.pixel.kind != "sam":
-        raise ValueError(f"feature cache: expected a frozen pixel encoder, got {model.config.pixel.kind} with a neck that learns; leave it out")
+        kind = model.config.pixel.kind
+        raise ValueError(f"feature cache: expected a frozen pixel encoder, got {kind} with a neck that learns; leave it out")
     adaptation = Adaptation(model, settings.parts, settings.loop.seed)
     model.train()
     if not settings.parts.encoders:  # frozen: no dropout, no batch statistics
