@@ -93,7 +93,7 @@ def load(checkpoint: str | Path = "nano", dtype: torch.dtype = torch.float32) ->
     opened = open_checkpoint(checkpoint)
     model = opened.skeleton()
     model.load_state_dict({name: tensor.read().to(dtype) for name, tensor in opened.tensors.items()}, assign=True)
-    _fill_buffers(model)
+    fill_buffers(model)
     return model
 
 
@@ -123,7 +123,7 @@ def _compare(folder: Path, expected: dict[str, tuple[int, ...]], found: dict[str
         raise CheckpointError(f"{folder / 'model.safetensors'} does not fit its config.json: {listed}")
 
 
-def _fill_buffers(model: AGVAS) -> None:
+def fill_buffers(model: AGVAS) -> None:
     """Buffers that no checkpoint holds (rotary frequencies, position ids) were made on the meta device: make them again."""
     rotary = model.language.model.rotary_emb
     frequencies, rotary.attention_scaling = rotary.compute_default_rope_parameters(rotary.config)
