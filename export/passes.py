@@ -226,6 +226,9 @@ class _Lowering:
         name = f"{value.name}_{dtype.name.lower()}"
         if isinstance(value.const_value, StreamedTensor):
             tensor = value.const_value.as_type(dtype, name)
+        elif isinstance(value.const_value, ir.LazyTensor):
+            made = value.const_value
+            tensor = ir.LazyTensor(lambda: ir.tensor(made.numpy().astype(dtype.numpy()), dtype=dtype), dtype, made.shape, name=name)
         else:
             tensor = ir.tensor(value.const_value.numpy().astype(dtype.numpy()), dtype=dtype, name=name)
         copy = ir.Value(name=tensor.name, shape=value.shape, type=ir.TensorType(dtype), const_value=tensor)
