@@ -1,8 +1,9 @@
 """The reference on a machine that cannot hold it: modules whose weights are read when they compute and let go afterwards.
 
-A module on the meta device gets hooks: what owns parameters itself (a linear layer, a norm, an embedding) has them while its forward runs and
-not before or after, so of a model one layer's weights are in memory at a time, in fp32 as the reference holds them. The computation is the
-module's own, so results are those of the model in memory. Every call reads the weights anew: this is for few pictures, not for speed.
+A module on the meta device gets hooks: what owns parameters itself (a linear layer, a norm, an embedding) has them while its forward runs
+and not before or after, so of a model one layer's weights are in memory at a time, in fp32 as the reference holds them. The computation
+is the module's own, so results are those of the model in memory. Every call reads the weights anew: this is for few pictures, not for
+speed.
 """
 
 from __future__ import annotations

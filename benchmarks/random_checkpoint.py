@@ -1,7 +1,8 @@
 """A random checkpoint of any size, written tensor by tensor: what full-size measurements are made on, since no published one is at hand.
 
-Values have the scales of trained ones, so that nothing overflows or vanishes on the way, and the language model says the fixed answer: of the
-handful of tokens in it, each one's row in the head points where its predecessor's embedding does. All else is noise; masks mean nothing.
+Values have the scales of trained ones, so that nothing overflows or vanishes on the way, and the language model says the fixed answer: of
+the handful of tokens in it, each one's row in the head points where its predecessor's embedding does. All else is noise; masks mean
+nothing.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -67,11 +68,11 @@ def write_random_checkpoint(
                 for row, values in rows.get(name, {}).items():
                     if first <= row < first + len(block):
                         block[row - first] = values
-                file.write(block.to(dtype).view(torch.uint8 if dtype.itemsize == 1 else torch.int16 if dtype.itemsize == 2 else torch.int32).numpy().data)
+                file.write(block.to(dtype).view(torch.int16 if dtype.itemsize == 2 else torch.int32).numpy().data)
             progress(file.tell(), offset)
 
 
-def _blocks(name: str, tensor: Tensor, residuals: int):  # type: ignore[no-untyped-def]
+def _blocks(name: str, tensor: Tensor, residuals: int) -> Iterator[tuple[int, Tensor]]:
     """(first row, values of some rows) of a tensor, in order."""
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
     shape = tensor.shape

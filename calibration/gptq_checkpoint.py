@@ -192,7 +192,7 @@ def open_gptq_checkpoint(folder: str | Path, tensors: LazyTensors) -> dict[str, 
     for name, make in _readers(Path(folder)).items():
         quantized = make()
         if f"{name}.weight" not in tensors:
-            raise GPTQCheckpointError(f"{name}: expected a linear layer of the model, got none of that name; use weights made from this checkpoint")
+            raise GPTQCheckpointError(f"{name}: expected a linear layer of the model, got none of that name; quantise this checkpoint")
         _check_layer(name, tensors[f"{name}.weight"].read(), quantized)
         weights[name] = LazyQuantizedWeight(quantized.shape, quantized.bits, quantized.group, make)
     return weights

@@ -123,8 +123,8 @@ ADAPTERS: dict[str, type[nn.Module]] = {
 }
 
 
-# What an adapter calls the parts of AGVAS that it holds, for every tensor of them: a linear layer is `language.model.layers.0.mlp.up_proj` in a checkpoint and in a
-# plan, and `layers.0.mlp.up_proj` in its stage's graph.
+# What an adapter calls the parts of AGVAS that it holds, for every tensor of them: a linear layer is
+# `language.model.layers.0.mlp.up_proj` in a checkpoint and in a plan, and `layers.0.mlp.up_proj` in its stage's graph.
 PARTS: dict[str, dict[str, str]] = {
     "pixel_encoder": {"encoder": "pixel_encoder"},
     "semantic_encoder": {"encoder": "semantic_encoder"},

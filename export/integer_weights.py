@@ -117,13 +117,18 @@ def _read_integers(model: ir.Model, product: ir.Node, name: str, weight: Integer
     per_output = not _in_blocks(weight)
     kind = ir.DataType.INT4 if weight.bits == 4 else ir.DataType.INT8
 
-    # Both are made when the graph is written, and let go: of a whole model's integers one layer's are in memory.
+    # Both are made when the graph is written, and codes let go: of a whole model's integers one layer's are in memory. Scales are few, and
+    # are kept from when the codes were made, which come first in the file.
+    kept: list[np.ndarray] = []
+
     def codes() -> ir.Tensor:
-        turned = np.ascontiguousarray(weight.read().codes.T)
+        made = weight.read()
+        kept[:] = [made.scales]
+        turned = np.ascontiguousarray(made.codes.T)
         return ir.tensor(turned.astype(ml_dtypes.int4) if weight.bits == 4 else turned, dtype=kind)
 
     def scales() -> ir.Tensor:
-        turned = np.ascontiguousarray(weight.read().scales.T).astype(np.float32)
+        turned = np.ascontiguousarray((kept[0] if kept else weight.read().scales).T).astype(np.float32)
         return ir.tensor(turned[0] if per_output else turned, dtype=ir.DataType.FLOAT)
 
     stored = _initializer(model, ir.LazyTensor(codes, kind, ir.Shape([inputs, outputs]), name=f"{name}.codes"))

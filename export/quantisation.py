@@ -1,9 +1,9 @@
 """What of a model becomes integers in a bundle, and the torch model that computes with those integers.
 
-The language model's weights come from a plan (agvas-calibrate), a GPTQ checkpoint, plain rounding where that is asked for, or a calibration
-made here; the encoders' linear layers take 8-bit weights by plain rounding and input ranges from calibration pictures. All but a calibration
-made here are read or rounded when they are asked for, layer by layer. Choosing the codes is calibration's, writing them into graphs is
-integer_weights.py's, putting layers back to float is gate.py's.
+The language model's weights come from a plan (agvas-calibrate), a GPTQ checkpoint, plain rounding where that is asked for, or a
+calibration made here; the encoders' linear layers take 8-bit weights by plain rounding and input ranges from calibration pictures. All but
+a calibration made here are read or rounded when they are asked for, layer by layer. Choosing the codes is calibration's, writing them into
+graphs is integer_weights.py's, putting layers back to float is gate.py's.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """A stage's weights by the names of its module, none of them in memory.
 
-A stage is exported on the meta device, where there are no values; what its graph's initializers hold comes from here. A checkpoint's tensors
-are taken as they are, buffers that no checkpoint holds are made again, and the batch norms of a convolutional stem are folded into its
-convolutions when those are read.
+A stage is exported on the meta device, where there are no values; what its graph's initializers hold comes from here. A checkpoint's
+tensors are taken as they are, buffers that no checkpoint holds are made again, and the batch norms of a convolutional stem are folded into
+its convolutions when those are read.
 """
 
 from __future__ import annotations
