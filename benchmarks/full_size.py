@@ -71,7 +71,8 @@ def checkpoint(work: Work) -> dict[str, Any]:
     made = not file.exists()
     if made:
         write_random_checkpoint(config, work.checkpoint, torch.bfloat16)
-    return {"bytes": file.stat().st_size, "parameters": file.stat().st_size // 2, "seconds": round(time.monotonic() - started, 1) if made else None}
+    seconds = round(time.monotonic() - started, 1) if made else None
+    return {"bytes": file.stat().st_size, "parameters": file.stat().st_size // 2, "seconds": seconds}
 
 
 def export(work: Work, kind: str) -> dict[str, Any]:
