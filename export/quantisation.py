@@ -12,7 +12,7 @@ import copy
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from agvas.model import AGVAS
 from agvas.weights import LazyTensor, LazyTensors
-from calibration.calibrate import CalibrationSettings, calibrate
+from calibration.calibrate import CalibrationSettings, calibrate, common_group
 from calibration.gptq import GPTQSettings, rounded_to_nearest
 from calibration.gptq_checkpoint import open_gptq_checkpoint
 from calibration.observers import Ranges
@@ -35,7 +35,7 @@ from runtime import preprocess
 from runtime.errors import RequestError
 
 ENCODERS = ("pixel_encoder", "semantic_encoder")
-# bits and group (0: one scale an output) of the language model's weights.
+# bits and group (0: one scale an output; of gptq4 the largest that fits, see common_group) of the language model's weights.
 LMM = {"gptq4": GPTQSettings(bits=4, group=128), "int8": GPTQSettings(bits=8, group=0)}
 EIGHT_BITS = GPTQSettings(bits=8, group=0)
 LAYERS, HEAD = "language.model.layers", "language.lm_head"
@@ -112,8 +112,8 @@ def quantise(
 
     Raises:
         PlanError, GPTQCheckpointError: the folder is neither, or was made for another model.
-        RequestError: a plan of other bits than asked for, or without the encoders' ranges; a layer that groups of 128 do not divide; no
-            calibration for a model that is not in memory.
+        RequestError: a plan of other bits than asked for, or without the encoders' ranges; a layer that no group of 128, 64 or 32 divides;
+            no calibration for a model that is not in memory.
     """
     weights: dict[str, IntegerWeight] = {}
     ranges: dict[str, np.ndarray] = {}
@@ -127,14 +127,14 @@ def quantise(
         if encoders:
             raise RequestError("--calibration: expected a plan of agvas-calibrate for --precision int8, got rtn, which tells no ranges")
         if lmm != "float":
-            _check_groups(model, LMM[lmm])
-            weights = {name: rounded_to_nearest(tensors[f"{name}.weight"], LMM[lmm], name) for name in language_linears(model)}
-            source = {"method": "round to nearest, nothing calibrated", "settings": asdict(LMM[lmm])}
+            settings = _settings(model, lmm)
+            weights = {name: rounded_to_nearest(tensors[f"{name}.weight"], settings, name) for name in language_linears(model)}
+            source = {"method": "round to nearest, nothing calibrated", "settings": asdict(settings)}
     elif calibration is not None:
         weights, ranges, source = _read(tensors, calibration, lmm, encoders)
     elif lmm != "float":
-        _check_groups(model, LMM[lmm])
-        made = calibrate(model, calibration_pictures(None, PICTURES), CalibrationSettings(LMM[lmm]), progress)
+        settings = _settings(model, lmm)
+        made = calibrate(model, calibration_pictures(None, PICTURES), CalibrationSettings(settings), progress)
         weights, ranges, source = dict(made.weights), made.ranges, _told(made.plan)
     elif encoders:
         pictures = calibration_pictures(None, PICTURES)
@@ -219,6 +219,13 @@ def one_layer(model: AGVAS, quantisation: Quantisation, name: str) -> Iterator[N
 def _rounding(most: float) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
     scale = float(np.float32(most / 127))
     return lambda _, inputs: ((inputs[0] / scale).round().clamp(-128, 127) * scale,)
+
+
+def _settings(model: AGVAS, lmm: str) -> GPTQSettings:
+    """Bits and group for this model. Raises RequestError where no group fits."""
+    settings = LMM[lmm] if LMM[lmm].group == 0 else replace(LMM[lmm], group=common_group(model))
+    _check_groups(model, settings)
+    return settings
 
 
 def _check_groups(model: AGVAS, settings: GPTQSettings) -> None:

@@ -328,7 +328,7 @@ def test_parity_layer_by_layer_finds_what_parity_does(
 
 def test_an_export_that_is_not_compared_says_so(tiny_checkpoint: Path, tmp_path: Path, ready_graphs: list[str]) -> None:
     output = tmp_path / "bundle"
-    assert main(["--checkpoint", str(tiny_checkpoint), "--output", str(output), "--parity", "none"]) == 0
+    assert main(["--checkpoint", str(tiny_checkpoint), "--output", str(output), "--parity", "none", "--lmm", "float"]) == 0
     assert Bundle(output).manifest.parity == {"passed": False, "compared": False}
     assert json.loads((output / "parity.json").read_text())["compared"] is False
 
@@ -361,7 +361,7 @@ def test_what_an_export_takes_is_told_and_refused_before_the_work_unless_forced(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], ready_graphs: list[str]
 ) -> None:
     monkeypatch.setattr(writer, "available_memory", lambda: 700 << 20)
-    arguments = ["--checkpoint", str(tiny_checkpoint), "--output", str(tmp_path / "bundle"), "--parity", "none"]
+    arguments = ["--checkpoint", str(tiny_checkpoint), "--output", str(tmp_path / "bundle"), "--parity", "none", "--lmm", "float"]
     assert main(arguments) == 2 and not ready_graphs
     told = capsys.readouterr().err
     assert "of memory and 700 MiB are available; close other programs, or go on all the same with --force" in told
