@@ -24,7 +24,7 @@ PAPER_SECONDS, PAPER_GIGABYTES = 1.0, 20.8
 PAPER = f"paper, its model on its hardware: {PAPER_SECONDS:.1f} s, {PAPER_GIGABYTES} GB"
 BUSY = 0.5  # load average before measuring, from which figures are marked
 STAGES = ("preprocess", "pixel_encoder", "semantic_encoder", "spam", "language", "graph", "mask_decoder", "postprocess")
-COLOURS = ("#9c9c9c", "#1f77b4", "#17a2b8", "#7b5ea7", "#d0582e", "#1f77b4", "#2e8b57", "#c9a227")
+COLOURS = ("#9c9c9c", "#1f77b4", "#17a2b8", "#7b5ea7", "#d0582e", "#8c564b", "#2e8b57", "#c9a227")
 REST_COLOUR = "#e3e3e3"
 
 
@@ -183,7 +183,7 @@ def _distribution(result: Mapping[str, Any], path: Path) -> None:
     axes.set_xlabel("milliseconds")
     axes.set_ylabel("share of the queries that take longer")
     axes.grid(alpha=0.3, which="both")
-    axes.legend(frameon=False)
+    axes.legend(loc="lower left", framealpha=0.9)
     _save(figure, path)
 
 

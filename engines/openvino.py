@@ -18,7 +18,7 @@ import numpy as np
 
 from engines import EngineOptions
 from engines.errors import EngineFailed, EngineUnavailable
-from engines.spec import StageSpec
+from engines.spec import StageSpec, TensorSpec
 
 try:
     import openvino
@@ -51,6 +51,9 @@ class OpenVinoEngine:
             settings["INFERENCE_NUM_THREADS"] = options.threads
         try:
             model = core.read_model(str(graph))
+            # A shape that is known when compiling needs no inference while running and no kernels for every size: up to a third off the
+            # time of small stages (benchmarks/results/levers.md).
+            model.reshape({tensor.name: [axis if isinstance(axis, int) else -1 for axis in tensor.shape] for tensor in known(model, spec)})
             parts = {"f32": model}
             if options.inference_precision == "bf16":
                 before, behind = cut_before_products(model)
@@ -79,6 +82,16 @@ class OpenVinoEngine:
             return {output.name: last.get_tensor(output.name).data.copy() for output in self.spec.outputs}
         except Exception as error:
             raise EngineFailed(f"openvino failed in stage {self.spec.name}: {str(error).strip()[-400:]}") from error
+
+
+def known(model: openvino.Model, spec: StageSpec) -> list[TensorSpec]:
+    """The inputs with a size that the stage fixes and the graph leaves open."""
+    open_axes = {given.get_any_name(): given.get_partial_shape() for given in model.inputs}
+    return [
+        tensor
+        for tensor in spec.inputs
+        if any(isinstance(axis, int) and found.is_dynamic for axis, found in zip(tensor.shape, open_axes[tensor.name]))
+    ]
 
 
 def cut_before_products(model: openvino.Model) -> tuple[openvino.Model | None, openvino.Model]:

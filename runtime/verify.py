@@ -61,7 +61,8 @@ def open_pipeline(bundle: Bundle, engine: str, options: EngineOptions) -> Pipeli
             f"inference precision int8 rounds what is multiplied with integer weights, and {bundle.folder} has none (lmm float); "
             "use precision graph, or export with --lmm int8 or gptq4"
         )
-    stages = {name: open_engine(bundle.graph(name), spec, engine, options) for name, spec in STAGES.items()}
+    # The chain sees one picture at a time, and an engine that knows plans for it.
+    stages = {name: open_engine(bundle.graph(name), spec.fixed({"B": 1}), engine, options) for name, spec in STAGES.items()}
     return Pipeline(
         stages,
         manifest.preprocessing,
