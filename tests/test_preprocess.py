@@ -169,7 +169,7 @@ def test_a_point_of_the_picture_lies_where_its_cell_was(height: int, width: int)
 
 
 @pytest.mark.parametrize("side", [28, 128, 25])
-@pytest.mark.parametrize(("height", "width"), [*SIZES, (480, 640), (719, 1283), (1283, 719), (30, 31)])
+@pytest.mark.parametrize(("height", "width"), [*SIZES, (480, 640), (719, 1283), (1283, 719), (500, 1001), (3000, 170), (30, 31)])
 def test_the_way_back_is_pillows_to_the_bit(height: int, width: int, side: int) -> None:
     """The oracle is one resize by Pillow of the same box."""
     for padded_size in (56, 512):
