@@ -1,7 +1,7 @@
 """agvas-bench: a bundle's latency, memory and masks against the PyTorch reference and others, so that others can repeat it.
 
-The command parses, measures (bench_measure.py), plans (roofline.py) or compares (bench_statistics.py), and prints. The last line of stdout is
-JSON without raw samples; --json FILE has them. Nothing is measured in this process.
+The command parses, measures (bench_measure.py), plans (roofline.py) or compares (bench_statistics.py), and prints. The last line of
+stdout is JSON without raw samples; --json FILE has them. No candidate runs in this process.
 
 Exit codes: 0 done, 1 --compare found something slower, 2 it could not be run, 130 interrupted.
 """
@@ -60,21 +60,21 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--bundle", type=Path, metavar="DIR", help="folder that agvas-export wrote")
     parser.add_argument("--engine", default=AUTO, help=f"{AUTO} (default), {', '.join(ENGINES)}")
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda:N, of all candidates")
-    parser.add_argument("--inference-precision", help="graph, bf16 or int8, of the bundles; default: graph for a named engine, any for auto")
+    parser.add_argument("--inference-precision", help="graph, bf16 or int8, of bundles; default: graph for a named engine, any for auto")
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads of every candidate (default: the usable CPUs)")
     parser.add_argument("--against", action="append", default=[], metavar="WHAT", help="see below; repeatable")
     parser.add_argument("--checkpoint", metavar="DIR", help="that the bundle was exported from (default nano, where the bundle is nano's)")
     parser.add_argument("--images", type=Path, metavar="DIR", help="pictures of yours (default: procedural ones of 480 x 640)")
     parser.add_argument("--pictures", type=int, metavar="N", help="distinct pictures (default 64; --quick 8)")
     parser.add_argument("--queries", type=int, metavar="N", help="timed calls of each candidate (default 1024; --quick 40)")
-    parser.add_argument("--seconds", type=float, metavar="S", help="and at least this much time of the bundle's own (default 60; --quick 0)")
+    parser.add_argument("--seconds", type=float, metavar="S", help="and at least so much time of the bundle's own (default 60; --quick 0)")
     parser.add_argument("--quick", action="store_true", help="a few calls, to see that it runs; no figures to publish")
     parser.add_argument("--fps", type=float, metavar="N", help="frames a second of a line: tells how many come too late")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result with raw samples")
     parser.add_argument("--report", type=Path, metavar="DIR", help="write report.html, report.md, plots and result.json (needs matplotlib)")
     parser.add_argument("--compare", type=Path, nargs=2, metavar=("A.json", "B.json"), help="what got slower from A to B, by stage too")
     parser.add_argument("--threshold", type=float, default=1.05, help="of --compare: slower beyond this ratio (default 1.05)")
-    parser.add_argument("--roofline", action="store_true", help="work of each stage and floors of devices; with --bundle, --model or --json")
+    parser.add_argument("--roofline", action="store_true", help="work of each stage, floors of devices; with --bundle, --model or --json")
     parser.add_argument("--model", metavar="NAME", help="of --roofline: ov_7b, nano, tiny, or a checkpoint's folder")
     return parser
 

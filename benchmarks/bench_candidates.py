@@ -193,7 +193,8 @@ def _plain(candidate: Candidate) -> Opened:
 
     folder = Path(candidate.source)
     told = json.loads((folder / "plain.json").read_text())
-    settings = preprocess.Preprocessing(**{k: tuple(v) if isinstance(v, list) else v for k, v in told["preprocessing"].items()})
+    fields: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in told["preprocessing"].items()}
+    settings = preprocess.Preprocessing(**fields)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = candidate.threads
     if candidate.device == "cpu":

@@ -154,7 +154,8 @@ def _reference(request: Request, bundle: Bundle) -> str | None:
     if asked and checkpoint is None:
         raise RequestError(f"--against {asked[0]}: which checkpoint was {bundle.folder} exported from? Give --checkpoint DIR")
     if (asked or request.checkpoint) and not has_torch:
-        raise RequestError(f'--against {", ".join(asked)}: needs PyTorch, which is not installed; pip install "agvas[export]", or leave it out')
+        named = f"--against {', '.join(asked)}" if asked else "--checkpoint"
+        raise RequestError(f'{named}: needs PyTorch, which is not installed; pip install "agvas[export]", or leave it out')
     return checkpoint if has_torch else None
 
 

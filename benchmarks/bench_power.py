@@ -41,9 +41,10 @@ class PowerSampler:
 
     def summary(self) -> dict[str, Any]:
         """{"power_watts", "clock_mhz"}: medians or None; and why, in "reason", where they are None."""
-        told: dict[str, Any] = {
-            name: round(statistics.median(values), 2) if (values := self._samples.get(name)) else None for name in ("power_watts", "clock_mhz")
-        }
+        told: dict[str, Any] = {}
+        for name in ("power_watts", "clock_mhz"):
+            values = self._samples.get(name)
+            told[name] = round(statistics.median(values), 2) if values else None
         return told | ({} if any(value is not None for value in told.values()) else {"reason": self.reason or "nothing was told in time"})
 
     def __enter__(self) -> PowerSampler:

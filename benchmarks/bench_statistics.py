@@ -62,7 +62,8 @@ def slower(before: Sequence[float], after: Sequence[float], threshold: float) ->
     first, second = (np.median(_blocks(np.asarray(samples, float), rng), axis=1) for samples in (before, after))
     low, high = np.quantile(second / first, ((1 - LEVEL) / 2, (1 + LEVEL) / 2))
     ratio = float(np.median(after) / np.median(before))
-    return {"ratio": round(ratio, 4), "low": round(float(low), 4), "high": round(float(high), 4), "slower": bool(ratio > threshold and low > 1)}
+    verdict = bool(ratio > threshold and low > 1)
+    return {"ratio": round(ratio, 4), "low": round(float(low), 4), "high": round(float(high), 4), "slower": verdict}
 
 
 def compare(a: Mapping[str, Any], b: Mapping[str, Any], threshold: float) -> dict[str, Any]:
@@ -71,7 +72,8 @@ def compare(a: Mapping[str, Any], b: Mapping[str, Any], threshold: float) -> dic
     A stage counts as slower only where it lost more than NOTICEABLE of the picture's whole time.
 
     Returns:
-        "runs": by name {"total", "stages"} as `slower` says, "slower": names of what is, "other_machine": differing facts of the environments.
+        "runs": by name {"total", "stages"} as `slower` says, "slower": names of what is, "other_machine": facts in which the
+        environments differ.
 
     Raises:
         ValueError: they have no run in common, or one lacks raw samples.

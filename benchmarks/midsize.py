@@ -3,8 +3,8 @@
     python -m benchmarks.midsize --output midsize
     agvas-export --checkpoint midsize --precision fp32 --output bundle-midsize --parity report --pictures 8
 
-Times do not depend on what weights have learned, but on what is said: a model that misses the fixed answer generates up to its limit. So the
-head is written, not drawn: each answer token follows from the one before it, and direct mode is verified in one pass as a trained
+Times do not depend on what weights have learned, but on what is said: a model that misses the fixed answer generates up to its limit. So
+the head is written, not drawn: each answer token follows from the one before it, and direct mode is verified in one pass as a trained
 model's is. The masks are of no meaning, yet they are the same picture's in every candidate, which is what parity compares.
 """
 
@@ -77,8 +77,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     model = random_checkpoint(midsize(), options.seed)
     save(model, options.output)
-    count = sum(parameter.numel() for parameter in model.parameters())
-    print(f"{options.output}: {count / 1e6:.1f} M parameters, random (nano has {sum(p.numel() for p in load('nano').parameters()) / 1e6:.1f} M)")
+    count, small = (sum(p.numel() for p in one.parameters()) / 1e6 for one in (model, load("nano")))
+    print(f"{options.output}: {count:.1f} M parameters, random (nano has {small:.1f} M)")
     return 0
 
 

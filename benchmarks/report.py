@@ -38,7 +38,7 @@ def markdown(result: Mapping[str, Any]) -> str:
     """The table that belongs beside any of its figures: times, memory and masks together."""
     runs, environment = result["runs"], result["environment"]
     lines = [
-        "| candidate | precision, engine | p50 ms | p90 | p99 | max | stream, frames/s | peak RSS, MB | on disk, MB | load, s | mask IoU | flips |",
+        "| candidate | precision, engine | p50 ms | p90 | p99 | max | stream, fps | peak RSS, MB | disk, MB | load, s | mask IoU | flips |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, run in runs.items():
@@ -69,7 +69,7 @@ def markdown(result: Mapping[str, Any]) -> str:
             )
     pictures, power = result["pictures"], result["power"]
     lines += [
-        f"{pictures['count']} distinct pictures ({pictures['source']}, first sizes {pictures['sizes']}), {runs['ours']['queries']} queries each; "
+        f"{pictures['count']} distinct pictures ({pictures['source']}, sizes {pictures['sizes']}), {runs['ours']['queries']} queries each; "
         f"masks against {result['reference']}, on {runs['ours']['judged']} pictures. Gap: time that is in no stage. "
         f"Disk and decoding, in no figure above: {runs['ours']['disk_ms']:.2f} and {runs['ours']['decode_ms']:.2f} ms. "
         f"First result {runs['ours']['first_result_ms'] / 1e3:.2f} s after the process began (files may be in the system's cache).",
@@ -80,7 +80,7 @@ def markdown(result: Mapping[str, Any]) -> str:
     ]
     load = environment["load_average"]
     if load is not None and load[0] > BUSY:
-        lines.append(f"The machine was busy when this began (load average {load[0]:.1f} over a minute): times and ratios are not to be trusted.")
+        lines.append(f"The machine was busy when this began (load average {load[0]:.1f}): times and ratios are not to be trusted.")
     if not result.get("full"):
         lines.append("Short of the full setting (50 warm-ups, 1,024 queries, 60 s, 64 pictures): no figures to publish.")
     return "\n".join(lines)
@@ -196,7 +196,8 @@ def _time_and_memory(result: Mapping[str, Any], path: Path) -> None:
         if held is None:
             continue
         (point,) = axes.plot(run["p50_ms"], held / 1e9, "o")
-        axes.annotate(f"{name}\n{run['precision']}", (run["p50_ms"], held / 1e9), xytext=(6, 4), textcoords="offset points", color=point.get_color())
+        place = (run["p50_ms"], held / 1e9)
+        axes.annotate(f"{name}\n{run['precision']}", place, xytext=(6, 4), textcoords="offset points", color=point.get_color())
     axes.plot(PAPER_SECONDS * 1e3, PAPER_GIGABYTES, "k*", markersize=12)
     axes.axvline(PAPER_SECONDS * 1e3, color="black", linestyle=":", alpha=0.5)
     axes.axhline(PAPER_GIGABYTES, color="black", linestyle=":", alpha=0.5)

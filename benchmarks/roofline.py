@@ -67,14 +67,14 @@ DEVICES = (
         _tensor_cores(16, 1024, 1.3),
         "int8",
         204.8e9,
-        "NVIDIA Jetson AGX Orin technical brief: GPU 170 INT8 TOPS with sparsity, 85 dense, at 1.3 GHz; 204.8 GB/s; its DLAs are not counted",
+        "NVIDIA Jetson AGX Orin technical brief: GPU 170 INT8 TOPS with sparsity, 85 dense, at 1.3 GHz; 204.8 GB/s; no DLAs",
     ),
     _device(
         "Jetson Orin NX 16GB",
         _tensor_cores(8, 1024, 0.918),
         "int8",
         102.4e9,
-        "NVIDIA Jetson Orin NX data sheet: GPU 60 INT8 TOPS with sparsity, 30 dense, at 918 MHz; 102.4 GB/s; its DLAs are not counted",
+        "NVIDIA Jetson Orin NX data sheet: GPU 60 INT8 TOPS with sparsity, 30 dense, at 918 MHz; 102.4 GB/s; no DLAs",
     ),
     _device(
         "Jetson Thor T5000",
@@ -116,7 +116,8 @@ def measure_here(threads: int = 0, seconds: float = 1.0) -> Device:
     source = np.zeros(1 << 28, np.uint8)  # 256 MiB: beyond any cache
     target = np.empty_like(source)
     copied = 2 * source.nbytes / _best_seconds(lambda: np.copyto(target, source), seconds)
-    said = f"measured here: products of {side} × {side} ({', '.join(sources)}; {threads or os.cpu_count()} threads), copying 256 MiB on one thread"
+    by = f"{', '.join(sources)}; {threads or os.cpu_count()} threads"
+    said = f"measured here: products of {side} × {side} ({by}), copying 256 MiB on one thread"
     return Device("this machine", rates, copied, said)
 
 
@@ -178,7 +179,8 @@ def roofline(config: Any, here: Device, run: Mapping[str, Any] | None = None, te
         for precision in device.flops:
             by_stage = {name: floor_ms(work, device, precision) for name, work in works.items()}
             floors[precision] = {"stages_ms": by_stage, "total_ms": sum(value for value in by_stage.values() if value is not None)}
-        devices[device.name] = {"floors": floors, "source": device.source, "bytes_per_second": device.bandwidth, "flops": dict(device.flops)}
+        peaks = {"bytes_per_second": device.bandwidth, "flops": dict(device.flops)}
+        devices[device.name] = {"floors": floors, "source": device.source, **peaks}
     result: dict[str, Any] = {
         "model": config.name,
         "stages": {
@@ -191,7 +193,8 @@ def roofline(config: Any, here: Device, run: Mapping[str, Any] | None = None, te
         if precision not in here.flops:
             precision = "fp32"
         floors = devices[here.name]["floors"][precision]["stages_ms"]
-        stages = {name: {"ms": ms, "floor_ms": floors[name], "times": ms / floors[name]} for name, ms in run["stages_ms"].items() if name in floors}
+        told = {name: ms for name, ms in run["stages_ms"].items() if name in floors}
+        stages = {name: {"ms": ms, "floor_ms": floors[name], "times": ms / floors[name]} for name, ms in told.items()}
         total = sum(floors.values())
         result["measured"] = {
             "precision": precision,

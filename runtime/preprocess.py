@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-
 # Pixels from which a map is enlarged by our own rows: below, Pillow's single call is faster (480 × 640: 0.8 ms against 1.1).
 LARGE = 500_000
 

@@ -1,4 +1,4 @@
-"""agvas-bench says what was timed, against what, and with which masks; it compares two runs by their samples; a report can be made of them."""
+"""agvas-bench says what was timed, against what, and with which masks; compares two runs by their samples; makes reports of them."""
 
 from __future__ import annotations
 
