@@ -9,7 +9,7 @@ from pathlib import Path
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 WEIGHTS = ("float", "int8", "gptq4")
-DEFAULT_LMM = "float"
+DEFAULT_LMM = "gptq4"
 GATE_NAMES = ("mask_iou_mean", "mask_iou_min", "flips", "map_max_abs", "answers_changed", "anchor_cosine_min")
 
 

@@ -11,7 +11,7 @@ import copy
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from agvas.model import AGVAS
-from calibration.calibrate import CalibrationSettings, calibrate
+from calibration.calibrate import CalibrationSettings, calibrate, common_group
 from calibration.gptq import GPTQSettings, round_to_nearest
 from calibration.gptq_checkpoint import read_gptq_checkpoint
 from calibration.observers import Ranges
@@ -33,7 +33,7 @@ from runtime import preprocess
 from runtime.errors import RequestError
 
 ENCODERS = ("pixel_encoder", "semantic_encoder")
-# bits and group (0: one scale an output) of the language model's weights.
+# bits and group (0: one scale an output; of gptq4 the largest that fits, see common_group) of the language model's weights.
 LMM = {"gptq4": GPTQSettings(bits=4, group=128), "int8": GPTQSettings(bits=8, group=0)}
 ENCODER_WEIGHTS = GPTQSettings(bits=8, group=0)
 # Pictures that export calibrates on where it is given no plan.
@@ -97,7 +97,7 @@ def quantise(
 
     Raises:
         PlanError, GPTQCheckpointError: the folder is neither, or was made for another model.
-        RequestError: a plan of other bits than asked for, or without the encoders' ranges; a layer that groups of 128 do not divide.
+        RequestError: a plan of other bits than asked for, or without the encoders' ranges; a layer that no group of 128, 64 or 32 divides.
     """
     weights: dict[str, QuantizedWeight] = {}
     ranges: dict[str, np.ndarray] = {}
@@ -105,8 +105,9 @@ def quantise(
     if calibration is not None:
         weights, ranges, source = _read(model, calibration, lmm, encoders)
     elif lmm != "float":
-        _check_groups(model, LMM[lmm])
-        made = calibrate(model, calibration_pictures(None, PICTURES), CalibrationSettings(LMM[lmm]), progress)
+        settings = LMM[lmm] if LMM[lmm].group == 0 else replace(LMM[lmm], group=common_group(model))
+        _check_groups(model, settings)
+        made = calibrate(model, calibration_pictures(None, PICTURES), CalibrationSettings(settings), progress)
         weights, ranges, source = made.weights, made.ranges, _told(made.plan)
     elif encoders:
         pictures = calibration_pictures(None, PICTURES)

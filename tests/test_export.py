@@ -41,10 +41,10 @@ Run = Callable[..., tuple[int, list[str], str]]
 
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    """agvas-export in this process: exit code, lines of stdout, stderr."""
+    """agvas-export in this process, in float unless said otherwise: exit code, lines of stdout, stderr."""
 
     def call(*arguments: object) -> tuple[int, list[str], str]:
-        code = main([str(argument) for argument in arguments])
+        code = main(["--lmm", "float", *(str(argument) for argument in arguments)])
         captured = capsys.readouterr()
         return code, captured.out.splitlines(), captured.err
 
