@@ -1,7 +1,7 @@
 """A checkpoint about ten times nano's size with random weights, to measure latency beyond toys without anything to download.
 
     python -m benchmarks.midsize --output midsize
-    agvas-export --checkpoint midsize --precision fp32 --output bundle-midsize --parity report --pictures 8
+    agvas-export --checkpoint midsize --precision fp32 --lmm float --output bundle-midsize --pictures 8
 
 Times do not depend on what weights have learned, but on what is said: a model that misses the fixed answer generates up to its limit. So
 the head is written, not drawn: each answer token follows from the one before it, and direct mode is verified in one pass as a trained
@@ -22,15 +22,16 @@ from agvas.config import LanguageConfig, MaskDecoderConfig, PixelEncoderConfig, 
 
 # Where a layer adds to what it was given: small, so that a position's state still tells which token stands there.
 RESIDUAL_SCALE = 0.02
+VIT_SHARE = 0.1
 
 
 def midsize() -> AGVASConfig:
-    """SAM's own stem and windows of 14 on a grid that they do not divide, as in ViT-H; grouped keys as in Qwen2-7B."""
+    """nano's parts, wider and deeper; windows of 14 on a grid that they do not divide, as in ViT-H; grouped keys as in Qwen2-7B."""
     small = nano()
     return dataclasses.replace(
         small,
         name="midsize",
-        pixel=PixelEncoderConfig(608, 16, 384, 8, 6, 1536, 14, (3, 7), output_width=128),
+        pixel=PixelEncoderConfig(608, 16, 256, 8, 4, 1024, 14, (3, 7), output_width=128, stem="convolutional"),
         semantic=SemanticEncoderConfig(224, 16, 384, 8, 6, 1536),
         language=LanguageConfig(small.language.vocabulary, 512, 10, 8, 2, 1408, max_positions=2048),
         spam=SPAMConfig(width=128, heads=4),
@@ -66,6 +67,9 @@ def random_checkpoint(config: AGVASConfig, seed: int = 0) -> AGVAS:
         for name, parameter in model.pixel_encoder.named_parameters():
             if "pos" in name:
                 parameter.normal_(std=0.02)
+        # The stem speaks and the ViT adds a little, as in training's beginning: maps follow the picture's contrasts. A random ViT's alone
+        # hardly differ from place to place, and a mask would be the rounding of whatever computed it.
+        model.pixel_encoder.neck.layer_norm2.weight.fill_(VIT_SHARE)
         model.mask_decoder.queries.normal_()  # at the scale of trained ones: the three maps differ
     return model
 
