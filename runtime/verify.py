@@ -62,12 +62,14 @@ def open_pipeline(bundle: Bundle, engine: str, options: EngineOptions) -> Pipeli
             f"inference precision int8 rounds what is multiplied with integer weights, and {bundle.folder} has none (lmm float); "
             "use precision graph, or export with --lmm int8 or gptq4"
         )
+    # The chain sees one picture at a time, and an engine that knows plans for it.
+    specs = {name: spec.fixed({"B": 1}) for name, spec in STAGES.items()}
     stages: dict[str, Stage]
     if options.low_memory:
         turn = Turn()
-        stages = {name: TurnStage(turn, bundle.graph(name), spec, engine, options) for name, spec in STAGES.items()}
+        stages = {name: TurnStage(turn, bundle.graph(name), spec, engine, options) for name, spec in specs.items()}
     else:
-        stages = {name: open_engine(bundle.graph(name), spec, engine, options) for name, spec in STAGES.items()}
+        stages = {name: open_engine(bundle.graph(name), spec, engine, options) for name, spec in specs.items()}
     return Pipeline(
         stages,
         manifest.preprocessing,
