@@ -4,7 +4,7 @@
 
 Every engine that is installed and can run a bundle is tried at every inference precision that it has for it. Time is a ratio: each
 candidate takes turns, picture by picture, with the first bundle of the list on the first engine that runs it as exported, so give an
-fp32 bundle first; both use the same number of threads. Absolute times are latency.py's.
+fp32 bundle first; both use the same number of threads. Absolute times are agvas-bench's.
 """
 
 from __future__ import annotations

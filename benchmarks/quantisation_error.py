@@ -25,7 +25,7 @@ from agvas.model import Features
 from agvas.tokenizer import train_tokenizer
 from agvas.training.instructions import all_instructions
 from benchmarks.environment import environment
-from calibration.calibrate import CalibrationSettings, calibrate
+from calibration.calibrate import CalibrationSettings, calibrate, common_group
 from calibration.gptq import GPTQSettings, round_to_nearest, search_scales
 from calibration.pictures import calibration_pictures
 from calibration.plan import read_plan
@@ -115,7 +115,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--samples", type=int, default=64, help="calibration pictures (default 64)")
     parser.add_argument("--held-out", type=int, default=64, help="pictures to judge on (default 64)")
     parser.add_argument("--bits", type=int, default=4)
-    parser.add_argument("--group", type=int, default=128)
+    parser.add_argument("--group", type=int, help="inputs that share a scale (default 128, or 64 or 32 where the model is narrower)")
     parser.add_argument("--answer-share", type=float, default=CalibrationSettings().answer_share)
     parser.add_argument("--output", type=Path, help="write the result as JSON")
     options = parser.parse_args(arguments)
@@ -123,7 +123,8 @@ def main(arguments: list[str] | None = None) -> int:
     if options.plan:
         plan, weights = read_plan(options.plan, model)
     else:
-        settings = CalibrationSettings(GPTQSettings(bits=options.bits, group=options.group), options.answer_share)
+        group = common_group(model) if options.group is None else options.group
+        settings = CalibrationSettings(GPTQSettings(bits=options.bits, group=group), options.answer_share)
         with Progress() as progress:
             plan, weights, _ = calibrate(model, calibration_pictures(None, options.samples), settings, progress)
     held_out = calibration_pictures(None, options.held_out, HELD_OUT_SEED)

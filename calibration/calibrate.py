@@ -46,6 +46,7 @@ SHARING = (
     ("mlp.gate_proj", "mlp.up_proj"),
     ("mlp.down_proj",),
 )
+GROUPS = (128, 64, 32)
 PASSES = len(SHARING) + 1  # over the pictures in each layer: one a Hessian, one for the output
 
 Report = Callable[[str, int, int], None]  # (what, steps done, steps in all)
@@ -109,6 +110,16 @@ def calibrate(
     run = _Run(model, images, settings, progress or (lambda *_: None), work)
     with torch.inference_mode():
         return run.finished()
+
+
+def common_group(model: AGVAS) -> int:
+    """The largest of GROUPS that divides the inputs of every linear layer to quantise; the largest of all where none does.
+
+    128 in every published model; a GPTQ checkpoint has one group for all layers, so a small one takes what its narrowest layer allows.
+    """
+    layers: Sequence[nn.Module] = model.language.model.layers
+    inputs = {linear_of(layer, name).in_features for layer in layers for names in SHARING for name in names}
+    return next((group for group in GROUPS if not any(width % group for width in inputs)), GROUPS[0])
 
 
 class _Run:

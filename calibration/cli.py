@@ -22,7 +22,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--images", type=Path, metavar="DIR", help="folder of calibration pictures (default: procedural ones)")
     parser.add_argument("--samples", type=int, default=SAMPLES, metavar="N", help=f"how many pictures (default {SAMPLES})")
     parser.add_argument("--bits", type=int, default=4, help="of the weights, 4 or 8 (default 4)")
-    parser.add_argument("--group", type=int, default=128, help="inputs that share a scale; 0: one scale an output (default 128)")
+    parser.add_argument(
+        "--group", type=int, help="inputs that share a scale; 0: one scale an output (default 128, or 64 or 32 where the model is narrower)"
+    )
     parser.add_argument("--damping", type=float, default=0.01, help="share of the Hessian's mean diagonal added to it (default 0.01)")
     parser.add_argument("--answer-share", type=float, default=0.5, help="how much of the Hessians the answers make (default 0.5)")
     parser.add_argument("--device", default="cpu", help="where layers are computed and quantised: cpu (default) or cuda:N")
@@ -56,20 +58,23 @@ def _calibrate(options: argparse.Namespace, started: float) -> int:
     if options.output.exists() and not (options.output / "plan.json").is_file() and any(options.output.iterdir()):
         raise RequestError(f"--output: expected a new folder or an older plan, got {options.output} with other files; choose another")
     import shutil
+    from dataclasses import replace
 
     import torch
 
     from agvas.checkpoint import load
-    from calibration.calibrate import CalibrationSettings, calibrate
+    from calibration.calibrate import CalibrationSettings, calibrate, common_group
     from calibration.gptq import GPTQSettings
     from calibration.gptq_checkpoint import write_gptq_checkpoint
     from calibration.pictures import calibration_pictures
     from calibration.plan import write_plan
 
-    gptq = GPTQSettings(bits=options.bits, group=options.group, damping=options.damping)
-    settings = CalibrationSettings(gptq, options.answer_share, _device(options.device))
+    asked = GPTQSettings(bits=options.bits, group=options.group or 0, damping=options.damping)  # wrong values are told before the work
+    device = _device(options.device)
     pictures = calibration_pictures(options.images, options.samples)
     model = load(options.checkpoint, {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[options.dtype])
+    group = common_group(model) if options.group is None else options.group
+    settings = CalibrationSettings(replace(asked, group=group), options.answer_share, device)
     work = options.output.with_name(f"{options.output.name}.partial")
     with Progress() as progress:
         plan, weights, ranges = calibrate(model, pictures, settings, progress, work)
@@ -81,7 +86,7 @@ def _calibrate(options: argparse.Namespace, started: float) -> int:
     plain = [record.rounding_error for record in plan.linears]
     seconds = time.monotonic() - started
     mean, mean_plain = sum(errors) / len(errors), sum(plain) / len(plain)
-    groups = f"groups of {options.group}" if options.group else "one scale an output"
+    groups = f"groups of {group}" if group else "one scale an output"
     print(
         f"{options.output}: {len(weights)} linears in {options.bits} bits, {groups}, on {len(plan.images)} "
         f"pictures ({plan.tokens} tokens) in {seconds:.0f} s; mean output error {mean:.4f}, of plain rounding {mean_plain:.4f}"

@@ -18,7 +18,7 @@ import numpy as np
 
 from engines import EngineOptions
 from engines.errors import EngineFailed, EngineUnavailable
-from engines.spec import StageSpec
+from engines.spec import StageSpec, TensorSpec
 
 try:
     import openvino
@@ -29,6 +29,7 @@ except ImportError as error:
 
 # Inputs that share a scale where they are rounded to 8 bit while running: what int4 weights have, too.
 INT8_BLOCK = 128
+FEW_CHANNELS = 4  # of a picture; OpenVINO's own means are faster from 16 on
 
 
 class OpenVinoEngine:
@@ -51,6 +52,10 @@ class OpenVinoEngine:
             settings["INFERENCE_NUM_THREADS"] = options.threads
         try:
             model = core.read_model(str(graph))
+            # A shape that is known when compiling needs no inference while running and no kernels for every size: up to a third off the
+            # time of small stages (benchmarks/results/levers.md).
+            model.reshape({tensor.name: [axis if isinstance(axis, int) else -1 for axis in tensor.shape] for tensor in known(model, spec)})
+            pools_as_convolutions(model)
             parts = {"f32": model}
             if options.inference_precision == "bf16":
                 before, behind = cut_before_products(model)
@@ -79,6 +84,38 @@ class OpenVinoEngine:
             return {output.name: last.get_tensor(output.name).data.copy() for output in self.spec.outputs}
         except Exception as error:
             raise EngineFailed(f"openvino failed in stage {self.spec.name}: {str(error).strip()[-400:]}") from error
+
+
+def known(model: openvino.Model, spec: StageSpec) -> list[TensorSpec]:
+    """The inputs with a size that the stage fixes and the graph leaves open."""
+    open_axes = {given.get_any_name(): given.get_partial_shape() for given in model.inputs}
+    return [
+        tensor
+        for tensor in spec.inputs
+        if any(isinstance(axis, int) and found.is_dynamic for axis, found in zip(tensor.shape, open_axes[tensor.name]))
+    ]
+
+
+def pools_as_convolutions(model: openvino.Model) -> None:
+    """Means over blocks of a picture's few channels become convolutions with equal weights: the same sums.
+
+    OpenVINO pools in blocks of 16 channels: for a picture's three it fills up 13 with zeros first, which took a tenth of nano's part before
+    the first product. Only where blocks neither overlap nor reach beyond the picture.
+    """
+    for node in model.get_ordered_ops():
+        if node.get_type_name() != "AvgPool":
+            continue
+        source, settings = node.input_value(0), node.get_attributes()
+        channels, kernel = source.get_partial_shape()[1], list(settings["kernel"])
+        if channels.is_dynamic or channels.get_length() > FEW_CHANNELS or source.get_element_type() != openvino.Type.f32:
+            continue
+        if list(settings["strides"]) != kernel or any([*settings["pads_begin"], *settings["pads_end"]]):
+            continue
+        same = np.eye(channels.get_length(), dtype=np.float32) / np.float32(np.prod(kernel))
+        weights = np.broadcast_to(same[:, :, None, None], (*same.shape, *kernel))
+        mean = opset13.convolution(source, opset13.constant(np.ascontiguousarray(weights)), kernel, [0, 0], [0, 0], [1, 1])
+        node.output(0).replace(mean.output(0))
+    model.validate_nodes_and_infer_types()
 
 
 def cut_before_products(model: openvino.Model) -> tuple[openvino.Model | None, openvino.Model]:

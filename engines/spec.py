@@ -7,7 +7,7 @@ of AG-VAS: which stages exist is written in runtime/contract.py.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -33,6 +33,14 @@ class StageSpec:
     name: str
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+
+    def fixed(self, sizes: Mapping[str, int]) -> StageSpec:
+        """The same stage with these symbolic axes at these sizes: an engine may then plan for them, and refuses others."""
+
+        def fix(spec: TensorSpec) -> TensorSpec:
+            return replace(spec, shape=tuple(sizes.get(axis, axis) if isinstance(axis, str) else axis for axis in spec.shape))
+
+        return StageSpec(self.name, tuple(map(fix, self.inputs)), tuple(map(fix, self.outputs)))
 
     def check_inputs(self, feeds: Mapping[str, np.ndarray]) -> None:
         """Refuse feeds that are missing, unknown, of another dtype, rank or axis size.

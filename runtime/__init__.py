@@ -8,5 +8,6 @@ result = segmenter("part.png")
 from runtime.inspection import Inspection
 from runtime.segmentation import Segmentation
 from runtime.segmenter import Segmenter
+from runtime.stream import Streamed
 
-__all__ = ["Inspection", "Segmentation", "Segmenter"]
+__all__ = ["Inspection", "Segmentation", "Segmenter", "Streamed"]

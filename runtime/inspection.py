@@ -12,7 +12,7 @@ from collections.abc import Callable
 import numpy as np
 
 from engines import EngineFailed
-from runtime.pipeline import Pipeline
+from runtime.pipeline import Pipeline, Vision
 from runtime.prompts import DIRECT, Prompt
 from runtime.segmentation import Segmentation
 
@@ -27,17 +27,18 @@ class Inspection:
         image: uint8 RGB [H, W, 3].
         threshold: the masks are `anomaly_map > threshold`.
         engine: named in errors.
+        vision: what the pipeline saw in it, where it has looked already.
 
     Raises:
         EngineFailed: the engine could not compute.
     """
 
-    def __init__(self, pipeline: Pipeline, image: np.ndarray, threshold: float, engine: str) -> None:
+    def __init__(self, pipeline: Pipeline, image: np.ndarray, threshold: float, engine: str, vision: Vision | None = None) -> None:
         self.image = image
         self.threshold = threshold
         self._engine = engine
         self._pipeline = pipeline
-        self._vision = pipeline.see(image)
+        self._vision = pipeline.see(image) if vision is None else vision
 
     def ask(
         self,

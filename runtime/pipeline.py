@@ -62,6 +62,16 @@ class Trace:
         self.timings[name] = self.timings.get(name, 0.0) + (time.perf_counter() - started) * 1e3
 
 
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """A picture as the encoders take it, float32 [3, S, S] and [3, s, s], with what that took."""
+
+    pixel_image: np.ndarray
+    semantic_image: np.ndarray
+    frame: Frame
+    milliseconds: float
+
+
 class Vision:
     """What one picture contributes to every answer about it.
 
@@ -96,6 +106,12 @@ class Vision:
         return keys, values
 
 
+class Embeddings(Protocol):
+    """The token table [V, D]: an array, mapped or not, or what reads rows from elsewhere."""
+
+    def __getitem__(self, rows: list[int], /) -> np.ndarray: ...
+
+
 class Pipeline:
     """Runs pictures through the five stages; holds no state of a request, so threads may share it."""
 
@@ -104,7 +120,7 @@ class Pipeline:
         stages: Mapping[str, Stage],
         preprocessing: Preprocessing,
         prompts: PromptEncoder,
-        embeddings: np.ndarray,
+        embeddings: Embeddings,
         sizes: Mapping[str, int],
     ) -> None:
         self.stages = stages
@@ -118,20 +134,28 @@ class Pipeline:
         return self.answer(self.see(image), prompt, on_text)
 
     def see(self, image: np.ndarray) -> Vision:
-        """Everything about a picture (uint8 RGB [H, W, 3]) that depends on no words.
+        """Everything about a picture (uint8 RGB [H, W, 3]) that depends on no words: `prepare` and `look`."""
+        return self.look(self.prepare(image))
+
+    def prepare(self, image: np.ndarray) -> Prepared:
+        """Resize and normalise a picture (uint8 RGB [H, W, 3]) for both encoders; no engine is asked."""
+        started = time.perf_counter()
+        pixel_image, semantic_image, frame = preprocess.encoder_images(image, self.preprocessing)
+        return Prepared(pixel_image, semantic_image, frame, (time.perf_counter() - started) * 1e3)
+
+    def look(self, prepared: Prepared) -> Vision:
+        """The encoders and SPAM.
 
         Raises:
             EngineFailed: a stage could not be computed.
         """
-        trace = Trace()
+        trace = Trace(timings={"preprocess": prepared.milliseconds, "total": prepared.milliseconds})
         with trace.timed("total"):
-            with trace.timed("preprocess"):
-                pixel_image, semantic_image, frame = preprocess.encoder_images(image, self.preprocessing)
-            self._stage(trace, "pixel_encoder", pixel_image=pixel_image[None])
-            self._stage(trace, "semantic_encoder", semantic_image=semantic_image[None])
+            self._stage(trace, "pixel_encoder", pixel_image=prepared.pixel_image[None])
+            self._stage(trace, "semantic_encoder", semantic_image=prepared.semantic_image[None])
             features, pixel_embeddings = trace.tensors["semantic_features"], trace.tensors["pixel_embeddings"]
             self._stage(trace, "spam", semantic_features=features, pixel_embeddings=pixel_embeddings)
-        return Vision(frame, trace)
+        return Vision(prepared.frame, trace)
 
     def answer(self, vision: Vision, prompt: Prompt, on_text: Callable[[str], object] | None = None) -> Trace:
         """One instruction's answer and map.

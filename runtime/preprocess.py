@@ -14,6 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
+# Pixels from which a map is enlarged by our own rows: below, Pillow's single call is faster (480 × 640: 0.8 ms against 1.1).
+LARGE = 500_000
+
 
 @dataclass(frozen=True)
 class Preprocessing:
@@ -97,8 +100,49 @@ def restore(anomaly_map: np.ndarray, frame: Frame) -> np.ndarray:
     # Pillow's filter reads beyond its box: what lies wholly in the padding goes first.
     inside = Image.fromarray(anomaly_map[: math.ceil(height), : math.ceil(width)])
     # A fractional box: where the picture ends inside a map cell, rounding would shift the map by up to half a cell.
-    resized = inside.resize((frame.width, frame.height), Image.Resampling.BILINEAR, box=(0.0, 0.0, width, height))
-    return np.array(resized)
+    if height > frame.height or frame.height * frame.width < LARGE:
+        return np.array(inside.resize((frame.width, frame.height), Image.Resampling.BILINEAR, box=(0.0, 0.0, width, height)))
+    rows = inside.height
+    wide = inside.resize((frame.width, rows), Image.Resampling.BILINEAR, box=(0.0, 0.0, width, rows))
+    return _stretch_rows(np.asarray(wide), height, frame.height)
+
+
+def _stretch_rows(image: np.ndarray, span: float, size: int) -> np.ndarray:
+    """Rows 0..`span` of an image float32 [R, W] enlarged to `size` rows: Pillow's bilinear filter to the bit, several times as fast.
+
+    Most of a large picture's way back is here. Pillow goes pixel by pixel; neighbouring rows of the result read the same rows of the
+    image, so they are made together, in float64 as Pillow does, one weight after the other.
+    """
+    first, weights = _bilinear_weights(span, size, image.shape[0])
+    taps = weights.shape[1]
+    source = image.astype(np.float64)
+    result = np.empty((size, image.shape[1]), np.float32)
+    starts = np.flatnonzero(np.diff(first, prepend=-1))
+    for start, end in zip(starts.tolist(), [*starts[1:].tolist(), size]):
+        row = int(first[start])
+        rows = weights[start:end, 0, None] * source[row]
+        for tap in range(1, min(taps, image.shape[0] - row)):
+            rows += weights[start:end, tap, None] * source[row + tap]
+        result[start:end] = rows
+    return result
+
+
+def _bilinear_weights(span: float, size: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """First source row int [size] and weights float64 [size, taps] of each row of an enlarged image, as Pillow computes them.
+
+    Pillow's rule: a triangle of one row to each side of the centre, cut at the image's ends and made to sum to one.
+    """
+    scale = float(np.float32(span)) / size  # Pillow keeps a box in single precision
+    centre = (np.arange(size) + 0.5) * scale
+    first = np.maximum((centre - 0.5).astype(np.int64), 0)
+    last = np.minimum((centre + 1.5).astype(np.int64), length)
+    offset = np.arange(int((last - first).max()))
+    distance = offset + first[:, None] - centre[:, None] + 0.5
+    weights = np.maximum(1.0 - np.abs(distance), 0.0) * (offset < (last - first)[:, None])
+    total = np.zeros(size)
+    for tap in range(weights.shape[1]):  # in Pillow's order
+        total += weights[:, tap]
+    return first, weights / total[:, None]
 
 
 def _normalise(picture: Image.Image, mean: tuple[float, float, float], std: tuple[float, float, float], image: np.ndarray) -> None:

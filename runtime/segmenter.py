@@ -7,20 +7,23 @@ and judges maps; the chain between is runtime.pipeline's.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from engines import ENGINES, INFERENCE_PRECISIONS, EngineOptions
+from engines import ENGINES, INFERENCE_PRECISIONS, EngineError, EngineOptions
 from runtime.bundle import Bundle
-from runtime.errors import RequestError, choose
+from runtime.errors import AgvasError, RequestError, choose
 from runtime.images import PIXEL_LIMIT, as_rgb
 from runtime.inspection import Inspection
+from runtime.pipeline import Prepared
 from runtime.prompts import DIRECT, Prompt
 from runtime.segmentation import Segmentation
 from runtime.selection import Choice, choose_engine
+from runtime.stream import DEPTH, Streamed, in_steps
 from runtime.verify import open_pipeline
 
 
@@ -37,6 +40,8 @@ class Segmenter:
         threshold: in 0..1; None takes the bundle's.
         pixel_limit: largest picture, in pixels.
         check_hashes: read every file of the bundle to compare its sha256 (about a second per GB).
+        low_memory: one stage in memory at a time, its weights mapped where the engine can compute so: for models whose stages together
+            do not fit. Every picture opens every stage again; needs a named engine.
 
     Raises:
         BundleError: the bundle is missing, altered or of another version.
@@ -60,14 +65,17 @@ class Segmenter:
         threshold: float | None = None,
         pixel_limit: int = PIXEL_LIMIT,
         check_hashes: bool = True,
+        low_memory: bool = False,
     ) -> None:
         choose("engine", engine, ("auto", *ENGINES))
         if inference_precision is not None:
             choose("inference_precision", inference_precision, INFERENCE_PRECISIONS)
         try:
-            options = EngineOptions(device, threads, inference_precision or "graph")
+            options = EngineOptions(device, threads, inference_precision or "graph", low_memory)
         except ValueError as error:
             raise RequestError(str(error)) from error
+        if low_memory and engine == "auto":
+            raise RequestError("low_memory: expected a named engine, got auto, which would hold all of them to compare; name onnxruntime")
         self.bundle = Bundle(Path(bundle), check_hashes=check_hashes)
         self.threshold = self.bundle.manifest.threshold if threshold is None else threshold
         if not isinstance(self.threshold, (int, float)) or not 0 <= self.threshold <= 1:
@@ -119,6 +127,54 @@ class Segmenter:
         """
         rgb = as_rgb(image, pixel_limit=self.pixel_limit)
         return Inspection(self._pipeline, rgb, self.threshold, f"{self.engine} ({self.inference_precision})")
+
+    def stream(
+        self,
+        images: Iterable[str | os.PathLike[str] | Image.Image | np.ndarray],
+        instruction: str | None = None,
+        mode: str = DIRECT,
+        *,
+        normal_state: str | None = None,
+        max_new_tokens: int | None = None,
+        depth: int = DEPTH,
+    ) -> Iterator[Streamed]:
+        """Segment many pictures with the steps of neighbours overlapped: more pictures a second than one call after the other.
+
+        Results come in the order of the pictures, each as soon as it is there. A picture that cannot be read or segmented gives its error
+        in its place (`Streamed.error`) and the stream goes on; an error of `images` itself is raised after the results before it. An array
+        must not be overwritten until its result has come. Close the iterator (or use it up) to free its threads.
+
+        Args:
+            images: in any form a call takes; read ahead, in another thread.
+            depth: pictures on their way at most, at least 1. The sum of their steps' times is a picture's latency.
+            instruction, mode, normal_state, max_new_tokens: as in a call, the same for all.
+
+        Raises:
+            RequestError: see PromptEncoder.encode; at once, before a picture is read.
+        """
+        if depth < 1:
+            raise RequestError(f"depth: expected 1 or more pictures on their way, got {depth}; {DEPTH} keeps every step busy")
+        prompt = self.request(instruction, mode, normal_state=normal_state, max_new_tokens=max_new_tokens)
+        engine = f"{self.engine} ({self.inference_precision})"
+
+        def read(image: str | os.PathLike[str] | Image.Image | np.ndarray) -> tuple[np.ndarray, Prepared]:
+            rgb = as_rgb(image, pixel_limit=self.pixel_limit)
+            return rgb, self._pipeline.prepare(rgb)
+
+        def look(read: tuple[np.ndarray, Prepared]) -> Inspection:
+            rgb, prepared = read
+            return Inspection(self._pipeline, rgb, self.threshold, engine, self._pipeline.look(prepared))
+
+        def answer(inspection: Inspection) -> Segmentation:
+            return inspection.answer(prompt)
+
+        def results() -> Iterator[Streamed]:
+            outcomes = in_steps(images, (read, look, answer), (AgvasError, EngineError), depth)
+            with closing(outcomes):
+                for index, (result, error) in enumerate(outcomes):
+                    yield Streamed(index, result, error)
+
+        return results()
 
     def request(
         self,

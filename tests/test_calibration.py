@@ -273,10 +273,11 @@ def test_the_command_writes_a_plan_that_belongs_to_the_checkpoint_and_a_gptq_che
 
     save(model, tmp_path / "checkpoint")
     plan_folder, gptq_folder = tmp_path / "plan", tmp_path / "gptq"
-    arguments = ["--checkpoint", tmp_path / "checkpoint", "--output", plan_folder, "--samples", "3", "--group", "32", "--json"]
+    arguments = ["--checkpoint", tmp_path / "checkpoint", "--output", plan_folder, "--samples", "3", "--json"]
     assert run(*arguments, "--gptq-checkpoint", gptq_folder) == 0
     printed = json.loads(capsys.readouterr().out.splitlines()[-1])
     plan, weights = read_plan(plan_folder, model)
+    assert plan.settings.group == 32, "the largest that divides 64 and 96"
     assert printed["plan"] == str(plan_folder) and printed["pictures"] == 3 == len(plan.images)
     assert printed["linears"] == len(weights) == 14 and printed["mean_error"] < printed["mean_rounding_error"]
     assert HEAD in read_ranges(plan_folder)

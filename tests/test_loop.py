@@ -68,9 +68,11 @@ def make_batch(samples: Sequence[TrainingSample]) -> Batch:
     return collate(samples, tiny(), ENCODER)
 
 
-def trained(folder: Path, settings: LoopSettings = SETTINGS, source: Any = None, module: nn.Module | None = None) -> dict[str, Tensor]:
+def trained(
+    folder: Path, settings: LoopSettings = SETTINGS, source: Any = None, module: nn.Module | None = None, workers: int = 1
+) -> dict[str, Tensor]:
     learner = module or Learner()
-    run(learner, learner.groups(), source or Noise(), make_batch, settings, folder)
+    run(learner, learner.groups(), source or Noise(), make_batch, settings, folder, workers=workers)
     return {name: tensor.clone() for name, tensor in learner.state_dict().items()}
 
 
@@ -128,6 +130,11 @@ def test_every_place_of_the_global_batch_is_asked_for_once(tmp_path: Path) -> No
     source = Noise()
     trained(tmp_path, source=source)
     assert source.asked == {(step, index) for step in range(7) for index in range(4)}
+
+
+def test_samples_drawn_ahead_or_when_needed_train_the_same_weights(tmp_path: Path) -> None:
+    none, two = (trained(tmp_path / str(workers), workers=workers) for workers in (0, 2))
+    assert_same(none, two)
 
 
 def test_training_moves_what_it_was_given_and_nothing_else(tmp_path: Path) -> None:

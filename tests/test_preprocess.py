@@ -168,6 +168,19 @@ def test_a_point_of_the_picture_lies_where_its_cell_was(height: int, width: int)
         assert x == pytest.approx((column + 0.5) * width / columns, abs=0.1)
 
 
+@pytest.mark.parametrize("side", [28, 128, 25])
+@pytest.mark.parametrize(("height", "width"), [*SIZES, (480, 640), (719, 1283), (1283, 719), (500, 1001), (3000, 170), (30, 31)])
+def test_the_way_back_is_pillows_to_the_bit(height: int, width: int, side: int) -> None:
+    """The oracle is one resize by Pillow of the same box."""
+    for padded_size in (56, 512):
+        frame = frame_of(height, width, padded_size)
+        rows, columns = cells_of(frame, side)
+        anomaly_map = np.random.default_rng(height * side).random((side, side), np.float32)
+        inside = Image.fromarray(anomaly_map[: int(np.ceil(rows)), : int(np.ceil(columns))])
+        expected = np.asarray(inside.resize((width, height), Image.Resampling.BILINEAR, box=(0.0, 0.0, columns, rows)))
+        np.testing.assert_array_equal(preprocess.restore(anomaly_map, frame), expected)
+
+
 @pytest.mark.parametrize("side", [28, 14, 56, 25])
 @pytest.mark.parametrize(("height", "width"), SIZES)
 def test_nothing_of_the_padding_bleeds_into_the_picture(height: int, width: int, side: int) -> None:

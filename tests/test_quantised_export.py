@@ -15,7 +15,7 @@ from conftest import picture, teach
 from PIL import Image
 
 import export.bundle as writer
-import export.quantisation
+import export.quantisation as export_quantisation
 from agvas import AGVAS, save
 from agvas.config import LanguageConfig, tiny
 from agvas.tokenizer import train_tokenizer
@@ -28,7 +28,7 @@ from engines import EngineOptions, EngineUnavailable
 from export.bundle import ExportSettings, export_bundle
 from export.cli import main
 from export.progress import Progress
-from export.quantisation import encoder_linears
+from export.quantisation import encoder_linears, quantise
 from runtime import Segmenter
 from runtime.bundle import Bundle, Manifest
 from runtime.contract import STAGES
@@ -72,7 +72,7 @@ def wide(wide_model: AGVAS, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def ready(wide: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., ExportSettings]:
     """Graphs come from the session's fp32 bundle; returns settings of an export of it."""
-    monkeypatch.setattr(writer, "export_stage", lambda module, stage, sizes: ir.load(wide / "fp32" / stage / f"{stage}.onnx"))
+    monkeypatch.setattr(writer, "export_stage", lambda module, stage, sizes, weights: ir.load(wide / "fp32" / stage / f"{stage}.onnx"))
 
     def settings(output: Path, precision: str = "fp32", **changes: object) -> ExportSettings:
         base = ExportSettings(str(wide / "checkpoint"), precision, output, images=wide / "pictures")
@@ -152,7 +152,7 @@ def test_int8_weights_have_one_scale_an_output_and_engines_may_round_activations
 def test_encoders_in_8_bit_round_their_linears_inputs_and_leave_attention_and_the_rest_in_float(
     ready: Callable[..., ExportSettings], wide: Path, wide_model: AGVAS, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(export.quantisation, "PICTURES", 2)
+    monkeypatch.setattr(export_quantisation, "PICTURES", 2)
     bundle, report = export_bundle(ready(tmp_path / "bundle", "int8", strict=False), QUIET)
     names = encoder_linears(wide_model)
     assert bundle.manifest.precision == {stage: "int8" if "encoder" in stage else "fp32" for stage in STAGES}
@@ -173,7 +173,7 @@ def test_encoders_in_8_bit_round_their_linears_inputs_and_leave_attention_and_th
 def test_without_a_plan_export_calibrates_by_itself(
     ready: Callable[..., ExportSettings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(export.quantisation, "PICTURES", 2)
+    monkeypatch.setattr(export_quantisation, "PICTURES", 2)
     bundle, _ = export_bundle(ready(tmp_path / "bundle", lmm="gptq4", strict=False), QUIET)
     assert bundle.manifest.quantisation["plan"]["pictures"] == 2 and len(bundle.manifest.quantisation["layers"]) == 14
 
@@ -249,7 +249,7 @@ def test_golden_pictures_are_judged_by_what_export_lost_on_them_and_a_failed_exp
         (["--lmm", "gptq4", "--calibration", "plan8"], "expected weights in 4 bits for --lmm gptq4, got [8]"),
         (["--lmm", "int8", "--calibration", "plan4"], "agvas-calibrate --bits 8"),
         (["--lmm", "gptq4", "--calibration", "pictures"], "expected a plan"),
-        (["--calibration", "plan4"], "--calibration: nothing is in integers with --lmm float"),
+        (["--lmm", "float", "--calibration", "plan4"], "--calibration: nothing is in integers with --lmm float"),
         (["--lmm", "gptq4", "--gate", "iou=1"], "--gate: expected one of mask_iou_mean"),
         (["--lmm", "gptq4", "--gate", "flips=few"], "--gate: expected flips=NUMBER"),
         (["--lmm", "gptq4", "--gate-budget", "all"], "--gate-budget: expected LAYERS or LAYERS:SECONDS"),
@@ -273,6 +273,25 @@ def test_a_width_that_groups_do_not_divide_is_named_with_a_way_out(
     told = capsys.readouterr().err
     assert "language.model.layers.0.self_attn.q_proj: expected inputs that groups of 128 divide, got 24" in told
     assert "agvas-calibrate --group" in told and "--lmm int8" in told
+
+
+def test_4_bits_are_the_default_in_the_largest_groups_that_a_narrow_model_allows(
+    wide_model: AGVAS, wide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[ExportSettings] = []
+
+    def export(settings: ExportSettings, progress: Progress) -> None:
+        asked.append(settings)
+        raise ParityFailed("stopped here")
+
+    monkeypatch.setattr(writer, "export_bundle", export)
+    assert main(["--checkpoint", str(wide / "checkpoint"), "--output", str(tmp_path / "bundle")]) == 1
+    assert asked[0].lmm == "gptq4"
+    monkeypatch.setattr(export_quantisation, "PICTURES", 2)
+    for width, group in ((128, 128), (96, 32)):
+        config = replace(wide_model.config, language=LanguageConfig(512, width, 1, 4, 2, 256, max_positions=512))
+        made = quantise(AGVAS(config, wide_model.tokenizer).eval(), asked[0].lmm, False, None)
+        assert {(weight.bits, weight.group) for weight in made.weights.values()} == {(4, group)}
 
 
 def test_a_plan_of_another_model_is_refused(tiny_checkpoint: Path, wide: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

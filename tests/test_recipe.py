@@ -217,6 +217,17 @@ def test_what_does_not_go_together_is_refused(
     assert message in capsys.readouterr().err
 
 
+def test_a_process_computes_with_no_more_than_its_share_of_a_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[Recipe] = []
+    monkeypatch.setattr("agvas.training.recipe.train_from_nothing", lambda recipe, *_, **__: asked.append(recipe))
+    for processes, batch in (("1", 32), ("2", 16), ("4", 8)):
+        monkeypatch.setenv("WORLD_SIZE", processes)
+        assert run_cli(["--config", "tiny", "--output", str(tmp_path / processes)]) == 0
+        assert asked[-1].pretraining.loop.micro_batch == batch and asked[-1].pretraining.loop.global_batch == 32
+
+
 def test_two_processes_train_the_model_that_one_does(tmp_path: Path) -> None:
     """The same micro-batches, summed by two processes instead of one after the other."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -69,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--ablation", choices=ABLATIONS, help="leave a part out, with --config")
     parser.add_argument("--seed", type=int, help="of weights and of the order of samples (default: the recipe's, 0)")
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda:N; with accelerate launch: cpu or cuda")
-    parser.add_argument("--workers", type=int, default=2, help="processes or threads that make samples (default 2)")
+    parser.add_argument("--workers", type=int, default=2, help="processes or threads that make samples (default 2; 0: none of their own)")
     return parser
 
 
@@ -113,7 +114,9 @@ def _tune(options: argparse.Namespace) -> Path | None:
 def _changed_loop(loop: LoopSettings, options: argparse.Namespace) -> LoopSettings:
     steps = loop.steps if options.steps is None else options.steps
     batch = loop.global_batch if options.batch is None else options.batch
-    micro = min(batch, loop.micro_batch) if options.micro_batch is None else options.micro_batch
+    # No more at a time than a process has of a step's samples.
+    share = max(1, batch // int(os.environ.get("WORLD_SIZE", 1)))
+    micro = min(share, loop.micro_batch) if options.micro_batch is None else options.micro_batch
     seed = loop.seed if options.seed is None else options.seed
     return replace(loop, steps=steps, global_batch=batch, micro_batch=micro, seed=seed)
 

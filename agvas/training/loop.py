@@ -21,7 +21,7 @@ from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tensorboardX import SummaryWriter
@@ -106,7 +106,11 @@ def accelerator_for(settings: LoopSettings, device: str) -> Accelerator:
     deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"  # accelerate drops it in silence where it is told cpu
     # The loop casts by itself: DeepSpeed's bf16 would turn the weights, and not the inputs.
     accelerator = Accelerator(
-        cpu=kind == "cpu" and not deepspeed, mixed_precision="no", gradient_accumulation_steps=settings.global_batch // at_once
+        cpu=kind == "cpu" and not deepspeed,
+        mixed_precision="no",
+        gradient_accumulation_steps=settings.global_batch // at_once,
+        # Without a GPU accelerate finds no backend of its own for DeepSpeed, and takes each process for the only one.
+        kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if kind == "cpu" and deepspeed else None,
     )
     if deepspeed and accelerator.distributed_type != DistributedType.DEEPSPEED:
         raise ValueError("DeepSpeed was asked for and accelerate did not take it; see its own messages, or launch without it")
@@ -138,7 +142,7 @@ def run(
     Args:
         module: called as module(batch, step), returns {name: loss}, each the mean over the batch; their sum is minimised.
         groups: what is trained; all other parameters keep still.
-        workers: threads that draw samples ahead.
+        workers: threads that draw samples ahead; 0 draws them when they are needed.
         facts: what else makes this run this run; kept beside the settings in settings.json, and compared on resume.
 
     Raises:
@@ -259,13 +263,16 @@ def _batches(
     first: int,
     workers: int,
 ) -> Iterator[Batch]:
-    """This process's micro-batches from step `first` on, drawn ahead in threads."""
+    """This process's micro-batches from step `first` on, drawn ahead in threads where there are any."""
 
     def draw(step: int, part: int) -> Batch:
         begin = (part * accelerator.num_processes + accelerator.process_index) * settings.micro_batch
         return collate([source.sample(settings.seed, step, begin + i) for i in range(settings.micro_batch)])
 
     places = ((step, part) for step in range(first, settings.steps) for part in range(accelerator.gradient_accumulation_steps))
+    if workers == 0:
+        yield from (draw(*place) for place in places)
+        return
     with ThreadPoolExecutor(workers) as threads:
         ahead: list[Future[Batch]] = []
         for place in places:

@@ -1,0 +1,200 @@
+"""agvas-bench: a bundle's latency, memory and masks against the PyTorch reference and others, so that others can repeat it.
+
+The command parses, measures (bench_measure.py), plans (roofline.py) or compares (bench_statistics.py), and prints. The last line of
+stdout is JSON without raw samples; --json FILE has them. No candidate runs in this process.
+
+Exit codes: 0 done, 1 --compare found something slower, 2 it could not be run, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from engines import ENGINES, EngineError
+from runtime.cli.common import AUTO, Progress, engine_options, json_line
+from runtime.errors import AgvasError, OutputError, RequestError
+
+__all__ = ["main"]
+
+DESCRIPTION = """Time a bundle, batch 1, closed loop: decoded uint8 picture in memory to full-size mask and score in memory."""
+EPILOG = """\
+candidates for --against: torch (the reference with generate, fp32, as the paper runs it), torch-bf16, torch-single-pass (fp32, one pass),
+plain-onnx (plain torch.onnx export, onnxruntime's defaults), or the folder of another bundle; each may be given once or more.
+
+  agvas-bench --bundle bundle --against torch --against torch-bf16 --against plain-onnx --json run.json --report report
+  agvas-bench --bundle bundle --images my_parts/ --fps 10 --quick
+  agvas-bench --compare before.json after.json --threshold 1.05        (exit code 1 where something got slower)
+  agvas-bench --roofline --model ov_7b                                 (what each device could do at best)
+
+the full setting is MLPerf's single stream: 50 warm-ups, at least 1,024 queries and 60 s of the bundle's own time; --quick has 40 queries.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = _parser().parse_args(argv)
+    try:
+        if options.compare:
+            return _compare(options)
+        if options.roofline:
+            return _roofline(options)
+        return _measure(options)
+    except KeyboardInterrupt:
+        print("agvas-bench: interrupted; nothing was written", file=sys.stderr)
+        return 130
+    except (AgvasError, EngineError, ValueError, OSError) as error:
+        print(f"agvas-bench: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="agvas-bench", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--bundle", type=Path, metavar="DIR", help="folder that agvas-export wrote")
+    parser.add_argument("--engine", default=AUTO, help=f"{AUTO} (default), {', '.join(ENGINES)}")
+    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda:N, of all candidates")
+    parser.add_argument("--inference-precision", help="graph, bf16 or int8, of bundles; default: graph for a named engine, any for auto")
+    parser.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads of every candidate (default: the usable CPUs)")
+    parser.add_argument("--against", action="append", default=[], metavar="WHAT", help="see below; repeatable")
+    parser.add_argument("--checkpoint", metavar="DIR", help="that the bundle was exported from (default nano, where the bundle is nano's)")
+    parser.add_argument("--images", type=Path, metavar="DIR", help="pictures of yours (default: procedural ones of 480 x 640)")
+    parser.add_argument("--pictures", type=int, metavar="N", help="distinct pictures (default 64; --quick 8)")
+    parser.add_argument("--queries", type=int, metavar="N", help="timed calls of each candidate (default 1024; --quick 40)")
+    parser.add_argument("--seconds", type=float, metavar="S", help="and at least so much time of the bundle's own (default 60; --quick 0)")
+    parser.add_argument("--quick", action="store_true", help="a few calls, to see that it runs; no figures to publish")
+    parser.add_argument("--fps", type=float, metavar="N", help="frames a second of a line: tells how many come too late")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result with raw samples")
+    parser.add_argument("--report", type=Path, metavar="DIR", help="write report.html, report.md, plots and result.json (needs matplotlib)")
+    parser.add_argument("--compare", type=Path, nargs=2, metavar=("A.json", "B.json"), help="what got slower from A to B, by stage too")
+    parser.add_argument("--threshold", type=float, default=1.05, help="of --compare: slower beyond this ratio (default 1.05)")
+    parser.add_argument("--roofline", action="store_true", help="work of each stage, floors of devices; with --bundle, --model or --json")
+    parser.add_argument("--model", metavar="NAME", help="of --roofline: ov_7b, nano, tiny, or a checkpoint's folder")
+    return parser
+
+
+def _measure(options: argparse.Namespace) -> int:
+    from benchmarks.bench_measure import FULL, QUICK, Request, measure
+
+    if options.bundle is None:
+        raise RequestError("--bundle: expected the folder that agvas-export wrote, got none; or give --compare or --roofline")
+    if options.threads < 0 or (options.fps is not None and options.fps <= 0):
+        raise RequestError(f"--threads, --fps: expected positive numbers, got {options.threads} and {options.fps}; leave them out")
+    options.threads = options.threads or usable_cpus()
+    engine_options(options)  # refuses what no engine has, before anything is made
+    changes = {name: getattr(options, name) for name in ("pictures", "queries", "seconds") if getattr(options, name) is not None}
+    if any(value < 1 for name, value in changes.items() if name != "seconds"):
+        raise RequestError(f"--pictures, --queries: expected 1 or more, got {changes}; leave them out for the defaults")
+    if options.report is not None:
+        from benchmarks.report import check_plots
+
+        check_plots()  # now, not after ten minutes of measuring
+    for path in (options.json, options.report):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise OutputError(f"{path}: expected an existing folder to write into, got {path.parent}; make it first")
+    request = Request(
+        bundle=options.bundle,
+        engine=options.engine,
+        device=options.device,
+        inference_precision=options.inference_precision,
+        threads=options.threads,
+        against=tuple(options.against),
+        checkpoint=options.checkpoint,
+        images=options.images,
+        fps=options.fps,
+        effort=dataclasses.replace(QUICK if options.quick else FULL, **changes),
+    )
+    with Progress() as progress:
+        result = measure(request, progress)
+    result["full"] = not options.quick and not changes
+    from benchmarks.report import markdown, write_report
+
+    print(markdown(result))
+    if options.json is not None:
+        options.json.write_text(json.dumps(json.loads(json_line(result)), indent=1) + "\n")
+    if options.report is not None:
+        print(f"report: {write_report(result, options.report)}")
+    print(json_line(without_samples(result)))
+    return 0
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from benchmarks.bench_statistics import compare, comparison_table
+
+    before, after = (_read(path) for path in options.compare)
+    comparison = compare(before, after, options.threshold)
+    print(comparison_table(comparison))
+    print(json_line(comparison))
+    return 1 if comparison["slower"] else 0
+
+
+def _roofline(options: argparse.Namespace) -> int:
+    from benchmarks.roofline import measure_here, roofline, table
+
+    config, text_tokens, run = _config(options), None, None
+    if options.json is not None:
+        told = _read(options.json)
+        if told.get("model") != config.name:
+            raise RequestError(f"{options.json}: expected a run of {config.name}, got one of {told.get('model')}; give that run's --bundle")
+        run = told["runs"]["ours"]
+    if options.bundle is not None:
+        from runtime.bundle import Bundle
+
+        prompt = Bundle(options.bundle, check_hashes=False).prompt_encoder().encode()
+        text_tokens = len(prompt.prefix + prompt.suffix + (prompt.draft or ())[:-1])
+    result = roofline(config, measure_here(options.threads or usable_cpus()), run, text_tokens)
+    print(table(result))
+    print(json_line(result))
+    return 0
+
+
+def _config(options: argparse.Namespace) -> Any:
+    """The configuration to plan for: --model's, or that of the bundle's or run's checkpoint."""
+    from agvas.config import NAMED, AGVASConfig
+
+    name = options.model or options.checkpoint
+    if name is None and options.bundle is not None:
+        from runtime.bundle import Bundle
+
+        name = Bundle(options.bundle, check_hashes=False).manifest.model
+    if name is None and options.json is not None:
+        name = str(_read(options.json).get("model"))
+    if name is None:
+        raise RequestError("--roofline: expected --model, --bundle or --json to say which model, got none; try --model ov_7b")
+    if name in NAMED:
+        return NAMED[name]()
+    path = Path(name) / "config.json"
+    if not path.is_file():
+        raise RequestError(f"--model: expected {', '.join(NAMED)} or a checkpoint's folder, got {name}; give --model DIR")
+    return AGVASConfig.from_json(path.read_text())
+
+
+def usable_cpus() -> int:
+    """CPUs this process may use, which in a container are not the machine's."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def without_samples(result: Mapping[str, Any]) -> dict[str, Any]:
+    """What fits on a line."""
+    runs = {name: {key: value for key, value in run.items() if key != "samples"} for name, run in result["runs"].items()}
+    return dict(result) | {"runs": runs}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        told = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise RequestError(f"{path}: expected what agvas-bench --json wrote, got {error}; measure again") from error
+    if not isinstance(told, dict) or not {"runs", "environment"} <= told.keys():
+        raise RequestError(f"{path}: expected what agvas-bench --json wrote, got other JSON; measure again")
+    return told
+
+
+if __name__ == "__main__":
+    sys.exit(main())

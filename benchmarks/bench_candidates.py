@@ -1,0 +1,229 @@
+"""What is timed against what: a bundle on an engine, the PyTorch reference in three ways, and a plain ONNX export of it.
+
+Each is one function from a picture to its mask and score, opened in the process that will be measured; nothing is shared between them
+but the pictures. The reference is the code in agvas/, as it stands. It times nothing itself but the stages inside a call.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from runtime import preprocess
+from runtime.errors import RequestError, choose
+
+TORCH = ("torch", "torch-bf16", "torch-single-pass")
+PLAIN = "plain-onnx"
+BUNDLE = "bundle"
+KINDS = (BUNDLE, *TORCH, PLAIN)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One candidate.
+
+    Attributes:
+        kind: of KINDS.
+        source: folder of the bundle or of the plain export, or the checkpoint ("nano" or a folder).
+        engine, inference_precision: of a bundle, as Segmenter takes them.
+        device: cpu or cuda:N.
+        threads: CPU threads of one call, the same for all candidates.
+    """
+
+    name: str
+    kind: str
+    source: str
+    engine: str = ""
+    inference_precision: str = "graph"
+    device: str = "cpu"
+    threads: int = 1
+
+    def __post_init__(self) -> None:
+        choose("candidate", self.kind, KINDS)
+
+
+@dataclass
+class Segmented:
+    """What a call gives: bool [H, W], the map's maximum, and milliseconds by stage where the candidate tells them."""
+
+    mask: np.ndarray
+    score: float
+    stages: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class Opened:
+    """A candidate that is ready.
+
+    Attributes:
+        bytes: on disk of what it loaded.
+        precision: that it computes in, in words.
+        stream: results of many pictures through overlapped stages; None where the candidate has no such thing.
+    """
+
+    segment: Callable[[np.ndarray], Segmented]
+    bytes: int
+    precision: str
+    stream: Callable[[Iterable[np.ndarray]], Iterator[Any]] | None = None
+
+
+def open_candidate(candidate: Candidate) -> Opened:
+    """Load it.
+
+    Raises:
+        RequestError: the candidate cannot do what was asked for; AgvasError, EngineError, CheckpointError: it cannot be loaded.
+    """
+    if candidate.kind == BUNDLE:
+        return _bundle(candidate)
+    return _plain(candidate) if candidate.kind == PLAIN else _torch(candidate)
+
+
+def _bundle(candidate: Candidate) -> Opened:
+    from runtime import Segmenter
+
+    segmenter = Segmenter(
+        candidate.source,
+        candidate.engine,
+        candidate.device,
+        inference_precision=candidate.inference_precision,
+        threads=candidate.threads,
+        check_hashes=False,  # the parent has
+    )
+
+    def segment(image: np.ndarray) -> Segmented:
+        result = segmenter(image)
+        return Segmented(result.mask, result.score, {name: ms for name, ms in result.timings.items() if name != "total"})
+
+    manifest = segmenter.bundle.manifest
+    inside = manifest.precision["pixel_encoder"] if candidate.inference_precision == "graph" else candidate.inference_precision
+    return Opened(segment, segmenter.bundle.bytes, inside, segmenter.stream)
+
+
+def _torch(candidate: Candidate) -> Opened:
+    import torch
+
+    from agvas import load
+    from agvas.checkpoint import checkpoint_folder
+
+    torch.set_num_threads(candidate.threads)
+    dtype = torch.bfloat16 if candidate.kind == "torch-bf16" else torch.float32
+    model = load(candidate.source, dtype).to(candidate.device)
+    settings = model.config
+    prompt = model.prompt_encoder.encode()
+    if candidate.kind == "torch-single-pass" and prompt.draft is None:
+        raise RequestError("torch-single-pass: the checkpoint has no fixed answer to verify in one pass; leave it out")
+    clock = _ModuleClock(model, candidate.device)
+
+    def segment(image: np.ndarray) -> Segmented:
+        clock.spent.clear()
+        result = one_pass(image) if candidate.kind == "torch-single-pass" else None
+        if result is None:
+            reference = model.segment(image)
+            result = Segmented(reference.mask, reference.score)
+        result.stages = dict(clock.spent)
+        return result
+
+    @torch.inference_mode()
+    def one_pass(image: np.ndarray) -> Segmented | None:
+        """The fixed answer as a draft, verified; None where the model would have said something else."""
+        assert prompt.draft is not None
+        pixel_image, semantic_image, frame = preprocess.encoder_images(image, settings.preprocessing)
+        batch = [torch.from_numpy(array).to(candidate.device).unsqueeze(0) for array in (pixel_image, semantic_image)]
+        output = model(*batch, [prompt], [prompt.draft])
+        if output.logits[0].argmax(dim=-1).tolist() != list(prompt.draft):
+            return None
+        anomaly_map = preprocess.restore(output.maps.anomaly_map[0].cpu().numpy(), frame)
+        return Segmented(anomaly_map > np.float32(settings.mask_decoder.threshold), float(anomaly_map.max()))
+
+    size = sum(path.stat().st_size for path in checkpoint_folder(candidate.source).iterdir() if path.is_file())
+    return Opened(segment, size, "bf16" if dtype == torch.bfloat16 else "fp32")
+
+
+class _ModuleClock:
+    """Milliseconds inside the reference's parts, by hooks, so that the reference itself stays as it is.
+
+    The language model's are those of all its steps together. On a GPU each part is waited for.
+    """
+
+    PARTS = ("pixel_encoder", "semantic_encoder", "spam", "language", "mask_decoder")
+
+    def __init__(self, model: Any, device: str) -> None:
+        self.spent: dict[str, float] = {}
+        self._began: dict[str, float] = {}
+        self._device = device
+        for name in self.PARTS:
+            part = getattr(model, name)
+            if part is None:
+                continue
+            # A pass with a given answer calls Qwen2 and its head apart; generation calls the whole.
+            for module in (part.model, part.lm_head) if name == "language" else (part,):
+                module.register_forward_pre_hook(self._start(name))
+                module.register_forward_hook(self._stop(name))
+
+    def _start(self, name: str) -> Callable[..., None]:
+        def start(*_: Any) -> None:
+            self._began[name] = self._now()
+
+        return start
+
+    def _stop(self, name: str) -> Callable[..., None]:
+        def stop(*_: Any) -> None:
+            self.spent[name] = self.spent.get(name, 0.0) + (self._now() - self._began[name]) * 1e3
+
+        return stop
+
+    def _now(self) -> float:
+        if self._device != "cpu":
+            import torch
+
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+def _plain(candidate: Candidate) -> Opened:
+    """The one graph of bench_plain.py in a session with onnxruntime's defaults but for the number of threads."""
+    import onnxruntime
+
+    folder = Path(candidate.source)
+    told = json.loads((folder / "plain.json").read_text())
+    fields: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in told["preprocessing"].items()}
+    settings = preprocess.Preprocessing(**fields)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = candidate.threads
+    if candidate.device == "cpu":
+        providers: list[Any] = ["CPUExecutionProvider"]
+    else:
+        providers = [("CUDAExecutionProvider", {"device_id": int(candidate.device.split(":")[1])})]
+    session = onnxruntime.InferenceSession(str(folder / "plain.onnx"), options, providers=providers)
+    if candidate.device != "cpu" and session.get_providers()[0] != "CUDAExecutionProvider":
+        raise RequestError(f"{PLAIN}: onnxruntime cannot start CUDA on {candidate.device}; check the driver, or measure on cpu")
+
+    def segment(image: np.ndarray) -> Segmented:
+        spent: dict[str, float] = {}
+        with _clocked(spent, "preprocess"):
+            pixel_image, semantic_image, frame = preprocess.encoder_images(image, settings)
+        with _clocked(spent, "graph"):
+            feeds = {"pixel_image": pixel_image[None], "semantic_image": semantic_image[None]}
+            logits, small = session.run(["logits", "anomaly_map"], feeds)
+        with _clocked(spent, "postprocess"):
+            anomaly_map = preprocess.restore(small[0], frame)
+            mask, score = anomaly_map > np.float32(told["threshold"]), float(anomaly_map.max())
+            if logits[0].argmax(axis=-1).tolist() != told["draft"]:  # another answer: a plain graph has no way to generate it
+                raise RequestError(f"{PLAIN}: the model says something else than the fixed answer on this picture; leave {PLAIN} out")
+        return Segmented(mask, score, spent)
+
+    return Opened(segment, sum(path.stat().st_size for path in folder.iterdir()), "fp32")
+
+
+@contextmanager
+def _clocked(spent: dict[str, float], name: str) -> Iterator[None]:
+    started = time.perf_counter()
+    yield
+    spent[name] = (time.perf_counter() - started) * 1e3

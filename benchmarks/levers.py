@@ -1,0 +1,437 @@
+"""What each way of making it faster pays, one at a time, with and without it in turns in one run; and what was predicted beforehand.
+
+    python -m benchmarks.levers --bundle BUNDLE --threads 2 --output benchmarks/results/levers.json
+
+writes levers.md beside the JSON. A lever that is in the runtime is switched off here to be measured; one that is not, for want of a
+gain, is built here alone, so that a new engine version can be asked again. Ratios are of pairs, on one process's pipelines.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import contextlib
+import functools
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from benchmarks.bench_statistics import paired_ratio
+from benchmarks.environment import environment
+from engines import EngineError, EngineOptions
+from engines.spec import StageSpec
+from export.pictures import FIRST_SEED, procedural_picture
+from runtime import preprocess
+from runtime.bundle import Bundle
+from runtime.pipeline import Pipeline, Prepared, Trace, Vision
+from runtime.preprocess import Frame
+from runtime.stream import in_steps
+from runtime.verify import open_pipeline, verify
+
+SIZE, LARGE_SIZE = (480, 640), (2000, 3000)
+REST = 0.02  # seconds before each turn: thread pools go on spinning for a while
+
+Run = Callable[[np.ndarray], Any]
+
+
+@dataclass(frozen=True)
+class Lever:
+    """One way of making it faster.
+
+    Attributes:
+        predicted: gain expected beforehand, and why.
+        kept: whether the runtime has it.
+        make: opens both forms: (without, with), each a function of a picture.
+        size: of the pictures.
+        exact: masks must be the same to the last bit but for the order of sums.
+    """
+
+    name: str
+    predicted: str
+    kept: bool
+    make: Callable[[Bundle, int], tuple[Run, Run]]
+    size: tuple[int, int] = SIZE
+    exact: bool = True
+
+
+def _pipeline(bundle: Bundle, threads: int, engine: str = "openvino", precision: str | None = None) -> Pipeline:
+    if precision is None:
+        precision = "bf16" if engine == "openvino" and _has_bf16() else "graph"
+    return open_pipeline(bundle, engine, EngineOptions(threads=threads, inference_precision=precision))
+
+
+@functools.cache
+def _has_bf16() -> bool:
+    from engines.openvino import natively_bf16
+
+    return natively_bf16()
+
+
+def _runs(*pipelines: Pipeline) -> tuple[Run, Run]:
+    without, having = (functools.partial(_map_of, pipeline, pipeline.prompts.encode()) for pipeline in pipelines)
+    return without, having
+
+
+def _map_of(pipeline: Pipeline, prompt: Any, image: np.ndarray) -> np.ndarray:
+    return pipeline.run(image, prompt).anomaly_map
+
+
+def _static_shapes(bundle: Bundle, threads: int) -> tuple[Run, Run]:
+    def as_it_is(spec: StageSpec, sizes: Any) -> StageSpec:
+        return spec
+
+    with mock.patch.object(StageSpec, "fixed", as_it_is):
+        without = _pipeline(bundle, threads)
+    return _runs(without, _pipeline(bundle, threads))
+
+
+def _pools(bundle: Bundle, threads: int) -> tuple[Run, Run]:
+    with mock.patch("engines.openvino.pools_as_convolutions"):
+        without = _pipeline(bundle, threads)
+    return _runs(without, _pipeline(bundle, threads))
+
+
+def _large_maps(bundle: Bundle, threads: int) -> tuple[Run, Run]:
+    without, having = _runs(*[_pipeline(bundle, threads)] * 2)
+
+    def by_pillow(image: np.ndarray) -> np.ndarray:
+        with mock.patch.object(preprocess, "LARGE", sys.maxsize):
+            return np.asarray(without(image))
+
+    return by_pillow, having
+
+
+def _way_back_alone(bundle: Bundle, threads: int) -> tuple[Run, Run]:
+    side = bundle.manifest.sizes["M"]
+    small = np.random.default_rng(0).random((side, side), np.float32)
+
+    def restored(image: np.ndarray) -> np.ndarray:
+        return preprocess.restore(small, _frame(image, bundle))
+
+    def by_pillow(image: np.ndarray) -> np.ndarray:
+        with mock.patch.object(preprocess, "LARGE", sys.maxsize):
+            return restored(image)
+
+    return by_pillow, restored
+
+
+def _frame(image: np.ndarray, bundle: Bundle) -> Frame:
+    return preprocess.frame_of(image.shape[0], image.shape[1], bundle.manifest.preprocessing.pixel_size)
+
+
+def _sessions(change: Callable[[Any], None]) -> Callable[[Bundle, int], tuple[Run, Run]]:
+    """onnxruntime with its session options changed after ours were set."""
+
+    def make(bundle: Bundle, threads: int) -> tuple[Run, Run]:
+        import onnxruntime
+
+        original = onnxruntime.InferenceSession
+
+        def session(path: str, settings: Any, **rest: Any) -> Any:
+            change(settings)
+            return original(path, settings, **rest)
+
+        with mock.patch.object(onnxruntime, "InferenceSession", session):
+            changed = _pipeline(bundle, threads, "onnxruntime")
+        return _runs(_pipeline(bundle, threads, "onnxruntime"), changed)
+
+    return make
+
+
+def _spin(settings: Any) -> None:
+    settings.add_session_config_entry("session.intra_op.allow_spinning", "1")
+
+
+def _no_arena(settings: Any) -> None:
+    settings.enable_cpu_mem_arena = False
+
+
+def _one_picture(settings: Any) -> None:
+    settings.add_free_dimension_override_by_name("batch", 1)
+
+
+class _Uncopied:
+    """OpenVINO's outputs handed on as they lie in its request: right as long as nobody keeps a result beyond the next picture."""
+
+    def __init__(self, engine: Any) -> None:
+        self.spec = engine.spec
+        self._outputs = [output.name for output in engine.spec.outputs]
+        self._requests = [compiled.create_infer_request() for compiled in engine._compiled]
+
+    def run(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        passed: Any = dict(feeds)
+        for request in self._requests:
+            request.infer(passed, share_inputs=True)
+            passed = {index: request.get_output_tensor(index).data for index in range(len(request.model_outputs))}
+        return {name: self._requests[-1].get_tensor(name).data for name in self._outputs}
+
+
+def _no_copies(bundle: Bundle, threads: int) -> tuple[Run, Run]:
+    without, having = _pipeline(bundle, threads), _pipeline(bundle, threads)
+    having.stages = {name: _Uncopied(stage) for name, stage in having.stages.items()}
+    return _runs(without, having)
+
+
+class _SideBySide(Pipeline):
+    """Both encoders at once."""
+
+    def look(self, prepared: Prepared) -> Vision:
+        trace = Trace()
+        with concurrent.futures.ThreadPoolExecutor(1) as beside:
+            other = Trace()
+            semantic = beside.submit(self._stage, other, "semantic_encoder", semantic_image=prepared.semantic_image[None])
+            self._stage(trace, "pixel_encoder", pixel_image=prepared.pixel_image[None])
+            trace.tensors |= semantic.result()
+        features, pixel_embeddings = trace.tensors["semantic_features"], trace.tensors["pixel_embeddings"]
+        self._stage(trace, "spam", semantic_features=features, pixel_embeddings=pixel_embeddings)
+        return Vision(prepared.frame, trace)
+
+
+class _EarlyPicture(Pipeline):
+    """The semantic image is made while the pixel encoder computes, instead of beside the pixel image."""
+
+    def see(self, image: np.ndarray) -> Vision:
+        trace, picture = Trace(), Image.fromarray(image)
+        with concurrent.futures.ThreadPoolExecutor(1) as beside:
+            pixel_image, frame = preprocess.pixel_image(picture, self.preprocessing)
+            semantic = beside.submit(preprocess.semantic_image, picture, self.preprocessing)
+            self._stage(trace, "pixel_encoder", pixel_image=pixel_image[None])
+            self._stage(trace, "semantic_encoder", semantic_image=semantic.result()[None])
+        features, pixel_embeddings = trace.tensors["semantic_features"], trace.tensors["pixel_embeddings"]
+        self._stage(trace, "spam", semantic_features=features, pixel_embeddings=pixel_embeddings)
+        return Vision(frame, trace)
+
+
+class _PromptsKept(Pipeline):
+    """Embeddings of prompts looked up once."""
+
+    @functools.cached_property
+    def _kept(self) -> dict[tuple[int, ...], np.ndarray]:
+        return {}
+
+    def _embed(self, ids: tuple[int, ...]) -> np.ndarray:
+        if ids not in self._kept:
+            self._kept[ids] = super()._embed(ids)
+        return self._kept[ids]
+
+
+def _as(kind: type[Pipeline]) -> Callable[[Bundle, int], tuple[Run, Run]]:
+    def make(bundle: Bundle, threads: int) -> tuple[Run, Run]:
+        without = _pipeline(bundle, threads)
+        having = kind(without.stages, without.preprocessing, without.prompts, without.embeddings, bundle.manifest.sizes)
+        return _runs(without, having)
+
+    return make
+
+
+def _all_in_bf16(bundle: Bundle, threads: int) -> tuple[Run, Run]:
+    """Convolutions before the first product in bfloat16, too."""
+    with mock.patch("engines.openvino.cut_before_products", lambda model: (None, model)):
+        having = _pipeline(bundle, threads)
+    return _runs(_pipeline(bundle, threads), having)
+
+
+LEVERS = (
+    Lever(
+        "openvino: sizes known when compiling",
+        "5 %: no shape inference and no kernel look-up while running, above all in small stages",
+        True,
+        _static_shapes,
+    ),
+    Lever(
+        "openvino: means over a picture's blocks as convolutions",
+        "5 %: a reorder to 16 channels and a pool took 7.8 of 100 ms of a profile of nano's pixel encoder",
+        True,
+        _pools,
+    ),
+    Lever("maps of large pictures by rows, 2000 × 3000, a call", "15 %: the way back was 50 of 250 ms", True, _large_maps, LARGE_SIZE),
+    Lever("the same, the way back alone", "4 times: two products a pixel instead of Pillow's loop", True, _way_back_alone, LARGE_SIZE),
+    Lever("the same, the way back alone at 480 × 640", "nothing: Pillow's call is used there", True, _way_back_alone),
+    Lever("openvino: outputs not copied between stages", "0.5 %: about 2 MB at 10 GB/s in nano", False, _no_copies),
+    Lever("both encoders at once", "-5 %: they share the same cores", False, _as(_SideBySide)),
+    Lever("semantic image made while the pixel encoder computes", "2 %: one resize of two leaves the line", False, _as(_EarlyPicture)),
+    Lever("embeddings of prompts kept", "0.1 %: some dozens of rows of a memory map", False, _as(_PromptsKept)),
+    Lever("onnxruntime: threads spin between stages", "0 %: the pool of one stage takes the cores from the next", False, _sessions(_spin)),
+    Lever("onnxruntime: no arena", "-5 %: memory is asked for anew at each picture", False, _sessions(_no_arena)),
+    Lever("onnxruntime: batch of one known when loading", "2 %: fewer shape nodes", False, _sessions(_one_picture)),
+    Lever(
+        "openvino: convolutions before the first product in bf16, too",
+        "20 % for masks beyond the gates: the picture is rounded to 8 bits",
+        False,
+        _all_in_bf16,
+        exact=False,
+    ),
+)
+
+
+def measure(lever: Lever, bundle: Bundle, threads: int, pairs: int, warmups: int) -> dict[str, Any]:
+    """{"gain", "low", "high", …}: time without / time with, pair by pair, or {"error"} where the lever cannot be tried here."""
+    row: dict[str, Any] = {"lever": lever.name, "predicted": lever.predicted, "kept": lever.kept, "picture": list(lever.size)}
+    try:
+        without, having = lever.make(bundle, threads)
+    except (EngineError, ImportError) as error:
+        return row | {"error": str(error)}
+    images = [procedural_picture(FIRST_SEED + 900 + index, *SIZE) for index in range(4)]
+    if lever.size != SIZE:
+        images = [np.asarray(Image.fromarray(image).resize(lever.size[::-1])) for image in images]
+    times: tuple[list[float], list[float]] = ([], [])
+    differ = 0.0
+    for turn in tqdm(range(-warmups, pairs), desc=lever.name[:48], unit="pair"):
+        image, maps = images[turn % len(images)], []
+        order = (0, 1) if turn % 2 else (1, 0)
+        for which in order:
+            time.sleep(REST)
+            started = time.perf_counter()
+            maps.append((without, having)[which](image))
+            spent = (time.perf_counter() - started) * 1e3
+            if turn >= 0:
+                times[which].append(spent)
+        differ = max(differ, float(np.abs(maps[0] - maps[1]).max()))
+    told = paired_ratio(*times)
+    medians = {"without_ms": round(float(np.median(times[0])), 3), "with_ms": round(float(np.median(times[1])), 3)}
+    gain = {"gain": told["median"], "low": told["low"], "high": told["high"]}
+    return row | gain | medians | {"map_difference": differ, "exact": lever.exact}
+
+
+def measure_stream(bundle: Bundle, threads: int, frames: int, rounds: int) -> dict[str, Any]:
+    """Frames a second one call after the other against overlapped steps, as Segmenter.stream does."""
+    pipeline = _pipeline(bundle, threads)
+    prompt = pipeline.prompts.encode()
+    images = [procedural_picture(FIRST_SEED + 900 + index, *SIZE) for index in range(4)]
+
+    def camera() -> Iterator[np.ndarray]:
+        for index in range(frames):
+            yield images[index % len(images)]
+
+    def alone() -> None:
+        for image in camera():
+            pipeline.run(image, prompt)
+
+    def streamed() -> None:
+        steps: Sequence[Callable[[Any], Any]] = (pipeline.prepare, pipeline.look, lambda vision: pipeline.answer(vision, prompt))
+        with contextlib.closing(in_steps(camera(), steps, ())) as results:
+            for _ in results:
+                pass
+
+    times: tuple[list[float], list[float]] = ([], [])
+    for turn in tqdm(range(-1, rounds), desc="stream", unit="pair"):
+        for which, run in enumerate((alone, streamed)):
+            time.sleep(REST)
+            started = time.perf_counter()
+            run()
+            if turn >= 0:
+                times[which].append((time.perf_counter() - started) * 1e3 / frames)
+    told = paired_ratio(*times)
+    return {
+        "lever": "frames overlapped (Segmenter.stream), time for each frame",
+        "predicted": "10 %: reading, resizing and the small stages fill what the pixel encoder's threads leave",
+        "kept": True,
+        "picture": list(SIZE),
+        "gain": told["median"],
+        "low": told["low"],
+        "high": told["high"],
+        "without_ms": round(float(np.median(times[0])), 3),
+        "with_ms": round(float(np.median(times[1])), 3),
+        "map_difference": 0.0,
+        "exact": True,
+    }
+
+
+def inexact_masks(bundle: Bundle, threads: int) -> dict[str, Any]:
+    """Golden masks of OpenVINO computing in bf16 with and without its convolutions before the first product."""
+    if not _has_bf16():
+        return {"error": "this processor does not multiply in bfloat16"}
+    options = EngineOptions(threads=threads, inference_precision="bf16")
+    found = {}
+    for name, patched in (("from the first product", False), ("throughout", True)):
+        with mock.patch("engines.openvino.cut_before_products", lambda model: (None, model)) if patched else contextlib.nullcontext():
+            verification = verify(bundle, open_pipeline(bundle, "openvino", options), options)
+        found[name] = {"passed": verification.passed, **verification.parity.to_json()}
+    return found
+
+
+def table(result: dict[str, Any]) -> str:
+    """Markdown."""
+    machine = result["environment"]
+    lines = [
+        "# Ways of making it faster: predicted and measured",
+        "",
+        f"`python -m benchmarks.levers`, model {result['model']}, {result['threads']} threads, {machine['processor']}, "
+        f"load average {machine['load_average'][0] if machine['load_average'] else 'not told'} at the beginning. "
+        "Gain is time without / time with, the median of pairs taken in turns, and its 99 % interval; below 1 it costs.",
+        "",
+        "| lever | in the runtime | predicted | measured gain | interval | without, ms | with, ms | map difference |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in result["levers"]:
+        start = f"| {row['lever']} | {'yes' if row['kept'] else 'no'} | {row['predicted']} |"
+        if "error" in row:
+            lines.append(f"{start} not tried: {row['error'][:90]} | | | | |")
+            continue
+        lines.append(
+            f"{start} {row['gain']:.3f} | {row['low']:.3f} .. {row['high']:.3f} | {row['without_ms']:.2f} | {row['with_ms']:.2f} | "
+            f"{row['map_difference']:.1e} |"
+        )
+    lines += ["", "Golden masks of OpenVINO in bf16, its convolutions before the first product in fp32 (as it runs) and in bf16, too:", ""]
+    for name, told in result["masks_in_bf16"].items():
+        if isinstance(told, dict):
+            verdict = "passed" if told["passed"] else "FAILED its gate"
+            masks = f"mean IoU {told['mask_iou_mean']:.4f}, least {told['mask_iou_min']:.4f}, {told['flips']} flips"
+            lines.append(f"- bf16 {name}: {masks}: {verdict}")
+    return "\n".join([*lines, "", NOT_TRIED]) + "\n"
+
+
+NOT_TRIED = """\
+Not tried, and why:
+
+- SAM's windows without padded tokens: the queries, keys, values and output map of the padding need not be computed at all (their keys and
+  values are the biases). Of the paper's model that is 804 of 4,900 tokens in 28 layers, 0.30 of 5.96 TFLOP: 5 % of the pixel encoder, 1 %
+  of all. nano's grid of 32 has no padding at a window of 8.
+- Keys and values of the prompt's beginning: five tokens stand before the picture.
+- Cutting OpenVINO's bf16 part later, after the k-th convolution (k from 1 to 14): golden masks at a mean IoU of 0.981 to 0.986, where
+  cutting before the first product has 0.990; every k failed the gate.
+- Copies between stages on a GPU (bound inputs and outputs): no GPU was at hand."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bundle", type=Path, required=True, help="an fp32 bundle of nano or mid-size")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--pairs", type=int, default=150)
+    parser.add_argument("--warmups", type=int, default=10)
+    parser.add_argument("--only", metavar="TEXT", help="levers whose name has this in it")
+    parser.add_argument("--output", type=Path, help="write the result as JSON, and a .md beside it")
+    options = parser.parse_args(arguments)
+    bundle, machine = Bundle(options.bundle), environment(options.threads)
+    rows = []
+    for lever in LEVERS:
+        if options.only is None or options.only in lever.name:
+            rows.append(measure(lever, bundle, options.threads, options.pairs, options.warmups))
+    if options.only is None or options.only in "stream":
+        rows.append(measure_stream(bundle, options.threads, frames=20, rounds=max(8, options.pairs // 10)))
+    result = {
+        "model": bundle.manifest.model,
+        "threads": options.threads,
+        "pairs": options.pairs,
+        "levers": rows,
+        "masks_in_bf16": inexact_masks(bundle, options.threads) if options.only is None else {},
+        "environment": machine,
+    }
+    print(table(result))
+    if options.output:
+        options.output.write_text(json.dumps(result, indent=2) + "\n")
+        options.output.with_suffix(".md").write_text(table(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,185 @@
+"""A stream gives what single calls give, in order, keeps going after a bad picture, and leaves nothing behind when it is closed."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import picture
+
+from runtime import Segmenter
+from runtime.errors import ImageError, RequestError
+from runtime.stream import in_steps
+
+
+@pytest.fixture(scope="module")
+def segmenter(tiny_bundle: Path) -> Segmenter:
+    return Segmenter(tiny_bundle, engine="onnxruntime")
+
+
+def ours() -> set[str]:
+    return {thread.name for thread in threading.enumerate() if thread.name.startswith("agvas-")}
+
+
+def vanished(seconds: float = 2.0) -> bool:
+    end = time.monotonic() + seconds
+    while ours() and time.monotonic() < end:
+        time.sleep(0.01)
+    return not ours()
+
+
+@pytest.mark.parametrize("depth", [1, 2, 7])
+def test_results_are_those_of_single_calls_in_the_pictures_order(segmenter: Segmenter, depth: int) -> None:
+    images = [picture(seed, 30 + 9 * seed, 80 - 7 * seed) for seed in range(6)]
+    streamed = list(segmenter.stream(images, depth=depth))
+    assert [one.index for one in streamed] == list(range(6))
+    for one, image in zip(streamed, images):
+        alone = segmenter(image)
+        np.testing.assert_array_equal(one.get().mask, alone.mask)
+        np.testing.assert_array_equal(one.get().anomaly_map, alone.anomaly_map)
+        assert one.get().text == alone.text
+        assert one.get().timings.keys() == alone.timings.keys()
+    assert vanished()
+
+
+def test_a_bad_picture_gives_its_error_in_its_place(segmenter: Segmenter, tmp_path: Path) -> None:
+    bad = tmp_path / "bad.png"
+    bad.write_bytes(b"no picture")
+    first, second, third = segmenter.stream([picture(0), bad, picture(1)])
+    assert first.error is None and third.error is None and third.result is not None
+    assert isinstance(second.error, ImageError) and second.result is None
+    assert str(bad) in str(second.error)
+    with pytest.raises(ImageError):
+        second.get()
+
+
+def test_an_error_of_the_source_comes_after_the_results_before_it(segmenter: Segmenter) -> None:
+    def camera() -> Iterator[np.ndarray]:
+        yield picture(0)
+        yield picture(1)
+        raise OSError("the camera was unplugged")
+
+    seen = []
+    with pytest.raises(OSError, match="unplugged"):
+        for one in segmenter.stream(camera()):
+            seen.append(one.get())
+    assert len(seen) == 2
+    assert vanished()
+
+
+def test_a_wrong_request_is_refused_before_a_picture_is_read(segmenter: Segmenter) -> None:
+    def camera() -> Iterator[np.ndarray]:
+        raise AssertionError("read")
+        yield picture(0)
+
+    with pytest.raises(RequestError, match="mode"):
+        segmenter.stream(camera(), mode="dirct")
+    with pytest.raises(RequestError, match="depth"):
+        segmenter.stream(camera(), depth=0)
+
+
+def test_no_more_than_depth_items_are_on_their_way() -> None:
+    given = 0
+    done = 0
+    most = 0
+
+    def source() -> Iterator[int]:
+        nonlocal given, most
+        for number in range(40):
+            given += 1
+            most = max(most, given - done)
+            yield number
+
+    for value, error in in_steps(source(), (lambda x: x, lambda x: x + 1), (), depth=3):
+        time.sleep(0.002)  # a consumer slower than the source
+        done += 1
+        assert error is None and value == done
+    assert done == 40
+    assert most <= 5  # three under way, the one that is being consumed, and the one the source holds in its hand
+
+
+def test_steps_of_neighbours_overlap() -> None:
+    meeting = threading.Barrier(2, timeout=5)
+
+    def first(item: int) -> int:
+        if item > 0:
+            meeting.wait()
+        return item
+
+    def second(item: int) -> int:
+        if item < 9:
+            meeting.wait()  # opens when the next item is in the first step at the same time
+        return item
+
+    assert [value for value, _ in in_steps(range(10), (first, second), ())] == list(range(10))
+
+
+def test_closing_early_stops_reading_and_frees_the_threads() -> None:
+    closed = threading.Event()
+    read = 0
+
+    def endless() -> Iterator[int]:
+        nonlocal read
+        try:
+            while True:
+                read += 1
+                yield read
+        finally:
+            closed.set()
+
+    stream = in_steps(endless(), (lambda x: x,), (), depth=2)
+    assert next(stream) == (1, None)
+    stream.close()
+    assert closed.wait(2)
+    after = read
+    assert vanished()
+    assert read == after <= 4
+
+
+def test_a_source_that_never_gives_another_item_does_not_hold_up_closing() -> None:
+    plugged = threading.Event()
+
+    def camera() -> Iterator[int]:
+        yield 1
+        plugged.wait(10)
+        yield 2
+
+    stream = in_steps(camera(), (lambda x: x,), ())
+    assert next(stream) == (1, None)
+    started = time.monotonic()
+    stream.close()
+    assert time.monotonic() - started < 1
+    plugged.set()
+    assert vanished()
+
+
+def test_a_result_comes_while_the_source_waits_for_its_next_picture() -> None:
+    plugged = threading.Event()
+
+    def camera() -> Iterator[int]:
+        yield 1
+        plugged.wait(10)
+
+    stream = in_steps(camera(), (lambda x: x,), (), depth=4)
+    started = time.monotonic()
+    assert next(stream) == (1, None)
+    assert time.monotonic() - started < 1
+    plugged.set()
+    assert list(stream) == []
+
+
+def test_an_error_that_is_no_pictures_own_ends_the_stream() -> None:
+    def broken(item: int) -> int:
+        if item == 2:
+            raise ZeroDivisionError("a bug")
+        return item
+
+    stream = in_steps(range(5), (broken,), (ValueError,))
+    assert [next(stream), next(stream)] == [(0, None), (1, None)]
+    with pytest.raises(ZeroDivisionError):
+        next(stream)
+    assert vanished()
