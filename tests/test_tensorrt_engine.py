@@ -17,6 +17,7 @@ from engines import EngineFailed, EngineOptions, EngineUnavailable, TensorMismat
 from engines.tensorrt import TensorRtEngine
 from engines.tensorrt_builder import BuildReport, BuildRequest
 from engines.tensorrt_cache import EngineKey, engines_folder, record_of
+from export.bisect import bisect
 from runtime import Segmenter
 from runtime.bundle import Bundle
 from runtime.cli import build as build_command
@@ -194,6 +195,15 @@ def test_verifying_on_the_device_is_noted_in_the_sidecar(gpu: Gpu, tiny_bundle: 
     assert verify_command.main(["--bundle", str(tiny_bundle), "--engine", gpu.engine, "--device", "cuda:0", "--quiet"]) == 0
     verified = record_of(gpu.key(tiny_bundle).path).verified
     assert verified is not None and verified["passed"] and verified["flips"] == 0
+
+
+@BOTH
+def test_bisecting_builds_the_graphs_it_takes_apart(gpu: Gpu, tiny_bundle: Path, spoilt: Path) -> None:
+    sealed = Bundle(tiny_bundle)  # the weights on the engine's side are others than the manifest's
+    sealed.folder = spoilt
+    finding, errors = bisect(sealed, gpu.engine, GPU, against=Bundle(tiny_bundle))
+    assert finding is not None and finding.stage == "mask_decoder" and finding.operator in ("MatMul", "Gemm")
+    assert max(error for stage, error in errors.items() if stage != "mask_decoder") < 1e-5
 
 
 @pytest.fixture
