@@ -67,7 +67,7 @@ def open_engine(graph: Path, spec: StageSpec, engine: str, options: EngineOption
     """Load `graph` (an .onnx file) on a back-end.
 
     Raises:
-        EngineUnavailable: unknown, not installed, or without this device; says what to install or choose.
+        EngineUnavailable: unknown, not installed, without this device, or (TensorRT) not built for it; says what to install or do.
         EngineFailed: the back-end refuses the graph.
     """
     options = options or EngineOptions()
@@ -80,10 +80,9 @@ def open_engine(graph: Path, spec: StageSpec, engine: str, options: EngineOption
 
         return OpenVinoEngine(graph, spec, options)
     if engine in ("tensorrt", "tensorrt-rtx"):
-        raise EngineUnavailable(
-            f"engine {engine} is planned but not part of this version; the bundle's graphs are plain ONNX and can be built "
-            "with the vendor's tools. Use engine onnxruntime (device cuda:N for a GPU) or openvino."
-        )
+        from engines.tensorrt import TensorRtEngine
+
+        return TensorRtEngine(graph, spec, engine, options)
     raise EngineUnavailable(f"engine {engine!r} is unknown; valid: {', '.join(ENGINES)}")
 
 

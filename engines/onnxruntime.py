@@ -1,11 +1,14 @@
 """onnxruntime: the CPU provider everywhere, the CUDA provider where onnxruntime-gpu is installed.
 
 onnxruntime-gpu lists CUDA as available where its libraries cannot be loaded and then computes on the CPU in silence, so the
-provider is checked after the session was made. TensorRT through onnxruntime is not offered: engines are built by ourselves.
+provider is checked after the session was made. On a GPU inputs and outputs are bound to memory there that is kept between calls of the
+same shapes, and a graph that runs on the GPU throughout is captured by onnxruntime into a CUDA graph. TensorRT through onnxruntime
+is not offered: engines are built by ourselves. Nothing of the GPU's part has been run on a GPU yet.
 """
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,13 @@ except ImportError as error:
 # How exactly a product with integer weights is computed: 0 in the graph's own type, 4 with its other factor in int8 (measured on
 # 512 × 768 and int4: relative error 6.5e-3, 1.7 times as fast).
 MATMULNBITS_LEVEL = {"graph": "0", "int8": "4"}
+CUDA = "CUDAExecutionProvider"
+DEVICE = "cuda"  # what onnxruntime calls its memory
+# What onnxruntime says of a graph that it cannot capture.
+CAPTURE_REFUSED = "graph capture"
+# Shapes whose memory and captured graph are kept: direct mode has one for each instruction, decoding another with every token.
+KEPT_SHAPES = 4
+NO_CAPTURE = "-1"
 
 
 class OnnxRuntimeEngine:
@@ -49,8 +59,17 @@ class OnnxRuntimeEngine:
             settings.enable_mem_pattern = False
         settings.log_severity_level = 3  # warnings about constant folding are of no use to a user
         provider, provider_options = _provider(options.device)
+        self._captures = False
         try:
-            self._session = onnxruntime.InferenceSession(str(graph), settings, providers=[provider], provider_options=[provider_options])
+            if provider == CUDA:
+                try:
+                    self._session = _session(graph, settings, provider, provider_options | {"enable_cuda_graph": "1"})
+                    self._captures = True
+                except Exception as error:  # some of the graph (its shapes, mostly) is computed on the CPU: known from the message alone
+                    if CAPTURE_REFUSED not in str(error):
+                        raise
+            if not self._captures:
+                self._session = _session(graph, settings, provider, provider_options)
         except Exception as error:  # onnxruntime's exceptions share no base but Exception
             raise EngineFailed(f"onnxruntime cannot load {graph.name} on {options.device}: {_reason(error)}") from error
         if self._session.get_providers()[0] != provider:
@@ -59,13 +78,73 @@ class OnnxRuntimeEngine:
                 "check the driver and the CUDA libraries, or ask for device cpu"
             )
         self._outputs = [output.name for output in spec.outputs]
+        self._bound = _Bound(self._session, self._outputs, provider_options["device_id"], self._captures) if provider == CUDA else None
 
     def run(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         self.spec.check_inputs(feeds)
         try:
+            if self._bound is not None:
+                return self._bound.run(feeds)
             return dict(zip(self._outputs, self._session.run(self._outputs, feeds), strict=True))
         except Exception as error:
             raise EngineFailed(f"onnxruntime failed in stage {self.spec.name}: {_reason(error)}") from error
+
+
+class _Bound:
+    """Memory on the GPU for the inputs and outputs of the shapes seen last, so that calls of a kind neither allocate nor capture again.
+
+    A first call finds out the outputs' shapes; from the second on with the same inputs' shapes everything is bound. A captured graph
+    belongs to its addresses and onnxruntime runs one at a time, so calls from several threads take turns.
+    """
+
+    def __init__(self, session: Any, outputs: list[str], device: int, captures: bool) -> None:
+        self._session = session
+        self._outputs = outputs
+        self._device = device
+        self._captures = captures
+        self._lock = threading.Lock()
+        self._shapes: dict[tuple[tuple[int, ...], ...], tuple[Any, dict[str, Any], dict[str, Any], str]] = {}
+        self._seen: tuple[tuple[int, ...], ...] | None = None
+        self._graphs = 0
+
+    def run(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        key = tuple(array.shape for array in feeds.values())
+        with self._lock:
+            if key not in self._shapes:
+                if key != self._seen or any(not array.size for array in feeds.values()):
+                    self._seen = key  # not seen twice in a row, or with an empty past, which has no memory to bind
+                    return self._once(feeds)
+                self._bind(key, feeds)
+            binding, inputs, outputs, graph = self._shapes[key]
+            for name, array in feeds.items():
+                inputs[name].update_inplace(np.ascontiguousarray(array))
+            options = onnxruntime.RunOptions()
+            if self._captures:
+                options.add_run_config_entry("gpu_graph_id", graph)
+            self._session.run_with_iobinding(binding, options)
+            return {name: _own(value.numpy()) for name, value in outputs.items()}
+
+    def _once(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        options = onnxruntime.RunOptions()
+        if self._captures:
+            options.add_run_config_entry("gpu_graph_id", NO_CAPTURE)
+        return dict(zip(self._outputs, self._session.run(self._outputs, feeds, options), strict=True))
+
+    def _bind(self, key: tuple[tuple[int, ...], ...], feeds: dict[str, np.ndarray]) -> None:
+        known = self._once(feeds)
+        while len(self._shapes) >= KEPT_SHAPES:
+            self._shapes.pop(next(iter(self._shapes)))
+        binding, value = self._session.io_binding(), onnxruntime.OrtValue
+        inputs = {name: value.ortvalue_from_numpy(np.ascontiguousarray(array), DEVICE, self._device) for name, array in feeds.items()}
+        outputs = {
+            name: value.ortvalue_from_shape_and_type(array.shape, array.dtype, DEVICE, self._device) for name, array in known.items()
+        }
+        for name, tensor in inputs.items():
+            binding.bind_ortvalue_input(name, tensor)
+        for name, tensor in outputs.items():
+            binding.bind_ortvalue_output(name, tensor)
+        self._graphs += 1
+        self._shapes[key] = binding, inputs, outputs, str(self._graphs)
 
 
 def version() -> str:
@@ -73,15 +152,24 @@ def version() -> str:
     return str(onnxruntime.__version__)
 
 
+def _own(array: np.ndarray) -> np.ndarray:
+    """The array, copied where it is a view of memory that the next call overwrites (a value on the GPU comes as a copy)."""
+    return array if array.flags.owndata else array.copy()
+
+
+def _session(graph: Path, settings: Any, provider: str, provider_options: dict[str, Any]) -> Any:
+    return onnxruntime.InferenceSession(str(graph), settings, providers=[provider], provider_options=[provider_options])
+
+
 def _provider(device: str) -> tuple[str, dict[str, Any]]:
     if device == "cpu":
         return "CPUExecutionProvider", {}
-    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+    if CUDA not in onnxruntime.get_available_providers():
         raise EngineUnavailable(
             f"device {device} was asked for, but this onnxruntime has no CUDA provider; "
             'pip uninstall onnxruntime, then pip install "agvas[gpu]"'
         )
-    return "CUDAExecutionProvider", {"device_id": int(device.split(":")[1])}
+    return CUDA, {"device_id": int(device.split(":")[1])}
 
 
 def _reason(error: Exception) -> str:

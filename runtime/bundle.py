@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
+from engines.cache import graph_hash
 from runtime.contract import CONTRACT_VERSION, STAGES
 from runtime.errors import BundleCorrupt, BundleMissing, BundleVersionError
 from runtime.parity import GATES, Gates
@@ -144,6 +145,11 @@ class Bundle:
     def graph(self, stage: str) -> Path:
         """The stage's .onnx file; its external data lies beside it."""
         return self.folder / stage / f"{stage}.onnx"
+
+    def graph_hash(self, stage: str) -> str:
+        """One hash of a stage's graph and its data, from the manifest: what an engine built of them is filed under."""
+        folder, files = f"{stage}/", self.manifest.files
+        return graph_hash({name[len(folder) :]: files[name].sha256 for name in files if name.startswith(f"{folder}{stage}.")})
 
     def prompt_encoder(self) -> PromptEncoder:
         """The checkpoint's prompts over its tokenizer."""

@@ -19,6 +19,8 @@ from importlib.metadata import version as package_version
 from pathlib import Path
 
 from engines import EngineError, EngineOptions, EngineUnavailable
+from engines.cache import cache_folder
+from engines.tensorrt_cache import engines_folder
 from runtime.bundle import Bundle
 from runtime.parity import GATES
 from runtime.pipeline import Pipeline
@@ -26,10 +28,11 @@ from runtime.verify import open_pipeline, verify
 
 # (engine, inference precision), on the CPU and on CUDA.
 CPU_CANDIDATES = (("openvino", "bf16"), ("openvino", "graph"), ("onnxruntime", "graph"))
-CUDA_CANDIDATES = (("onnxruntime", "graph"),)
+# TensorRT's engines come into question where agvas-build has made them; nothing is built in passing.
+CUDA_CANDIDATES = (("tensorrt", "graph"), ("tensorrt-rtx", "graph"), ("onnxruntime", "graph"))
 # Beside them where the language model's weights are integers.
 INTEGER_CANDIDATES = (("openvino", "int8"), ("onnxruntime", "int8"))
-PACKAGES = ("agvas", "onnxruntime", "onnxruntime-gpu", "openvino")
+PACKAGES = ("agvas", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "tensorrt-rtx")
 TIMED_RUNS = 5
 
 
@@ -103,13 +106,6 @@ def candidates_for(bundle: Bundle, device: str) -> tuple[tuple[str, str], ...]:
     return (*INTEGER_CANDIDATES, *CPU_CANDIDATES) if bundle.manifest.integer_weights else CPU_CANDIDATES
 
 
-def cache_folder() -> Path:
-    """$AGVAS_CACHE, or agvas in the user's cache folder."""
-    if folder := os.environ.get("AGVAS_CACHE"):
-        return Path(folder)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "agvas"
-
-
 def _median_milliseconds(bundle: Bundle, pipeline: Pipeline) -> float:
     image, prompt = bundle.golden()["0.image"], pipeline.prompts.encode()
     return statistics.median(pipeline.run(image, prompt).timings["total"] for _ in range(TIMED_RUNS))
@@ -118,6 +114,8 @@ def _median_milliseconds(bundle: Bundle, pipeline: Pipeline) -> float:
 def _key(bundle: Bundle, options: EngineOptions, precision: str | None) -> str:
     facts = [bundle.id, options.device, str(options.threads), str(precision), platform.machine(), _cpu_model()]
     facts += [str(_usable_cpus()), repr(GATES), *(f"{name} {_installed(name)}" for name in PACKAGES)]
+    if options.device != "cpu":  # engines built since may be faster
+        facts += sorted(path.name for path in engines_folder().glob("*.engine"))
     return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:32]
 
 

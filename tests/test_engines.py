@@ -144,8 +144,8 @@ def test_an_unknown_engine_is_told_with_those_that_exist(tiny_bundle: Path) -> N
 
 
 @pytest.mark.parametrize("engine", ["tensorrt", "tensorrt-rtx"])
-def test_tensorrt_says_that_it_is_not_there_yet_and_what_to_use(engine: str, tiny_bundle: Path) -> None:
-    with pytest.raises(EngineUnavailable, match=f"{engine} is planned.*[Uu]se engine onnxruntime"):
+def test_tensorrt_on_the_cpu_says_what_to_ask_for(engine: str, tiny_bundle: Path) -> None:
+    with pytest.raises(EngineUnavailable, match="TensorRT runs on a GPU; ask for device cuda:0, or use engine onnxruntime"):
         opened(tiny_bundle, SPAM, engine)
 
 
@@ -170,6 +170,81 @@ def test_cuda_that_is_listed_but_does_not_start_is_not_replaced_by_the_cpu(
     monkeypatch.setattr(onnxruntime_engine.onnxruntime, "InferenceSession", silent)
     with pytest.raises(EngineUnavailable, match="could not start it on cuda:0.*driver"):
         opened(tiny_bundle, SPAM, device="cuda:0")
+
+
+@pytest.fixture
+def on_cpu_memory(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """onnxruntime's way on a GPU, with the CPU in its place: bound memory, but no graphs. Gives the options of each session."""
+    sessions: list[dict[str, Any]] = []
+    original = onnxruntime_engine.onnxruntime.InferenceSession
+
+    class Session:
+        def __init__(self, path: str, settings: object, providers: list[str], provider_options: list[dict[str, Any]]) -> None:
+            assert providers == ["CUDAExecutionProvider"]
+            sessions.append(provider_options[0])
+            if "enable_cuda_graph" in provider_options[0]:
+                raise RuntimeError("This session cannot use the graph capture feature as requested by the user")
+            self._session = original(path, settings, providers=["CPUExecutionProvider"])
+
+        def get_providers(self) -> list[str]:
+            return ["CUDAExecutionProvider", "CPUExecutionProvider"]
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._session, name)
+
+    monkeypatch.setattr(onnxruntime_engine.onnxruntime, "InferenceSession", Session)
+    monkeypatch.setattr(onnxruntime_engine.onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    monkeypatch.setattr(onnxruntime_engine, "DEVICE", "cpu")
+    return sessions
+
+
+def test_memory_bound_for_the_gpu_gives_the_same_numbers_whatever_the_order_of_shapes(
+    tiny_bundle: Path, on_cpu_memory: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bound = opened(tiny_bundle, LANGUAGE, device="cuda:0")
+    assert on_cpu_memory == [{"device_id": 0, "enable_cuda_graph": "1"}, {"device_id": 0}]
+    plain = opened(tiny_bundle, LANGUAGE, "openvino")
+    sizes = [(9, 0), (9, 0), (7, 3), (7, 3), (7, 3), (5, 2), (7, 3), (4, 1), (4, 1), (3, 1), (3, 1), (2, 1), (2, 1), (7, 3), (7, 3)]
+    for seed, (tokens, past) in enumerate(sizes):
+        feeds = feeds_for(tiny_bundle, "language", seed, B=1, N=tokens, K=past, R=2)
+        assert_same(bound.run(feeds), plain.run(feeds))
+    kept = bound._bound._shapes  # type: ignore[attr-defined]
+    assert len(kept) == 4 and (1, 9, 24) not in {key[0] for key in kept}
+
+
+def test_bound_memory_is_not_the_callers_and_threads_take_turns(tiny_bundle: Path, on_cpu_memory: list[dict[str, Any]]) -> None:
+    spam = opened(tiny_bundle, SPAM, device="cuda:0")
+    feeds = [feeds_for(tiny_bundle, "spam", seed) for seed in range(4)]
+    wanted = [opened(tiny_bundle, SPAM, "openvino").run(each) for each in feeds]
+    kept = [spam.run(each) for each in feeds for _ in range(2)]
+    for index, ours in enumerate(kept):
+        assert_same(ours, wanted[index // 2])
+    wrong: list[str] = []
+
+    def work(index: int) -> None:
+        try:
+            for _ in range(10):
+                assert_same(spam.run(feeds[index]), wanted[index])
+        except AssertionError as error:
+            wrong.append(str(error))
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_a_graph_that_does_not_load_on_the_gpu_fails_with_its_own_reason(
+    tmp_path: Path, on_cpu_memory: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("CUDA failure 2: out of memory")
+
+    monkeypatch.setattr(onnxruntime_engine.onnxruntime, "InferenceSession", broken)
+    with pytest.raises(EngineFailed, match="cannot load spam.onnx on cuda:1: CUDA failure 2: out of memory"):
+        open_engine(tmp_path / "spam.onnx", SPAM, "onnxruntime", EngineOptions("cuda:1"))
 
 
 def test_openvino_takes_no_cuda_device(tiny_bundle: Path) -> None:

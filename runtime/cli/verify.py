@@ -10,17 +10,22 @@ Exit codes: 0 every gate held, 1 one was broken, 2 it could not be verified, 130
 from __future__ import annotations
 
 import argparse
+import json
+import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from engines import EngineError, EngineOptions, EngineUnavailable
+from engines import ENGINES, EngineError, EngineFailed, EngineOptions, EngineUnavailable
+from engines.tensorrt_library import TENSORRT_ENGINES
 from runtime.bundle import Bundle
 from runtime.cli.common import AUTO, Progress, add_engine_arguments, close_stdout, describe, engine_options, json_line, say
-from runtime.errors import AgvasError
+from runtime.engine_builds import judge
+from runtime.errors import AgvasError, RequestError
 from runtime.images import find_images
 from runtime.pipeline import Pipeline
 from runtime.selection import CPU_CANDIDATES, CUDA_CANDIDATES, choose_engine
@@ -39,12 +44,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     add_engine_arguments(parser)
     parser.add_argument("--images", metavar="DIR", help="also compare with another engine on the pictures in there")
+    parser.add_argument(
+        "--bisect",
+        action="store_true",
+        help="find the first stage, then the first layer, where this engine leaves fp32 onnxruntime (needs agvas[bisect])",
+    )
+    parser.add_argument("--against", metavar="DIR", help="with --bisect: another bundle of this checkpoint whose graphs are right")
+    parser.add_argument("--tolerance", type=float, metavar="X", help="with --bisect: relative error allowed (default: by precision)")
     parser.add_argument("--json", action="store_true", help="one line of JSON in place of the table")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     arguments = parser.parse_args(argv)
     try:
         options = engine_options(arguments)
         with Progress(quiet=arguments.quiet) as progress:
+            if arguments.bisect:
+                report = bisect_bundle(
+                    arguments.bundle, arguments.engine, options, arguments.against, arguments.tolerance, progress=progress
+                )
+                say(json_line(report) if arguments.json else "\n".join(_finding(report)))
+                return 0 if report["passed"] else 1
+            if arguments.against is not None or arguments.tolerance is not None:
+                raise RequestError("--against, --tolerance: expected with --bisect; add it, or leave them out")
             report = verify_bundle(
                 arguments.bundle,
                 arguments.engine,
@@ -87,8 +107,8 @@ def verify_bundle(
         progress: called with (work, steps done, steps in all).
 
     Returns:
-        runtime.verify.summary and "model", "engine", "device", "inference_precision", "gates"; with `images` also
-        "images_parity" with "against", "passed" and "failures", counted in the whole's.
+        runtime.verify.summary and "model", "engine", "device", "inference_precision", "gates"; of a TensorRT engine "set_aside", the new
+        names of engines that failed; with `images` also "images_parity" with "against", "passed" and "failures", counted in the whole's.
 
     Raises:
         AgvasError: the bundle or the pictures cannot be read.
@@ -107,6 +127,8 @@ def verify_bundle(
     report["device"] = options.device
     report["inference_precision"] = options.inference_precision
     report["gates"] = gates_for(bundle, options)
+    if engine in TENSORRT_ENGINES:
+        report["set_aside"] = [path.name for path in judge(bundle, engine, options.device, verification)]
     if why:
         report["auto_failed"] = why
     if against is not None:
@@ -123,6 +145,73 @@ def verify_bundle(
         report["passed"] = report["passed"] and not failures
         report["failures"] = [*report["failures"], *(f"pictures: {failure}" for failure in failures)]
     return report
+
+
+def bisect_bundle(
+    folder: str | Path,
+    engine: str,
+    options: EngineOptions,
+    against: str | Path | None = None,
+    tolerance: float | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Find where an engine leaves the reference, in a process of its own (export.bisect), which needs the extra agvas[bisect].
+
+    Returns:
+        "bundle", "engine", "passed" (nothing found), "finding" (fields of export.bisect.Finding, or None), "stage_errors", "tolerance".
+
+    Raises:
+        RequestError: no engine by name.
+        EngineFailed: it could not be done; the message is the other process's.
+    """
+    if engine == AUTO:
+        raise RequestError(f"--bisect: expected one engine by name ({', '.join(ENGINES)}), got {AUTO}; say which one is wrong")
+    Bundle(folder)  # a bundle that is none is told here, by name
+    command = [sys.executable, "-m", "export.bisect", "--bundle", str(Path(folder).absolute()), "--engine", engine]
+    command += ["--device", options.device, "--threads", str(options.threads), "--inference-precision", options.inference_precision]
+    if against is not None:
+        Bundle(against)
+        command += ["--against", str(Path(against).absolute())]
+    if tolerance is not None:
+        command += ["--tolerance", str(tolerance)]
+    last: dict[str, Any] = {}
+    with tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, cwd=Path(__file__).parents[2])
+        try:
+            assert process.stdout
+            for line in process.stdout:
+                told = json.loads(line) if line.startswith("{") else {}
+                if "phase" in told and progress:
+                    progress(told["phase"], told["step"], told["steps"])
+                last = last if "phase" in told else told or last
+            process.wait()
+        finally:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+        if "stage_errors" not in last:
+            errors.seek(0)
+            reason = last.get("error") or (errors.read().strip().splitlines() or [f"it ended with exit code {process.returncode}"])[-1]
+            raise EngineFailed(f"--bisect: {reason}")
+    return {"bundle": str(folder), "engine": engine, "passed": last["finding"] is None, **last}
+
+
+def _finding(report: dict[str, Any]) -> list[str]:
+    lines = [f"stages    largest relative error of each, fed by the reference; {report['tolerance']:g} allowed"]
+    width = max(map(len, report["stage_errors"]))
+    lines += [f"          {stage:<{width}}  {error:.1e}" for stage, error in report["stage_errors"].items()]
+    found = report["finding"]
+    if found is None:
+        return [*lines, "found     nothing: every stage is within tolerance when fed by the reference"]
+    lines.append(
+        f"found     stage {found['stage']}: {found['operator']} {found['node'] or ''} makes {found['output']}, error {found['error']:.1e}"
+    )
+    if found["module"]:
+        lines.append(f"          exported from module {found['module']}")
+    lines += [f"          its input {name} is right, error {error:.1e}" for name, error in found["input_errors"].items()]
+    if found["in_fusion"]:
+        lines.append("          the error went when inner tensors were shown: a fusion that ends here is wrong, no single layer")
+    return lines
 
 
 def _open(bundle: Bundle, engine: str, options: EngineOptions, precision: str | None) -> tuple[Pipeline, str, EngineOptions, str]:
@@ -179,6 +268,7 @@ def _table(report: dict[str, Any]) -> list[str]:
         pictures = report["images_parity"]
         lines += _parity_lines(f"pictures  {pictures['images']} against {pictures['against']}", pictures)
     lines += [f"broken    {failure}" for failure in report["failures"]]
+    lines += [f"set aside {name}: it will not be used; --bisect finds where it goes wrong" for name in report.get("set_aside", ())]
     verdict, megabytes = "passed" if report["passed"] else "FAILED", report["peak_rss_bytes"] / 1e6
     lines.append(f"{verdict}    gates {report['gates']}; {report['seconds']:.1f} s, {megabytes:.0f} MB of memory")
     return lines

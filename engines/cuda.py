@@ -1,0 +1,186 @@
+"""CUDA's runtime through NVIDIA's own Python bindings: devices, pinned and device memory, streams, events, captured graphs.
+
+A thin layer: every call's error code becomes an exception with CUDA's own words, and what was allocated is freed with its owner.
+Nothing else of CUDA is used, and no framework.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from engines.errors import EngineFailed, EngineUnavailable
+
+
+def runtime() -> Any:
+    """The bindings.
+
+    Raises:
+        EngineUnavailable: not installed.
+    """
+    try:
+        from cuda.bindings import runtime as bindings
+    except (ImportError, OSError) as error:
+        raise EngineUnavailable(f'CUDA\'s Python bindings are not installed ({error}); pip install "agvas[cuda]"') from error
+    return bindings
+
+
+def capability_here(device: str) -> str:
+    """Compute capability ("8.9") of a device ("cuda:N").
+
+    Raises:
+        EngineUnavailable: no bindings, no driver, or no such device.
+    """
+    cuda, index = runtime(), device_index(device)
+    error, count = cuda.cudaGetDeviceCount()
+    if error != cuda.cudaError_t.cudaSuccess or not count:
+        raise EngineUnavailable(f"device {device}: no CUDA GPU here ({_words(cuda, error)}); check the driver with nvidia-smi")
+    if index >= count:
+        raise EngineUnavailable(f"device {device}: expected cuda:0 to cuda:{count - 1}; choose one of them")
+    attributes = cuda.cudaDeviceAttr
+    major = check(cuda.cudaDeviceGetAttribute(attributes.cudaDevAttrComputeCapabilityMajor, index))
+    minor = check(cuda.cudaDeviceGetAttribute(attributes.cudaDevAttrComputeCapabilityMinor, index))
+    return f"{major}.{minor}"
+
+
+def device_index(device: str) -> int:
+    """N of "cuda:N".
+
+    Raises:
+        EngineUnavailable: another kind of device.
+    """
+    kind, _, index = device.partition(":")
+    if kind != "cuda":
+        raise EngineUnavailable(f"device {device}: TensorRT runs on a GPU; ask for device cuda:0, or use engine onnxruntime or openvino")
+    return int(index)
+
+
+def check(returned: tuple[Any, ...]) -> Any:
+    """What a call of the bindings gives behind its error code: nothing, one value, or several.
+
+    Raises:
+        EngineFailed: CUDA refused.
+    """
+    cuda, (error, *values) = runtime(), returned
+    if error != cuda.cudaError_t.cudaSuccess:
+        raise EngineFailed(f"CUDA: {_words(cuda, error)}")
+    return values[0] if len(values) == 1 else tuple(values) or None
+
+
+def _words(cuda: Any, error: Any) -> str:
+    _, text = cuda.cudaGetErrorString(error)
+    return f"{text.decode() if isinstance(text, bytes) else text} ({error.name})"
+
+
+class Stream:
+    """One queue of GPU work that other streams do not wait for, and an event behind its last piece."""
+
+    def __init__(self) -> None:
+        cuda = self._cuda = runtime()
+        self.handle = check(cuda.cudaStreamCreateWithFlags(cuda.cudaStreamNonBlocking))
+        # Blocking: a thread that waits sleeps, and leaves its core to the picture being read next.
+        self._done = check(cuda.cudaEventCreateWithFlags(cuda.cudaEventDisableTiming | cuda.cudaEventBlockingSync))
+
+    def mark(self) -> None:
+        """Put the event behind what was queued so far."""
+        check(self._cuda.cudaEventRecord(self._done, self.handle))
+
+    def wait(self) -> None:
+        """Sleep until everything before the mark is done."""
+        check(self._cuda.cudaEventSynchronize(self._done))
+
+    def close(self) -> None:
+        cuda = self._cuda
+        cuda.cudaEventDestroy(self._done)
+        cuda.cudaStreamDestroy(self.handle)
+
+
+class Graph:
+    """Work that was captured once from a stream and is queued again in one call."""
+
+    def __init__(self, stream: Stream) -> None:
+        self._cuda = runtime()
+        self._stream = stream
+        self._executable: Any = None
+
+    def __enter__(self) -> Graph:
+        cuda = self._cuda
+        # Thread-local: other threads' allocations do not spoil this capture.
+        check(cuda.cudaStreamBeginCapture(self._stream.handle, cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal))
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        cuda = self._cuda
+        ended = cuda.cudaStreamEndCapture(self._stream.handle)
+        if error is not None:
+            return  # a capture that failed inside is invalid, and its cause is what is told
+        graph = check(ended)
+        try:
+            self._executable = check(cuda.cudaGraphInstantiate(graph, 0))
+        finally:
+            cuda.cudaGraphDestroy(graph)
+
+    def launch(self) -> None:
+        check(self._cuda.cudaGraphLaunch(self._executable, self._stream.handle))
+
+    def close(self) -> None:
+        if self._executable is not None:
+            self._cuda.cudaGraphExecDestroy(self._executable)
+            self._executable = None
+
+
+class Buffer:
+    """A tensor's memory on the device and its pinned twin on the host, grown when a larger tensor comes and never shrunk.
+
+    Attributes:
+        address: of the device memory; changes when it grows.
+        bytes: how many there are.
+    """
+
+    def __init__(self) -> None:
+        self._cuda = runtime()
+        self.address = 0
+        self.bytes = 0
+        self._pinned = 0
+
+    def reserve(self, size: int) -> bool:
+        """Make room for `size` bytes, at least one, since TensorRT takes no null address for an empty tensor. True when it moved."""
+        size = max(size, 1)
+        if size <= self.bytes:
+            return False
+        cuda = self._cuda
+        self.close()
+        self.address = int(check(cuda.cudaMalloc(size)))
+        self._pinned = int(check(cuda.cudaMallocHost(size)))
+        self.bytes = size
+        return True
+
+    def host(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
+        """The pinned memory's first bytes as an array."""
+        import ctypes
+
+        size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+        memory = memoryview((ctypes.c_ubyte * size).from_address(self._pinned))
+        return np.ndarray(shape, dtype, memory) if size else np.empty(shape, dtype)
+
+    def upload(self, size: int, stream: Stream) -> None:
+        """Queue the copy of `size` bytes from the pinned memory to the device."""
+        self._copy(self.address, self._pinned, size, "cudaMemcpyHostToDevice", stream)
+
+    def download(self, size: int, stream: Stream) -> None:
+        """Queue the copy of `size` bytes from the device to the pinned memory."""
+        self._copy(self._pinned, self.address, size, "cudaMemcpyDeviceToHost", stream)
+
+    def close(self) -> None:
+        cuda = self._cuda
+        if self.address:
+            cuda.cudaFree(self.address)
+        if self._pinned:
+            cuda.cudaFreeHost(self._pinned)
+        self.address = self._pinned = self.bytes = 0
+
+    def _copy(self, to: int, source: int, size: int, kind: str, stream: Stream) -> None:
+        if size:
+            cuda = self._cuda
+            check(cuda.cudaMemcpyAsync(to, source, size, getattr(cuda.cudaMemcpyKind, kind), stream.handle))

@@ -1,0 +1,249 @@
+"""TensorRT and TensorRT for RTX: runs the engines that agvas-build made, one code path for both.
+
+Nothing is built here: a build takes minutes, and one that was never compared with the reference must not slip into a line. Memory on the
+device and its pinned twin on the host are bound once and only grow; copies, kernels and copies back are queued on the stage's own stream
+and waited for with an event; a call with the same shapes as the one before is captured into a CUDA graph and queued in one call from
+then on. An execution context belongs to one thread, since two threads in one give wrong numbers without an error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import warnings
+import weakref
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from engines import EngineOptions
+from engines.cache import write_whole
+from engines.cuda import Buffer, Graph, Stream, capability_here, check, device_index, runtime
+from engines.errors import EngineFailed, EngineUnavailable, TensorMismatch
+from engines.spec import StageSpec
+from engines.tensorrt_cache import EngineKey, hash_of, load
+from engines.tensorrt_library import TENSORRT_RTX, library
+
+# Numeric types that both sides have. bfloat16 is not among them: NumPy has none, and the contract's borders are float32.
+NUMPY_TYPES = {"FLOAT": "float32", "HALF": "float16", "INT64": "int64", "INT32": "int32", "INT8": "int8", "UINT8": "uint8", "BOOL": "bool"}
+
+
+class TensorRtEngine:
+    """One built engine; every calling thread has a context, a stream and memory of its own."""
+
+    def __init__(self, graph: Path, spec: StageSpec, engine: str, options: EngineOptions) -> None:
+        self.spec = spec
+        if options.inference_precision != "graph":
+            raise EngineUnavailable(
+                f"engine {engine} computes what the graph states, not {options.inference_precision}; use precision graph, "
+                "or export the bundle in that precision"
+            )
+        self._index = device_index(options.device)
+        self._trt = library(engine)
+        capability = capability_here(options.device)
+        self.key = EngineKey(spec.name, hash_of(graph), engine, self._trt.__version__, capability)
+        self._rebuild = f"agvas-build --bundle {graph.parent.parent} --engine {engine} --device {options.device}"
+        content, self.record = load(self.key, self._rebuild)
+        check(runtime().cudaSetDevice(self._index))
+        self._logger = _logger(self._trt)
+        self._runtime = self._trt.Runtime(self._logger)
+        self._check_validity(content)
+        self._engine = self._runtime.deserialize_cuda_engine(content)
+        if self._engine is None:
+            raise EngineFailed(f"{self.key.path}: {engine} cannot load it: {self._logger.last()}; run {self._rebuild} --rebuild")
+        self._check_tensors()
+        self._kernels = _KernelCache(self.key.path.with_suffix(".kernels"), self._engine) if engine == TENSORRT_RTX else None
+        self._threads = threading.local()
+
+    def run(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        self.spec.check_inputs(feeds)
+        self._check_profile(feeds)
+        check(runtime().cudaSetDevice(self._index))  # of this thread, which another engine may have left on another GPU
+        execution = getattr(self._threads, "execution", None)
+        if execution is None:
+            execution = self._threads.execution = _Execution(self._engine, self._new_context(), self.spec, self._logger)
+        outputs = execution.run(feeds)
+        if self._kernels:
+            self._kernels.keep()
+        return outputs
+
+    def _new_context(self) -> Any:
+        context = self._kernels.context() if self._kernels else self._engine.create_execution_context()
+        if context is None:
+            raise EngineFailed(f"stage {self.spec.name}: no execution context: {self._logger.last()} (too little memory on the GPU?)")
+        return context
+
+    def _check_validity(self, content: bytes) -> None:
+        """TensorRT for RTX can say what is wrong with an engine before loading it."""
+        ask = getattr(self._runtime, "get_engine_validity", None)
+        if ask is None:
+            return
+        validity, diagnostics = ask(content)
+        if validity == self._trt.EngineValidity.INVALID:
+            flags = self._trt.EngineInvalidityDiagnostics.__members__.items()
+            reasons = [name for name, flag in flags if int(diagnostics) & int(flag)] or [str(diagnostics)]
+            raise EngineUnavailable(
+                f"{self.key.path}: expected an engine that runs on compute capability {self.key.capability} with this driver, "
+                f"found one that does not ({', '.join(reasons)}); update the driver, or run {self._rebuild} --rebuild"
+            )
+
+    def _check_tensors(self) -> None:
+        """The engine's tensors are the stage's, in types that NumPy has."""
+        found = {}
+        for index in range(self._engine.num_io_tensors):
+            name = self._engine.get_tensor_name(index)
+            kind = self._engine.get_tensor_dtype(name).name
+            if kind not in NUMPY_TYPES:
+                raise EngineFailed(f"stage {self.spec.name}: tensor {name} is {kind}, which NumPy lacks; export it as float32")
+            found[name] = NUMPY_TYPES[kind]
+        expected = {tensor.name: tensor.dtype for tensor in (*self.spec.inputs, *self.spec.outputs)}
+        if found != expected:
+            raise EngineFailed(
+                f"stage {self.spec.name}: expected tensors {expected}, the engine has {found}; run {self._rebuild} --rebuild"
+            )
+
+    def _check_profile(self, feeds: dict[str, np.ndarray]) -> None:
+        for name, (least, _, most) in self.record.profile.items():
+            shape = feeds[name].shape
+            if not all(low <= size <= high for low, size, high in zip(least, shape, most)):
+                raise TensorMismatch(
+                    f"stage {self.spec.name}: expected {name} between {least} and {most}, got {list(shape)}; "
+                    f"more pictures at once take {self._rebuild} --max-batch N --rebuild"
+                )
+
+
+class _Execution:
+    """One thread's context, stream and memory."""
+
+    def __init__(self, engine: Any, context: Any, spec: StageSpec, logger: Any) -> None:
+        self._context = context
+        self._spec = spec
+        self._logger = logger
+        self._stream = Stream()
+        self._types = {tensor.name: np.dtype(tensor.dtype) for tensor in (*spec.inputs, *spec.outputs)}
+        self._buffers = {name: Buffer() for name in self._types}
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._graph: Graph | None = None
+        self._capture = True
+        self._engine = engine  # a context must not outlive its engine
+        self._owned: list[Any] = [*self._buffers.values(), self._stream]
+        weakref.finalize(self, _free, self._owned).atexit = False  # at exit the driver frees
+
+    def run(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        again = self._bind({name: array.shape for name, array in feeds.items()})
+        for name, array in feeds.items():
+            np.copyto(self._host(name), array)
+        if self._graph is None and again and self._capture and self._can_be_captured():
+            self._graph = self._captured()
+        if self._graph is not None:
+            self._graph.launch()
+        else:
+            self._enqueue()
+        self._stream.mark()
+        self._stream.wait()
+        return {tensor.name: self._host(tensor.name).copy() for tensor in self._spec.outputs}
+
+    def _bind(self, shapes: dict[str, tuple[int, ...]]) -> bool:
+        """Set shapes and addresses; True when they are those of the call before."""
+        if all(self._shapes.get(name) == shape for name, shape in shapes.items()):
+            return True
+        self._shapes = {}  # until all is set: an error in between must not leave half of it as known
+        if self._graph is not None:
+            self._owned.remove(self._graph)
+            self._graph.close()
+            self._graph = None
+        for name, shape in shapes.items():
+            if not self._context.set_input_shape(name, shape):
+                raise EngineFailed(f"stage {self._spec.name}: {name} {list(shape)} was refused: {self._logger.last()}")
+        if unknown := self._context.infer_shapes():
+            raise EngineFailed(f"stage {self._spec.name}: the shapes of {', '.join(unknown)} are not known before running")
+        known = shapes | {tensor.name: tuple(self._context.get_tensor_shape(tensor.name)) for tensor in self._spec.outputs}
+        for name, shape in known.items():
+            if self._buffers[name].reserve(self._size(name, shape)):
+                if not self._context.set_tensor_address(name, self._buffers[name].address):
+                    raise EngineFailed(f"stage {self._spec.name}: the memory of {name} was refused: {self._logger.last()}")
+        self._shapes = known
+        return False
+
+    def _enqueue(self) -> None:
+        """Copies in, kernels, copies out, in order on the stream."""
+        for tensor in self._spec.inputs:
+            self._buffers[tensor.name].upload(self._size(tensor.name, self._shapes[tensor.name]), self._stream)
+        if not self._context.execute_async_v3(int(self._stream.handle)):
+            raise EngineFailed(f"stage {self._spec.name} failed: {self._logger.last()}")
+        for tensor in self._spec.outputs:
+            self._buffers[tensor.name].download(self._size(tensor.name, self._shapes[tensor.name]), self._stream)
+
+    def _can_be_captured(self) -> bool:
+        """TensorRT for RTX may still be compiling kernels for these shapes; TensorRT cannot be asked."""
+        ask = getattr(self._context, "is_stream_capturable", None)
+        return True if ask is None else bool(ask(int(self._stream.handle)))
+
+    def _captured(self) -> Graph | None:
+        """The work of `_enqueue` as a graph; None, with a warning, for an engine that has to wait for the host in between."""
+        graph = Graph(self._stream)
+        try:
+            with graph:
+                self._enqueue()
+        except EngineFailed as error:
+            self._capture = False
+            warnings.warn(f"stage {self._spec.name} runs without a CUDA graph, a little slower: {error}", RuntimeWarning, stacklevel=4)
+            return None
+        self._owned.insert(0, graph)  # freed before its stream
+        return graph
+
+    def _host(self, name: str) -> np.ndarray:
+        shape = self._shapes[name]
+        return self._buffers[name].host(shape, self._types[name])
+
+    def _size(self, name: str, shape: tuple[int, ...]) -> int:
+        return int(np.prod(shape, dtype=np.int64)) * self._types[name].itemsize
+
+
+class _KernelCache:
+    """Kernels that TensorRT for RTX compiled on this device, kept beside the engine so that the next start does not compile them again."""
+
+    def __init__(self, path: Path, engine: Any) -> None:
+        self._path = path
+        self._config = engine.create_runtime_config()
+        self._engine = engine
+        self._cache = self._config.create_runtime_cache()
+        with contextlib.suppress(OSError):  # none yet; another driver's is refused by the library, and compiling again is always right
+            self._cache.deserialize(path.read_bytes())
+        self._config.set_runtime_cache(self._cache)
+        self._kept = False
+
+    def context(self) -> Any:
+        self._kept = False
+        return self._engine.create_execution_context(self._config)
+
+    def keep(self) -> None:
+        """Write the cache after a context's first call. Failing to costs a compilation next time, nothing else."""
+        if not self._kept:
+            self._kept = True
+            with contextlib.suppress(OSError):
+                write_whole(self._path, bytes(self._cache.serialize()))
+
+
+def _free(owned: list[Any]) -> None:
+    for thing in owned:
+        thing.close()
+
+
+def _logger(trt: Any) -> Any:
+    class Log(trt.ILogger):  # type: ignore[misc, name-defined]
+        """Keeps the last error, since the library returns None or False and says why here alone."""
+
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self._last = ""
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity <= trt.ILogger.ERROR:
+                self._last = message
+
+        def last(self) -> str:
+            return self._last.strip() or "the library gave no reason"
+
+    return Log()

@@ -1,0 +1,280 @@
+"""Built engines on disk: which one belongs to a graph, a library version and a GPU, and the check of it before it is loaded.
+
+An engine fits one version and one GPU generation; loaded elsewhere it dies with a message that helps nobody. So its file is named by
+graph, engine, version and compute capability, and a sidecar JSON beside it says what it is (nothing is glued into the engine, which
+other tools read too). What does not fit is told as expected, found, and the command that rebuilds it. Whether a build is right
+is not known here: that is agvas-verify's, whose verdict the sidecar keeps.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from engines.cache import cache_folder, graph_hash, locked, write_whole
+from engines.errors import EngineFailed, EngineUnavailable
+from engines.tensorrt_builder import BuildRequest, Profile, build
+
+SIDECAR_VERSION = 1
+FAILED = ".failed"
+
+
+@dataclass(frozen=True)
+class EngineKey:
+    """What an engine belongs to.
+
+    Attributes:
+        stage: the graph's name.
+        graph: `graph_hash` of the graph and its data.
+        engine: "tensorrt" or "tensorrt-rtx".
+        version: of that library.
+        capability: compute capability of the GPU, "8.9".
+    """
+
+    stage: str
+    graph: str
+    engine: str
+    version: str
+    capability: str
+
+    @property
+    def path(self) -> Path:
+        """Where the engine lies; its sidecar is the same with .json."""
+        name = f"{self.stage}-{self.graph[:16]}-{self.engine}-{self.version}-sm{self.capability.replace('.', '')}.engine"
+        return engines_folder() / name
+
+
+@dataclass(frozen=True)
+class EngineRecord:
+    """The sidecar of one engine.
+
+    Attributes:
+        stage, graph, engine, version, capability: its key.
+        bytes, sha256: of the engine file.
+        profile: least, usual and largest shape by input.
+        workspace_mb: limit it was built with.
+        seconds, cpu_seconds, peak_rss_bytes, layers, attention, attention_fused, unfused, int4_layers: see BuildReport.
+        verified: None when it was never run against the reference; else {"passed", "failures", "mask_iou_mean", "mask_iou_min", "flips"}.
+    """
+
+    stage: str
+    graph: str
+    engine: str
+    version: str
+    capability: str
+    bytes: int
+    sha256: str
+    profile: dict[str, list[list[int]]]
+    workspace_mb: int | None
+    seconds: float
+    cpu_seconds: float
+    peak_rss_bytes: int | None
+    layers: int | None
+    attention: int
+    attention_fused: int | None
+    unfused: tuple[str, ...]
+    int4_layers: int | None
+    verified: dict[str, Any] | None = None
+    sidecar_version: int = SIDECAR_VERSION
+
+
+def engines_folder() -> Path:
+    """Where engines lie, of all bundles."""
+    return cache_folder() / "engines"
+
+
+def hash_of(graph: Path) -> str:
+    """`graph_hash` of the files themselves: the .onnx and what lies beside it under the same stem. Reads them whole, once a process."""
+    files = {}
+    for path in sorted(graph.parent.glob(f"{graph.stem}.*")):
+        known = path.stat()
+        files[path.name] = _sha256(path.absolute(), known.st_size, known.st_mtime_ns)
+    return graph_hash(files)
+
+
+def record_of(path: Path) -> EngineRecord:
+    """The sidecar of an engine file.
+
+    Raises:
+        EngineUnavailable: there is none, or it is not readable as one.
+    """
+    sidecar = path.with_suffix(".json")
+    try:
+        fields = json.loads(sidecar.read_text(encoding="utf-8"))
+        if fields["sidecar_version"] != SIDECAR_VERSION:
+            raise ValueError(f"sidecar version {fields['sidecar_version']}, this agvas reads {SIDECAR_VERSION}")
+        return EngineRecord(**{**fields, "unfused": tuple(fields["unfused"])})
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise EngineUnavailable(f"{sidecar}: expected the engine's sidecar, found {type(error).__name__}: {error}") from error
+
+
+def load(key: EngineKey, rebuild: str) -> tuple[bytes, EngineRecord]:
+    """The engine of a key, checked against its sidecar.
+
+    Args:
+        rebuild: the command that makes it, for the message.
+
+    Raises:
+        EngineUnavailable: none was built, it was built for another GPU, version or graph, or its file is not what was built.
+    """
+    path = key.path
+    if not path.is_file():
+        raise EngineUnavailable(f"stage {key.stage}: expected {_what(key)}, found {_found_instead(key)}; run {rebuild}")
+    try:
+        record = record_of(path)
+    except EngineUnavailable as error:
+        raise EngineUnavailable(f"{error}; run {rebuild} --rebuild") from error
+    for field in ("stage", "graph", "engine", "version", "capability"):
+        expected, found = getattr(key, field), getattr(record, field)
+        if expected != found:
+            words = {"capability": "compute capability", "graph": "graph hash"}.get(field, field)
+            raise EngineUnavailable(f"{path}: expected an engine for {words} {expected}, found one for {found}; run {rebuild} --rebuild")
+    size = path.stat().st_size
+    if size != record.bytes:
+        raise EngineUnavailable(f"{path}: expected {record.bytes} bytes, found {size} (cut off?); run {rebuild} --rebuild")
+    content = path.read_bytes()
+    if (found := hashlib.sha256(content).hexdigest()) != record.sha256:
+        raise EngineUnavailable(f"{path}: expected sha256 {record.sha256[:16]}…, found {found[:16]}… (altered); run {rebuild} --rebuild")
+    return content, record
+
+
+def build_into_cache(
+    key: EngineKey,
+    graph: Path,
+    profile: Profile,
+    workspace_mb: int | None = None,
+    *,
+    rebuild: bool = False,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> tuple[EngineRecord, bool]:
+    """Build the engine of a key unless it is there whole, with this profile. Processes that ask for the same one build it once.
+
+    Returns:
+        Its record, and whether it was there already.
+
+    Raises:
+        EngineFailed: it cannot be built, or the disk has no room.
+    """
+    path, shapes = key.path, {name: [list(shape) for shape in given] for name, given in profile.items()}
+    waiting = (lambda: progress("waiting for another process that builds it", 0, 1)) if progress else None
+    try:
+        with locked(path.with_suffix(".lock"), waiting):
+            if not rebuild:
+                try:
+                    _, record = load(key, "")
+                except EngineUnavailable:
+                    pass
+                else:
+                    if record.profile == shapes and record.workspace_mb == workspace_mb:
+                        return record, True
+            _check_disk(graph)
+            return _build(key, graph, profile, shapes, workspace_mb, progress), False
+    except OSError as error:
+        raise EngineFailed(f"{path}: cannot be written ({error}); free some space or set AGVAS_CACHE to another folder") from error
+
+
+def set_verified(path: Path, verdict: dict[str, Any]) -> None:
+    """Note in the sidecar how the engine did against the reference."""
+    record = dataclasses.replace(record_of(path), verified=verdict)
+    write_whole(path.with_suffix(".json"), _json(record))
+
+
+def set_aside(path: Path) -> Path:
+    """Rename an engine that gave wrong results, with its sidecar, so that it is kept for a look and not used. Returns its new name."""
+    aside = path.with_name(path.name + FAILED)
+    sidecar = path.with_suffix(".json")
+    if sidecar.is_file():
+        os.replace(sidecar, aside.with_name(f"{aside.name}.json"))
+    os.replace(path, aside)
+    return aside
+
+
+def _build(
+    key: EngineKey,
+    graph: Path,
+    profile: Profile,
+    shapes: dict[str, list[list[int]]],
+    workspace_mb: int | None,
+    progress: Callable[[str, int, int], None] | None,
+) -> EngineRecord:
+    path = key.path
+    partial = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}.partial")
+    request = BuildRequest(
+        engine=key.engine,
+        graph=str(graph.absolute()),
+        output=str(partial.absolute()),
+        capability=key.capability,
+        profile=profile,
+        workspace_mb=workspace_mb,
+        timing_cache=str((engines_folder() / f"timings-{key.engine}-{key.version}-sm{key.capability.replace('.', '')}").absolute()),
+    )
+    try:
+        report = build(request, path.with_suffix(".log"), progress)
+        digest = hashlib.sha256(partial.read_bytes()).hexdigest()
+        record = EngineRecord(**asdict(key), sha256=digest, profile=shapes, workspace_mb=workspace_mb, **asdict(report))
+        # The old pair goes first: at no moment does a new engine stand beside an old sidecar that would vouch for it.
+        path.with_suffix(".json").unlink(missing_ok=True)
+        os.replace(partial, path)
+        write_whole(path.with_suffix(".json"), _json(record))
+    finally:
+        partial.unlink(missing_ok=True)
+    return record
+
+
+@functools.lru_cache(maxsize=64)
+def _sha256(path: Path, size: int, changed: int) -> str:
+    """Of a file that had this size and was changed then; a memory, since a pipeline may open its stages again and again."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _json(record: EngineRecord) -> bytes:
+    return (json.dumps(asdict(record), indent=2) + "\n").encode()
+
+
+def _check_disk(graph: Path) -> None:
+    """Room for one engine: about as large as its graph, and what the library adds."""
+    needed = int(1.5 * sum(path.stat().st_size for path in graph.parent.glob(f"{graph.stem}.*"))) + (16 << 20)
+    free = shutil.disk_usage(engines_folder()).free
+    if free < needed:
+        raise EngineFailed(
+            f"{engines_folder()}: an engine of {graph.name} takes up to {needed >> 20} MiB and {free >> 20} MiB are free; "
+            "free some space or set AGVAS_CACHE to another folder"
+        )
+
+
+def _what(key: EngineKey) -> str:
+    return f"an engine of {key.engine} {key.version} for compute capability {key.capability}"
+
+
+def _found_instead(key: EngineKey) -> str:
+    """What there is of this stage, nearest first, in words."""
+    records = []
+    for sidecar in sorted(engines_folder().glob(f"{key.stage}-*.json")):
+        try:
+            records.append(record_of(sidecar.with_suffix(".engine")))
+        except EngineUnavailable:
+            continue  # a set aside one's, or not ours
+    ours = [record for record in records if record.graph == key.graph]
+    same = [record for record in ours if (record.engine, record.version) == (key.engine, key.version)]
+    if list(engines_folder().glob(f"{key.path.name}{FAILED}")):
+        return "only one that failed its verification and was set aside"
+    if same:
+        return f"one for compute capability {', '.join(sorted(record.capability for record in same))}"
+    if ours:
+        return ", ".join(sorted({f"one of {record.engine} {record.version} for {record.capability}" for record in ours}))
+    if records:
+        return "only engines of other graphs (another bundle, or the same exported again)"
+    return "none"

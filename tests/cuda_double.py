@@ -1,0 +1,362 @@
+"""A GPU for tests on machines without one: CUDA's runtime and TensorRT's, doubled in host memory, computing with onnxruntime.
+
+The doubles take the names, enumerations and types of the real packages and know no name that those lack, so a call that does not exist
+there does not exist here. Work put on a stream is not done until the host waits for it, as on a GPU: who reads too early reads
+zeros. What the double cannot show is whether a real GPU agrees.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import onnxruntime
+
+Work = Callable[[], None]
+
+
+class CudaDouble:
+    """cuda.bindings.runtime. Enumerations are the real ones; functions are those below and no others.
+
+    Attributes:
+        calls: names of the functions called, in order.
+        copied: bytes copied to and from the device.
+    """
+
+    def __init__(self, real: ModuleType, capability: str | None = "8.9", memory: int = 1 << 30) -> None:
+        self.real = real
+        self.capability = capability
+        self.memory = memory
+        self.calls: list[str] = []
+        self.device: dict[int, Any] = {}
+        self.pinned: dict[int, Any] = {}
+        self.streams: dict[int, list[Work]] = {}
+        self.capturing: dict[int, list[Work] | None] = {}
+        self.graphs: dict[int, list[Work]] = {}
+        self.events: dict[int, tuple[int, int]] = {}
+        self.copied = {"HostToDevice": 0, "DeviceToHost": 0}
+        self.refuse_capture = False
+        self._next = 1000
+        self._lock = threading.RLock()  # the collector may free an engine within a call
+
+    def __getattr__(self, name: str) -> Any:
+        real = getattr(self.real, name)  # AttributeError: no such name in the real package either
+        function = type(self).__dict__.get(f"_{name}")
+        if function is None:
+            if name.startswith("cuda") and callable(real) and not isinstance(real, type):
+                raise AssertionError(f"the double has no {name}; write it before the engine calls it")
+            return real
+
+        def called(*arguments: Any) -> tuple[Any, ...]:
+            self.calls.append(name)
+            with self._lock:
+                returned = function(self, *arguments)
+            error, *values = returned if isinstance(returned, tuple) else (returned,)
+            return (getattr(self.real.cudaError_t, error) if isinstance(error, str) else error, *values)
+
+        return called
+
+    def handle(self) -> int:
+        self._next += 1
+        return self._next
+
+    # Devices
+
+    def _cudaGetDeviceCount(self) -> tuple[str, int]:
+        return ("cudaSuccess", 1) if self.capability else ("cudaErrorNoDevice", 0)
+
+    def _cudaDeviceGetAttribute(self, attribute: Any, device: int) -> tuple[str, int]:
+        assert device == 0 and self.capability
+        major, minor = map(int, self.capability.split("."))
+        wanted = {"cudaDevAttrComputeCapabilityMajor": major, "cudaDevAttrComputeCapabilityMinor": minor}
+        return "cudaSuccess", wanted[attribute.name]
+
+    def _cudaSetDevice(self, device: int) -> str:
+        return "cudaSuccess" if device == 0 else "cudaErrorInvalidDevice"
+
+    def _cudaGetErrorString(self, error: Any) -> tuple[Any, ...]:
+        return self.real.cudaGetErrorString(error)
+
+    # Memory
+
+    def _cudaMalloc(self, size: int) -> tuple[str, int]:
+        if size + sum(map(ctypes.sizeof, self.device.values())) > self.memory:
+            return "cudaErrorMemoryAllocation", 0
+        return "cudaSuccess", self._new(self.device, size)
+
+    def _cudaMallocHost(self, size: int) -> tuple[str, int]:
+        return "cudaSuccess", self._new(self.pinned, size)
+
+    @staticmethod
+    def _new(table: dict[int, Any], size: int) -> int:
+        assert size > 0
+        block = (ctypes.c_ubyte * size)()
+        table[ctypes.addressof(block)] = block
+        return ctypes.addressof(block)
+
+    def _cudaFree(self, address: int) -> str:
+        del self.device[address]
+        return "cudaSuccess"
+
+    def _cudaFreeHost(self, address: int) -> str:
+        del self.pinned[address]
+        return "cudaSuccess"
+
+    def _cudaMemcpyAsync(self, to: int, source: int, size: int, kind: Any, stream: int) -> str:
+        up = kind == self.real.cudaMemcpyKind.cudaMemcpyHostToDevice
+        assert up or kind == self.real.cudaMemcpyKind.cudaMemcpyDeviceToHost
+        targets, sources = (self.device, self.pinned) if up else (self.pinned, self.device)
+        assert size <= ctypes.sizeof(targets[to]) and size <= ctypes.sizeof(sources[source])
+        direction = "HostToDevice" if up else "DeviceToHost"
+
+        def copy() -> None:
+            ctypes.memmove(to, source, size)
+            self.copied[direction] += size
+
+        self.put(stream, copy)
+        return "cudaSuccess"
+
+    # Streams, events, graphs
+
+    def put(self, stream: int, work: Work) -> None:
+        captured = self.capturing.get(stream)
+        (self.streams[stream] if captured is None else captured).append(work)
+
+    def _cudaStreamCreateWithFlags(self, flags: int) -> tuple[str, int]:
+        assert flags == self.real.cudaStreamNonBlocking
+        stream = self.handle()
+        self.streams[stream] = []
+        return "cudaSuccess", stream
+
+    def _cudaStreamDestroy(self, stream: int) -> str:
+        assert not self.streams.pop(stream), "work was left on the stream"
+        return "cudaSuccess"
+
+    def _cudaEventCreateWithFlags(self, flags: int) -> tuple[str, int]:
+        assert flags & self.real.cudaEventBlockingSync
+        return "cudaSuccess", self.handle()
+
+    def _cudaEventDestroy(self, event: int) -> str:
+        self.events.pop(event, None)
+        return "cudaSuccess"
+
+    def _cudaEventRecord(self, event: int, stream: int) -> str:
+        self.events[event] = (stream, len(self.streams[stream]))
+        return "cudaSuccess"
+
+    def _cudaEventSynchronize(self, event: int) -> str:
+        stream, count = self.events[event]
+        queue = self.streams[stream]
+        for work in queue[:count]:
+            work()
+        del queue[:count]
+        return "cudaSuccess"
+
+    def _cudaStreamBeginCapture(self, stream: int, mode: Any) -> str:
+        assert isinstance(mode, self.real.cudaStreamCaptureMode) and self.capturing.get(stream) is None
+        self.capturing[stream] = []
+        return "cudaSuccess"
+
+    def _cudaStreamEndCapture(self, stream: int) -> tuple[str, int]:
+        work = self.capturing[stream]
+        self.capturing[stream] = None
+        if self.refuse_capture:
+            return "cudaErrorStreamCaptureInvalidated", 0
+        assert work is not None
+        graph = self.handle()
+        self.graphs[graph] = work
+        return "cudaSuccess", graph
+
+    def _cudaGraphInstantiate(self, graph: int, flags: int) -> tuple[str, int]:
+        executable = self.handle()
+        self.graphs[executable] = list(self.graphs[graph])
+        return "cudaSuccess", executable
+
+    def _cudaGraphDestroy(self, graph: int) -> str:
+        del self.graphs[graph]
+        return "cudaSuccess"
+
+    def _cudaGraphExecDestroy(self, executable: int) -> str:
+        del self.graphs[executable]
+        return "cudaSuccess"
+
+    def _cudaGraphLaunch(self, executable: int, stream: int) -> str:
+        assert self.capturing.get(stream) is None
+        self.streams[stream] += self.graphs[executable]
+        return "cudaSuccess"
+
+
+class TensorRtDouble:
+    """tensorrt_rtx, or tensorrt where `rtx` is False (whose 10.3 has no validity, runtime configuration or capturability to ask for).
+
+    An engine's content is the path of an .onnx file, which its contexts run with onnxruntime on the doubled device's memory.
+
+    Attributes:
+        contexts: how many were made.
+        validity: what get_engine_validity says: (EngineValidity, flags).
+    """
+
+    def __init__(self, real: ModuleType, cuda: CudaDouble, *, rtx: bool = True, version: str = "1.7.1.116") -> None:
+        self.real = real
+        self.cuda = cuda
+        self.rtx = rtx
+        self.__version__ = version
+        self.contexts = 0
+        self.saved_kernels = b"kernels"
+        self.read_kernels: list[bytes] = []
+        self.validity = (real.EngineValidity.VALID, 0)
+        self.capturable = True
+        self.deserializes = True
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.real, name)
+
+    def Runtime(self, logger: Any) -> Any:
+        return _restricted(_Runtime(self, logger), self.real.Runtime, () if self.rtx else ("get_engine_validity",))
+
+
+class _Restricted:
+    """A double whose public names are all the real class's, less those that a version lacks."""
+
+    def __init__(self, double: Any, without: tuple[str, ...]) -> None:
+        self._double = double
+        self._without = without
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self._without:
+            raise AttributeError(name)
+        return getattr(self._double, name)
+
+
+def _restricted(double: Any, real: type, without: tuple[str, ...] = ()) -> Any:
+    unknown = [name for name in dir(double) if not name.startswith("_") and not hasattr(real, name)]
+    assert not unknown, f"{real.__name__} has no {unknown}"
+    return _Restricted(double, without)
+
+
+class _Runtime:
+    def __init__(self, trt: TensorRtDouble, logger: Any) -> None:
+        self._trt, self._logger = trt, logger
+
+    def get_engine_validity(self, content: bytes) -> tuple[Any, int]:
+        return self._trt.validity
+
+    def deserialize_cuda_engine(self, content: bytes) -> Any:
+        if not self._trt.deserializes:
+            self._logger.log(self._trt.real.ILogger.ERROR, "magicTag is odd")
+            return None
+        without = () if self._trt.rtx else ("create_runtime_config",)
+        return _restricted(_Engine(self._trt, Path(content.decode())), self._trt.real.ICudaEngine, without)
+
+
+class _Engine:
+    def __init__(self, trt: TensorRtDouble, graph: Path) -> None:
+        self._trt = trt
+        self._session = onnxruntime.InferenceSession(str(graph), providers=["CPUExecutionProvider"])
+        self._types = {node.name: node.type for node in (*self._session.get_inputs(), *self._session.get_outputs())}
+
+    @property
+    def num_io_tensors(self) -> int:
+        return len(self._types)
+
+    def get_tensor_name(self, index: int) -> str:
+        return list(self._types)[index]
+
+    def get_tensor_dtype(self, name: str) -> Any:
+        kinds = {"tensor(float)": "FLOAT", "tensor(int64)": "INT64", "tensor(float16)": "HALF", "tensor(bfloat16)": "BF16"}
+        return self._trt.real.DataType.__members__[kinds[self._types[name]]]
+
+    def create_runtime_config(self) -> Any:
+        return _restricted(_RuntimeConfig(self._trt), self._trt.real.IRuntimeConfig)
+
+    def create_execution_context(self, config: Any = None) -> Any:
+        assert (config is not None) is self._trt.rtx
+        self._trt.contexts += 1
+        without = () if self._trt.rtx else ("is_stream_capturable",)
+        return _restricted(_Context(self._trt, self._session), self._trt.real.IExecutionContext, without)
+
+
+class _RuntimeConfig:
+    def __init__(self, trt: TensorRtDouble) -> None:
+        self._trt = trt
+
+    def create_runtime_cache(self) -> Any:
+        return _restricted(_RuntimeCache(self._trt), self._trt.real.IRuntimeCache)
+
+    def set_runtime_cache(self, cache: Any) -> bool:
+        return True
+
+
+class _RuntimeCache:
+    def __init__(self, trt: TensorRtDouble) -> None:
+        self._trt = trt
+
+    def deserialize(self, blob: bytes) -> bool:
+        self._trt.read_kernels.append(blob)
+        return True
+
+    def serialize(self) -> bytes:
+        return self._trt.saved_kernels
+
+
+class _Context:
+    """Belongs to the thread that made it, and holds shapes and addresses as a real one does."""
+
+    def __init__(self, trt: TensorRtDouble, session: Any) -> None:
+        self._trt, self._session = trt, session
+        self._thread = threading.get_ident()
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._outputs: dict[str, tuple[int, ...]] = {}
+        self._addresses: dict[str, int] = {}
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        self._check_thread()
+        assert isinstance(shape, tuple) and all(type(size) is int for size in shape)
+        self._shapes[name] = shape
+        return True
+
+    def infer_shapes(self) -> list[str]:
+        self._check_thread()
+        kinds = {node.name: np.int64 if "int64" in node.type else np.float32 for node in self._session.get_inputs()}
+        zeros = {name: np.zeros(shape, kinds[name]) for name, shape in self._shapes.items()}
+        names = [node.name for node in self._session.get_outputs()]
+        self._outputs = {name: array.shape for name, array in zip(names, self._session.run(names, zeros))}
+        return [name for name in kinds if name not in self._shapes]
+
+    def get_tensor_shape(self, name: str) -> Any:
+        return self._trt.real.Dims(list(self._outputs[name]))
+
+    def set_tensor_address(self, name: str, address: int) -> bool:
+        self._check_thread()
+        assert address in self._trt.cuda.device, "no device memory"
+        self._addresses[name] = address
+        return True
+
+    def is_stream_capturable(self, stream: int) -> bool:
+        return self._trt.capturable
+
+    def execute_async_v3(self, stream: int) -> bool:
+        self._check_thread()
+        cuda = self._trt.cuda
+        inputs = [(node.name, np.int64 if "int64" in node.type else np.float32) for node in self._session.get_inputs()]
+        addresses, shapes, outputs = dict(self._addresses), dict(self._shapes), dict(self._outputs)
+
+        def kernels() -> None:
+            feeds = {name: _at(cuda.device[addresses[name]], shapes[name], kind) for name, kind in inputs}
+            for name, array in zip(outputs, self._session.run(list(outputs), feeds)):
+                _at(cuda.device[addresses[name]], outputs[name], array.dtype)[...] = array
+
+        cuda.put(stream, kernels)
+        return True
+
+    def _check_thread(self) -> None:
+        assert threading.get_ident() == self._thread, "a context was used by two threads"
+
+
+def _at(block: Any, shape: tuple[int, ...], kind: Any) -> np.ndarray:
+    return np.ndarray(shape, kind, memoryview(block)) if int(np.prod(shape)) else np.zeros(shape, kind)

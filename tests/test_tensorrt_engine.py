@@ -1,0 +1,445 @@
+"""The TensorRT runner on a double of the GPU: the chain's numbers, what is bound, captured and kept, and what is refused at loading."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from cuda_double import CudaDouble, TensorRtDouble
+
+from engines import EngineFailed, EngineOptions, EngineUnavailable, TensorMismatch, open_engine, tensorrt_cache
+from engines.tensorrt import TensorRtEngine
+from engines.tensorrt_builder import BuildReport, BuildRequest
+from engines.tensorrt_cache import EngineKey, engines_folder, record_of
+from export.bisect import bisect
+from runtime import Segmenter
+from runtime.bundle import Bundle
+from runtime.cli import build as build_command
+from runtime.cli import verify as verify_command
+from runtime.contract import LANGUAGE, SPAM, STAGES
+from runtime.engine_builds import BuildSettings, build_engines
+
+trt = pytest.importorskip("tensorrt_rtx", reason='its names and types are the double\'s: pip install "agvas[tensorrt-rtx]"')
+cudart = pytest.importorskip("cuda.bindings.runtime", reason='pip install "agvas[cuda]"')
+
+GPU = EngineOptions(device="cuda:0")
+BOTH = pytest.mark.parametrize("gpu", ["tensorrt", "tensorrt-rtx"], indirect=True)
+
+Feeds = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass
+class Gpu:
+    """A machine with a doubled GPU and the library of one engine."""
+
+    engine: str
+    cuda: CudaDouble
+    trt: TensorRtDouble
+    graphs: dict[str, Path]  # another graph to "build" a stage from
+
+    def build(self, bundle: Path, **settings: Any) -> dict[str, Any]:
+        return build_engines(Bundle(bundle), BuildSettings(self.engine, **settings))
+
+    def open(self, bundle: Path, stage: str = "spam") -> TensorRtEngine:
+        engine = open_engine(Bundle(bundle, check_hashes=False).graph(stage), STAGES[stage], self.engine, GPU)
+        assert isinstance(engine, TensorRtEngine)
+        return engine
+
+    def key(self, bundle: Path, stage: str = "spam") -> EngineKey:
+        return EngineKey(stage, Bundle(bundle).graph_hash(stage), self.engine, self.trt.__version__, self.cuda.capability or "")
+
+
+@pytest.fixture
+def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
+    engine = getattr(request, "param", "tensorrt-rtx")
+    cuda = CudaDouble(cudart)
+    double = TensorRtDouble(trt, cuda, rtx=engine == "tensorrt-rtx", version="1.7.1.116" if engine == "tensorrt-rtx" else "10.3.0")
+    machine = Gpu(engine, cuda, double, {})
+
+    def build(request: BuildRequest, log: Path, progress: Any = None) -> BuildReport:
+        graph = machine.graphs.get(Path(request.graph).stem, Path(request.graph))
+        Path(request.output).write_text(str(graph))
+        return BuildReport(1.0, 1.0, len(str(graph)), 1 << 20, 3, 1, 1, (), 0)
+
+    def library(name: str) -> Any:
+        assert name == engine
+        return double
+
+    for module in ("engines.cuda", "engines.tensorrt"):
+        monkeypatch.setattr(f"{module}.runtime", lambda: cuda)
+    for module in ("engines.tensorrt", "engines.tensorrt_library"):
+        monkeypatch.setattr(f"{module}.library", library)
+    monkeypatch.setattr(tensorrt_cache, "build", build)
+    yield machine
+    assert not [stream for stream, work in cuda.streams.items() if work], "work was left on a stream"
+
+
+def spam_feeds(bundle: Path, seed: int = 0, batch: int = 1) -> Feeds:
+    sizes = Bundle(bundle, check_hashes=False).manifest.sizes | {"B": batch}
+    rng = np.random.default_rng(seed)
+    return {
+        tensor.name: rng.normal(size=[axis if isinstance(axis, int) else sizes[axis] for axis in tensor.shape]).astype(np.float32)
+        for tensor in SPAM.inputs
+    }
+
+
+def language_feeds(bundle: Path, tokens: int, past: int, seed: int = 0) -> Feeds:
+    sizes = Bundle(bundle, check_hashes=False).manifest.sizes
+    rng = np.random.default_rng(seed)
+    kept = (sizes["L"], 1, sizes["H"], past, sizes["C"])
+    return {
+        "input_embeddings": rng.normal(size=(1, tokens, sizes["D"])).astype(np.float32),
+        "positions": np.arange(past, past + tokens)[None],
+        "past_keys": rng.normal(size=kept).astype(np.float32),
+        "past_values": rng.normal(size=kept).astype(np.float32),
+        "rows": np.array([tokens - 1]),
+    }
+
+
+def reference(bundle: Path, stage: str, feeds: Feeds) -> Feeds:
+    return open_engine(Bundle(bundle, check_hashes=False).graph(stage), STAGES[stage], "onnxruntime").run(feeds)
+
+
+def assert_equal(ours: Feeds, wanted: Feeds) -> None:
+    assert ours.keys() == wanted.keys()
+    for name in wanted:
+        assert ours[name].dtype == wanted[name].dtype and ours[name].shape == wanted[name].shape
+        np.testing.assert_allclose(ours[name], wanted[name], rtol=1e-5, atol=1e-5, err_msg=name)
+
+
+# Build, verify, run
+
+
+@BOTH
+def test_engines_that_can_run_here_are_verified_after_the_build(gpu: Gpu, tiny_bundle: Path) -> None:
+    report = gpu.build(tiny_bundle)
+    assert report["verified"] is True and report["note"] == "built and verified"
+    for entry in report["engines"]:
+        verified = record_of(Path(entry["path"])).verified
+        assert entry["capability"] == "8.9" and entry["verified"] is True
+        assert verified is not None and verified["passed"] and verified["mask_iou_min"] == 1.0
+
+
+@BOTH
+def test_the_segmenter_gives_the_references_masks_on_them(gpu: Gpu, tiny_bundle: Path) -> None:
+    gpu.build(tiny_bundle)
+    image = Bundle(tiny_bundle).golden()["0.image"]
+    ours, wanted = Segmenter(tiny_bundle, gpu.engine, "cuda:0"), Segmenter(tiny_bundle, "onnxruntime")
+    for _ in range(3):  # plain, captured, replayed
+        np.testing.assert_allclose(ours(image).anomaly_map, wanted(image).anomaly_map, atol=1e-5)
+        assert ours(image).text == wanted(image).text
+
+
+@BOTH
+def test_auto_on_a_gpu_considers_built_engines_and_says_what_is_missing(
+    gpu: Gpu, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def only_this(engine: str) -> Any:
+        if engine != gpu.engine:
+            raise EngineUnavailable(f"engine {engine} is not installed")
+        return gpu.trt
+
+    monkeypatch.setattr("engines.tensorrt.library", only_this)
+    with pytest.raises(
+        EngineUnavailable, match=f"{gpu.engine}/graph: stage pixel_encoder: expected an engine of.*found none; run agvas-build"
+    ):
+        Segmenter(tiny_bundle, device="cuda:0")
+    gpu.build(tiny_bundle)
+    assert Segmenter(tiny_bundle, device="cuda:0").engine == gpu.engine
+
+
+@BOTH
+def test_an_engine_that_gives_other_masks_is_set_aside_and_not_used(gpu: Gpu, tiny_bundle: Path, spoilt: Path) -> None:
+    gpu.graphs["mask_decoder"] = spoilt / "mask_decoder" / "mask_decoder.onnx"
+    report = gpu.build(tiny_bundle)
+    assert report["verified"] is False and "maps differ" in report["note"] and "--bisect" in report["note"]
+    names = sorted(path.name for path in engines_folder().iterdir())
+    assert not [name for name in names if name.endswith(".engine")]
+    aside = [name for name in names if name.endswith(".engine.failed.json")]
+    assert len(aside) == 5 and not json.loads((engines_folder() / aside[0]).read_text())["verified"]["passed"]
+    with pytest.raises(EngineUnavailable, match="found only one that failed its verification and was set aside"):
+        gpu.open(tiny_bundle, "mask_decoder")
+    del gpu.graphs["mask_decoder"]
+    assert gpu.build(tiny_bundle)["verified"] is True
+
+
+def test_a_failed_build_is_exit_code_1_and_a_failed_verification_sets_aside_too(
+    gpu: Gpu, tiny_bundle: Path, spoilt: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--bundle", str(tiny_bundle), "--engine", gpu.engine, "--quiet"]
+    gpu.graphs["mask_decoder"] = spoilt / "mask_decoder" / "mask_decoder.onnx"
+    assert build_command.main(arguments) == 1
+    assert "FAILED    built, but the masks are not the reference's" in capsys.readouterr().out
+    # Built ahead of time elsewhere, with the same fault, and first verified on the device:
+    gpu.cuda.capability = None
+    assert build_command.main([*arguments, "--compute-capability", "8.9"]) == 0
+    gpu.cuda.capability = "8.9"
+    capsys.readouterr()
+    assert verify_command.main([*arguments, "--device", "cuda:0", "--json"]) == 1
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert len(report["set_aside"]) == 5 and all(name.endswith(".failed") for name in report["set_aside"])
+    assert not list(engines_folder().glob("*.engine"))
+
+
+def test_verifying_on_the_device_is_noted_in_the_sidecar(gpu: Gpu, tiny_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    gpu.cuda.capability = None
+    assert gpu.build(tiny_bundle, capabilities=("8.9",))["verified"] is None
+    gpu.cuda.capability = "8.9"
+    assert record_of(gpu.key(tiny_bundle).path).verified is None
+    assert verify_command.main(["--bundle", str(tiny_bundle), "--engine", gpu.engine, "--device", "cuda:0", "--quiet"]) == 0
+    verified = record_of(gpu.key(tiny_bundle).path).verified
+    assert verified is not None and verified["passed"] and verified["flips"] == 0
+
+
+@BOTH
+def test_bisecting_builds_the_graphs_it_takes_apart(gpu: Gpu, tiny_bundle: Path, spoilt: Path) -> None:
+    sealed = Bundle(tiny_bundle)  # the weights on the engine's side are others than the manifest's
+    sealed.folder = spoilt
+    finding, errors = bisect(sealed, gpu.engine, GPU, against=Bundle(tiny_bundle))
+    assert finding is not None and finding.stage == "mask_decoder" and finding.operator in ("MatMul", "Gemm")
+    assert max(error for stage, error in errors.items() if stage != "mask_decoder") < 1e-5
+
+
+@pytest.fixture
+def spoilt(copy_of_bundle: Callable[[], Path]) -> Path:
+    """A bundle whose mask decoder has other weights."""
+    folder = copy_of_bundle()
+    path = folder / "mask_decoder" / "mask_decoder.data"
+    weights = np.fromfile(path, np.float32)
+    (weights + np.random.default_rng(1).normal(0, 0.1, weights.size)).astype(np.float32).tofile(path)
+    return folder
+
+
+# Memory, streams, graphs
+
+
+@BOTH
+def test_memory_is_bound_once_and_grows_when_a_larger_tensor_comes(gpu: Gpu, tiny_bundle: Path) -> None:
+    gpu.build(tiny_bundle, stages=("language",))
+    language = gpu.open(tiny_bundle, "language")
+    gpu.cuda.calls.clear()
+    for tokens, past in ((30, 0), (29, 0), (1, 20), (1, 21), (30, 0)):
+        feeds = language_feeds(tiny_bundle, tokens, past, seed=past)
+        assert_equal(language.run(feeds), reference(tiny_bundle, "language", feeds))
+    first = len([call for call in gpu.cuda.calls if call == "cudaMalloc"])
+    tensors = len(LANGUAGE.inputs) + len(LANGUAGE.outputs)
+    # The past grows twice from its one byte; nothing else does.
+    assert tensors <= first <= tensors + 4 and gpu.cuda.calls.count("cudaMallocHost") == first
+    assert gpu.cuda.calls.count("cudaStreamCreateWithFlags") == 1
+
+
+@BOTH
+def test_the_second_call_with_the_same_shapes_is_captured_and_later_ones_are_one_launch(gpu: Gpu, tiny_bundle: Path) -> None:
+    gpu.build(tiny_bundle, stages=("spam",))
+    spam = gpu.open(tiny_bundle)
+    for seed in range(4):
+        gpu.cuda.calls.clear()
+        feeds = spam_feeds(tiny_bundle, seed)
+        assert_equal(spam.run(feeds), reference(tiny_bundle, "spam", feeds))
+        assert ("cudaStreamBeginCapture" in gpu.cuda.calls) is (seed == 1)
+        assert ("cudaGraphLaunch" in gpu.cuda.calls) is (seed >= 1)
+        if seed >= 2:
+            assert gpu.cuda.calls == ["cudaSetDevice", "cudaGraphLaunch", "cudaEventRecord", "cudaEventSynchronize"]
+
+
+@BOTH
+def test_other_shapes_drop_the_graph_and_the_numbers_stay_right(gpu: Gpu, tiny_bundle: Path) -> None:
+    gpu.build(tiny_bundle, stages=("spam",), max_batch=3)
+    spam = gpu.open(tiny_bundle)
+    for batch in (1, 1, 1, 3, 3, 3, 1, 1):
+        feeds = spam_feeds(tiny_bundle, batch, batch)
+        assert_equal(spam.run(feeds), reference(tiny_bundle, "spam", feeds))
+    assert len(gpu.cuda.graphs) == 1  # the last shapes'
+    del spam
+    assert not gpu.cuda.graphs and not gpu.cuda.device and not gpu.cuda.pinned and not gpu.cuda.streams
+
+
+def test_kernels_still_being_compiled_are_not_captured(gpu: Gpu, tiny_bundle: Path) -> None:
+    gpu.build(tiny_bundle, stages=("spam",))
+    spam, feeds = gpu.open(tiny_bundle), spam_feeds(tiny_bundle)
+    gpu.trt.capturable = False
+    for _ in range(3):
+        spam.run(feeds)
+    assert "cudaStreamBeginCapture" not in gpu.cuda.calls
+    gpu.trt.capturable = True
+    assert_equal(spam.run(feeds), reference(tiny_bundle, "spam", feeds))
+    assert "cudaGraphLaunch" in gpu.cuda.calls
+
+
+@BOTH
+def test_an_engine_that_cannot_be_captured_runs_without_and_says_so_once(gpu: Gpu, tiny_bundle: Path) -> None:
+    gpu.build(tiny_bundle, stages=("spam",))
+    spam, feeds = gpu.open(tiny_bundle), spam_feeds(tiny_bundle)
+    gpu.cuda.refuse_capture = True
+    spam.run(feeds)
+    with pytest.warns(RuntimeWarning, match="stage spam runs without a CUDA graph.*cudaErrorStreamCaptureInvalidated"):
+        ours = spam.run(feeds)
+    assert_equal(ours, reference(tiny_bundle, "spam", feeds))
+    assert_equal(spam.run(feeds), reference(tiny_bundle, "spam", feeds))
+    assert gpu.cuda.calls.count("cudaStreamBeginCapture") == 1
+
+
+@BOTH
+def test_every_thread_has_a_context_of_its_own(gpu: Gpu, tiny_bundle: Path) -> None:
+    gpu.build(tiny_bundle, stages=("language",))
+    language = gpu.open(tiny_bundle, "language")
+    requests = [language_feeds(tiny_bundle, 10 + index, index, index) for index in range(4)]
+    alone = [reference(tiny_bundle, "language", feeds) for feeds in requests]
+    gpu.trt.contexts = 0
+    start, wrong = threading.Barrier(len(requests)), list[str]()
+
+    def work(index: int) -> None:
+        start.wait()
+        try:
+            for _ in range(5):
+                assert_equal(language.run(requests[index]), alone[index])
+        except BaseException as error:
+            wrong.append(f"{index}: {error!r}")
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(len(requests))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong and gpu.trt.contexts == len(requests)
+
+
+@BOTH
+def test_a_result_is_the_callers_own(gpu: Gpu, tiny_bundle: Path) -> None:
+    gpu.build(tiny_bundle, stages=("spam",))
+    spam = gpu.open(tiny_bundle)
+    first = spam.run(spam_feeds(tiny_bundle, 1))["aligned_embeddings"]
+    kept = first.copy()
+    spam.run(spam_feeds(tiny_bundle, 2))
+    np.testing.assert_array_equal(first, kept)
+
+
+def test_kernels_compiled_on_the_device_are_kept_for_the_next_start(gpu: Gpu, tiny_bundle: Path) -> None:
+    gpu.build(tiny_bundle, stages=("spam",))
+    spam = gpu.open(tiny_bundle)
+    assert not gpu.trt.read_kernels and not gpu.key(tiny_bundle).path.with_suffix(".kernels").exists()
+    spam.run(spam_feeds(tiny_bundle))
+    assert gpu.key(tiny_bundle).path.with_suffix(".kernels").read_bytes() == b"kernels"
+    gpu.trt.read_kernels.clear()
+    gpu.open(tiny_bundle).run(spam_feeds(tiny_bundle))
+    assert gpu.trt.read_kernels == [b"kernels"]
+
+
+def test_too_little_memory_on_the_gpu_is_told_in_cudas_words(gpu: Gpu, tiny_bundle: Path) -> None:
+    gpu.build(tiny_bundle, stages=("spam",))
+    spam = gpu.open(tiny_bundle)
+    gpu.cuda.memory = 100
+    with pytest.raises(EngineFailed, match=r"CUDA: out of memory \(cudaErrorMemoryAllocation\)"):
+        spam.run(spam_feeds(tiny_bundle))
+    gpu.cuda.memory = 1 << 30
+    assert_equal(spam.run(spam_feeds(tiny_bundle)), reference(tiny_bundle, "spam", spam_feeds(tiny_bundle)))
+
+
+# What is refused
+
+
+@BOTH
+def test_shapes_outside_the_profile_are_told_with_the_command_that_widens_it(gpu: Gpu, tiny_bundle: Path) -> None:
+    gpu.build(tiny_bundle, stages=("spam",))
+    with pytest.raises(TensorMismatch, match=r"expected semantic_features between \[1, .* got \[3, .*--max-batch N --rebuild"):
+        gpu.open(tiny_bundle).run(spam_feeds(tiny_bundle, batch=3))
+
+
+@BOTH
+@pytest.mark.parametrize("part", ["engine", "sidecar"])
+def test_what_another_gpu_or_version_built_is_named_with_the_command(part: str, gpu: Gpu, tiny_bundle: Path) -> None:
+    gpu.build(tiny_bundle, stages=("spam",))
+    old = gpu.key(tiny_bundle).path
+    gpu.cuda.capability = "8.6"
+    command = f"run agvas-build --bundle {tiny_bundle} --engine {gpu.engine} --device cuda:0"
+    if part == "engine":
+        message = f"for compute capability 8.6, found one for compute capability 8.9; {command}"
+    else:  # copied under the other GPU's name
+        old.rename(gpu.key(tiny_bundle).path)
+        old.with_suffix(".json").rename(gpu.key(tiny_bundle).path.with_suffix(".json"))
+        message = f"expected an engine for compute capability 8.6, found one for 8.9; {command} --rebuild"
+    with pytest.raises(EngineUnavailable) as caught:
+        gpu.open(tiny_bundle)
+    assert message in str(caught.value)
+
+
+@BOTH
+def test_another_version_or_another_bundle_is_told_apart(gpu: Gpu, tiny_bundle: Path, spoilt: Path) -> None:
+    gpu.build(tiny_bundle, stages=("spam", "mask_decoder"))
+    gpu.trt.__version__, before = "99.1.0", gpu.trt.__version__
+    with pytest.raises(
+        EngineUnavailable, match=f"of {gpu.engine} 99.1.0 for .* found one of {gpu.engine} {before} for 8.9; run agvas-build"
+    ):
+        gpu.open(tiny_bundle)
+    with pytest.raises(EngineUnavailable, match="found only engines of other graphs"):
+        gpu.open(spoilt, "mask_decoder")
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda path: path.write_bytes(path.read_bytes()[:-3]), r"expected [0-9]+ bytes, found [0-9]+ \(cut off\?\)"),
+        (lambda path: path.write_bytes(path.read_bytes()[::-1]), r"expected sha256 [0-9a-f]{16}…, found [0-9a-f]{16}… \(altered\)"),
+        (lambda path: path.with_suffix(".json").unlink(), "expected the engine's sidecar, found FileNotFoundError"),
+        (lambda path: path.with_suffix(".json").write_text("{}"), "expected the engine's sidecar, found KeyError"),
+        (lambda path: path.unlink(), "expected an engine of .* found"),
+    ],
+    ids=["truncated", "altered", "no sidecar", "another sidecar", "gone"],
+)
+def test_a_spoilt_engine_is_named_and_never_loaded(spoil: Callable[[Path], Any], message: str, gpu: Gpu, tiny_bundle: Path) -> None:
+    gpu.build(tiny_bundle, stages=("spam",))
+    spoil(gpu.key(tiny_bundle).path)
+    with pytest.raises(EngineUnavailable, match=f"{message}.*run agvas-build --bundle .* --engine {gpu.engine}"):
+        gpu.open(tiny_bundle)
+
+
+def test_an_engine_that_the_library_finds_invalid_is_told_by_its_reasons(gpu: Gpu, tiny_bundle: Path) -> None:
+    gpu.build(tiny_bundle, stages=("spam",))
+    reasons = trt.EngineInvalidityDiagnostics
+    gpu.trt.validity = (trt.EngineValidity.INVALID, int(reasons.OLD_CUDA_DRIVER) | int(reasons.UNSUPPORTED_CC))
+    with pytest.raises(EngineUnavailable, match=r"does not \(UNSUPPORTED_CC, OLD_CUDA_DRIVER\); update the driver, or run agvas-build"):
+        gpu.open(tiny_bundle)
+
+
+@BOTH
+def test_an_engine_that_does_not_load_is_told_with_the_librarys_last_error(gpu: Gpu, tiny_bundle: Path) -> None:
+    gpu.build(tiny_bundle, stages=("spam",))
+    gpu.trt.deserializes = False
+    with pytest.raises(EngineFailed, match="cannot load it: magicTag is odd; run agvas-build .* --rebuild"):
+        gpu.open(tiny_bundle)
+
+
+@BOTH
+def test_a_precision_of_another_engine_is_refused(gpu: Gpu, tiny_bundle: Path) -> None:
+    with pytest.raises(EngineUnavailable, match="computes what the graph states, not bf16; use precision graph"):
+        open_engine(Bundle(tiny_bundle).graph("spam"), SPAM, gpu.engine, EngineOptions("cuda:0", inference_precision="bf16"))
+
+
+@pytest.mark.parametrize("capability", [None, "8.9"])
+def test_a_device_that_is_not_there_is_told(capability: str | None, gpu: Gpu, tiny_bundle: Path) -> None:
+    gpu.cuda.capability = capability
+    message = "no CUDA GPU here .*; check the driver" if capability is None else "expected cuda:0 to cuda:0"
+    with pytest.raises(EngineUnavailable, match=f"device cuda:3: {message}"):
+        open_engine(Bundle(tiny_bundle).graph("spam"), SPAM, gpu.engine, EngineOptions("cuda:3"))
+
+
+def test_tensorrt_builds_for_the_gpu_here_alone(gpu: Gpu, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engines.tensorrt_library.library", lambda name: gpu.trt)
+    with pytest.raises(EngineUnavailable, match=r"expected 8.9 \(the one here\), got 8.6; build on that device"):
+        build_engines(Bundle(tiny_bundle), BuildSettings("tensorrt", ("8.6",)))
+
+
+def test_the_double_knows_no_name_that_the_real_packages_lack(gpu: Gpu) -> None:
+    for name in dir(CudaDouble):
+        assert not name.startswith("_cuda") or hasattr(cudart, name[1:]), name
+    with pytest.raises(AttributeError):
+        gpu.cuda.cudaDoSomethingElse  # noqa: B018
+    with pytest.raises(AssertionError, match="the double has no cudaMemset"):
+        gpu.cuda.cudaMemset  # noqa: B018
