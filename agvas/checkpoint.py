@@ -1,25 +1,38 @@
-"""Load and save AG-VAS checkpoints: a folder with config.json, model.safetensors and tokenizer.json.
+"""Load and save AG-VAS checkpoints: a folder with config.json, tokenizer.json and weights.
 
-No pickle anywhere. Loading is strict: a missing, unexpected or wrong-shaped tensor is named. Weights are stored in the dtype the
-model has; nano's are 16 bit to keep the package small and are computed with in fp32.
+The weights are model.safetensors, or its shards with an index, or parts.json, which points at a published base, a pixel encoder and what
+was trained (parts.py). No code of a file is run. Loading is strict: a missing, unexpected or wrong-shaped tensor is named. Weights are
+saved in the dtype the model has; nano's are 16 bit to keep the package small and are computed with in fp32.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
+from transformers.models.dinov3_vit.modeling_dinov3_vit import DINOv3ViTRopePositionEmbedding
 
 from agvas.config import AGVASConfig
+from agvas.layouts import beyond
+from agvas.lora import CONFIG as ADAPTER_CONFIG
 from agvas.model import AGVAS
-from agvas.weights import LazyTensors, safetensors_file
+from agvas.parts import FILE as PARTS_FILE
+from agvas.parts import TRAINED_FILE, Gathered, Parts, gather, model_type
+from agvas.weights import LazyTensor, LazyTensors, index_of, safetensors_folder
 
 NANO = Path(__file__).parent / "nano"
-FILES = ("config.json", "model.safetensors", "tokenizer.json")
+WEIGHTS = "model.safetensors"
+TOWER = "semantic_encoder.encoder.layers."
+EMBEDDINGS, HEAD = "language.model.embed_tokens.weight", "language.lm_head.weight"
+FILES = ("config.json", WEIGHTS, "tokenizer.json")
+SUFFIXES = (".json", ".safetensors", ".bin", ".pt", ".pth")
+INDEX = f"{WEIGHTS}.index.json"
+LISTED = 12  # of what does not fit, so that the list stays readable
 
 
 class CheckpointError(ValueError):
@@ -30,14 +43,45 @@ def checkpoint_folder(checkpoint: str | Path) -> Path:
     """The folder of a checkpoint given as "nano" or as a path, once all its files are seen to be there.
 
     Raises:
-        CheckpointError: names what is missing and where.
+        CheckpointError: names what is missing and where, and how to import what is a checkpoint of another kind.
     """
     folder = NANO if str(checkpoint) == "nano" else Path(checkpoint)
     if not folder.is_dir():
         raise CheckpointError(f"checkpoint {checkpoint} is not a folder; give nano or a folder with {', '.join(FILES)}")
-    if missing := [name for name in FILES if not (folder / name).is_file()]:
-        raise CheckpointError(f"checkpoint {folder} lacks {', '.join(missing)}; it needs {', '.join(FILES)}")
+    if (kind := model_type(folder)) is not None:
+        raise CheckpointError(
+            f"checkpoint {folder} is a {kind} of Hugging Face; put the parts together first: "
+            f"agvas-import --base {folder} --pixel-encoder FILE --trained FOLDER --output CHECKPOINT"
+        )
+    stored = next((name for name in (WEIGHTS, INDEX, PARTS_FILE) if (folder / name).is_file()), WEIGHTS)
+    if missing := [name for name in ("config.json", stored, "tokenizer.json") if not (folder / name).is_file()]:
+        remedy = f"it needs {', '.join(FILES)}"
+        if stored in missing and any((folder / name).is_file() for name in (TRAINED_FILE, ADAPTER_CONFIG, "latest")):
+            remedy += f"; it is what a training left: agvas-import --base FOLDER --trained {folder} --output CHECKPOINT"
+        raise CheckpointError(f"checkpoint {folder} lacks {', '.join(missing)}; {remedy}")
     return folder
+
+
+def weight_files(checkpoint: str | Path) -> list[Path]:
+    """The files that make a checkpoint's weights what they are: model.safetensors, or its shards, or parts.json and what it names.
+
+    Raises:
+        CheckpointError: see checkpoint_folder.
+    """
+    folder = checkpoint_folder(checkpoint)
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    try:
+        if (folder / INDEX).is_file():
+            return [folder / INDEX, *(folder / shard for shard in sorted(set(index_of(folder / INDEX).values())))]
+        parts = Parts.read(folder / PARTS_FILE)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
+    files = [folder / PARTS_FILE]
+    for given in (parts.base, parts.pixel_encoder, *parts.trained):
+        path = folder / given if given is not None else folder / PARTS_FILE
+        files += sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES) if path.is_dir() else [path]
+    return list(dict.fromkeys(files))
 
 
 @dataclass(frozen=True)
@@ -63,7 +107,35 @@ def open_checkpoint(checkpoint: str | Path = "nano") -> OpenedCheckpoint:
     """Read everything of a checkpoint but its tensors' values.
 
     Raises:
-        CheckpointError: missing files, a config or tokenizer that is none, tensors missing, unexpected or of another shape.
+        CheckpointError: missing files or parts, a config or tokenizer that is none, tensors missing, unexpected or of another shape.
+    """
+    examined = examine(checkpoint)
+    if problems := examined.problems:
+        listed = "; ".join(problems[:LISTED]) + (f"; and {len(problems) - LISTED} more" if len(problems) > LISTED else "")
+        raise CheckpointError(f"{examined.weights} does not fit its config.json: {listed}")
+    return examined.opened
+
+
+@dataclass(frozen=True)
+class Examined:
+    """A checkpoint as it is found, whether it fits or not.
+
+    Attributes:
+        weights: the file that holds the weights or says where they are.
+        problems: every tensor that is missing, unexpected or of another shape, in words.
+    """
+
+    opened: OpenedCheckpoint
+    weights: Path
+    gathered: Gathered
+    problems: list[str]
+
+
+def examine(checkpoint: str | Path) -> Examined:
+    """Read everything but the tensors' values, and list what does not fit.
+
+    Raises:
+        CheckpointError: missing or damaged files or parts, a config or tokenizer that is none.
     """
     folder = checkpoint_folder(checkpoint)
     try:
@@ -74,14 +146,41 @@ def open_checkpoint(checkpoint: str | Path = "nano") -> OpenedCheckpoint:
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     except Exception as error:  # the library raises nothing narrower
         raise CheckpointError(f"{folder / 'tokenizer.json'} cannot be read: {error}; copy the file again") from error
+    where, gathered = folder / WEIGHTS, Gathered()
     try:
-        tensors = safetensors_file(folder / "model.safetensors")
-    except ValueError as error:
+        if (folder / PARTS_FILE).is_file() and not (folder / WEIGHTS).is_file() and not (folder / INDEX).is_file():
+            where = folder / PARTS_FILE
+            gathered = gather(folder, Parts.read(where))
+        else:
+            gathered.tensors = safetensors_folder(folder, WEIGHTS)
+    except (ValueError, OSError) as error:
         raise CheckpointError(str(error)) from error
+    tensors = computed_with(config, gathered)
     opened = OpenedCheckpoint(folder, config, tokenizer, tensors)
-    expected = {name: tuple(tensor.shape) for name, tensor in opened.skeleton().state_dict().items()}
-    _compare(folder, expected, {name: tensor.shape for name, tensor in tensors.items()})
-    return opened
+    return Examined(opened, where, gathered, sorted(gathered.problems + misfits(opened.skeleton(), tensors)))
+
+
+def computed_with(config: AGVASConfig, gathered: Gathered) -> dict[str, LazyTensor]:
+    """What of the tensors a model of this config has: of a published tower no layers behind the last that is computed, and a tied head."""
+    layers = beyond(gathered.tensors, TOWER, config.semantic.layers) if gathered.published else set()
+    kept = {name: tensor for name, tensor in gathered.tensors.items() if name not in layers}
+    if config.language.tied_head and EMBEDDINGS in kept:
+        kept.setdefault(HEAD, kept[EMBEDDINGS])
+    return kept
+
+
+def misfits(skeleton: AGVAS, tensors: Mapping[str, LazyTensor]) -> list[str]:
+    """What tensors lack, have too much, or have in another shape than the model, each in words."""
+    expected = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
+    problems = [f"missing {name} {list(expected[name])}{_remedy(name)}" for name in expected.keys() - tensors.keys()]
+    problems += [f"unexpected {name} {list(tensors[name].shape)}" for name in tensors.keys() - expected.keys()]
+    for name in expected.keys() & tensors.keys():
+        if (found := tensors[name].shape) != expected[name]:
+            problems.append(f"{name} is {list(found)}, expected {list(expected[name])}{_remedy(name, found)}")
+    tokens = max(skeleton.tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+    if tokens > (rows := skeleton.config.language.vocabulary):
+        problems.append(f"tokenizer.json has ids up to {tokens - 1}, the vocabulary {rows} rows (give the tokenizer of these weights)")
+    return problems
 
 
 def load(checkpoint: str | Path = "nano", dtype: torch.dtype = torch.float32) -> AGVAS:
@@ -92,8 +191,12 @@ def load(checkpoint: str | Path = "nano", dtype: torch.dtype = torch.float32) ->
     """
     opened = open_checkpoint(checkpoint)
     model = opened.skeleton()
-    model.load_state_dict({name: tensor.read().to(dtype) for name, tensor in opened.tensors.items()}, assign=True)
-    _fill_buffers(model)
+    tied = {HEAD} if opened.config.language.tied_head else set()
+    state = {name: tensor.read().to(dtype) for name, tensor in opened.tensors.items() if name not in tied}
+    model.load_state_dict(state, assign=True, strict=not tied)  # open_checkpoint has compared every name
+    if tied:
+        model.language.tie_weights()
+    fill_buffers(model)
     return model
 
 
@@ -102,6 +205,8 @@ def save(model: AGVAS, folder: str | Path, dtype: torch.dtype | None = None) -> 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     state = {name: tensor.detach().to(dtype or tensor.dtype).contiguous() for name, tensor in model.state_dict().items()}
+    if model.config.language.tied_head:
+        del state[HEAD]  # the embeddings, which the file has once
     partial = {name: folder / f"{name}.partial" for name in FILES}
     partial["config.json"].write_text(model.config.to_json())
     save_file(state, partial["model.safetensors"], metadata={"format": "pt"})
@@ -110,24 +215,22 @@ def save(model: AGVAS, folder: str | Path, dtype: torch.dtype | None = None) -> 
         os.replace(path, folder / name)
 
 
-def _compare(folder: Path, expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]) -> None:
-    problems = [f"missing {name} {list(expected[name])}" for name in expected.keys() - found.keys()]
-    problems += [f"unexpected {name} {list(found[name])}" for name in found.keys() - expected.keys()]
-    problems += [
-        f"{name} is {list(found[name])}, expected {list(expected[name])}"
-        for name in expected.keys() & found.keys()
-        if expected[name] != found[name]
-    ]
-    if problems:
-        listed = "; ".join(sorted(problems)[:12]) + (f"; and {len(problems) - 12} more" if len(problems) > 12 else "")
-        raise CheckpointError(f"{folder / 'model.safetensors'} does not fit its config.json: {listed}")
+def _remedy(name: str, found: tuple[int, ...] | None = None) -> str:
+    if name in (EMBEDDINGS, HEAD) and found is not None:
+        return " (embeddings and head were resized to different vocabularies: give both as they were trained)"
+    if found is None and name.startswith(("spam.", "mask_decoder.")):
+        return " (it was trained: is the trained part whole, and given?)"
+    return ""
 
 
-def _fill_buffers(model: AGVAS) -> None:
+def fill_buffers(model: AGVAS) -> None:
     """Buffers that no checkpoint holds (rotary frequencies, position ids) were made on the meta device: make them again."""
     rotary = model.language.model.rotary_emb
     frequencies, rotary.attention_scaling = rotary.compute_default_rope_parameters(rotary.config)
     rotary.inv_freq = frequencies
     rotary.original_inv_freq = frequencies.clone()
-    positions = model.semantic_encoder.embeddings
-    positions.position_ids = torch.arange(positions.num_positions).unsqueeze(0)
+    for module in model.modules():
+        if isinstance(getattr(module, "position_ids", None), torch.Tensor):
+            module.position_ids = torch.arange(module.num_positions).unsqueeze(0)
+        if isinstance(module, DINOv3ViTRopePositionEmbedding):
+            module.inv_freq = 1 / module.base ** torch.arange(0, 1, 4 / module.head_dim, dtype=torch.float32)

@@ -26,13 +26,22 @@ INSTRUCTIONS = {
     "segment-then-explain": "Please segment the anomalies in this image and explain the result.",
 }
 
+PIXEL_KINDS = ("sam", "clip", "siglip", "dinov2", "dinov3")
+SEMANTIC_KINDS = ("siglip", "clip")
+LANGUAGE_KINDS = ("qwen2", "llama")
+
 
 @dataclass(frozen=True)
 class PixelEncoderConfig:
     """SAM's ViT (Kirillov et al. 2023): windowed attention with relative positions, global in `global_layers`, neck to `output_width`.
 
     Attributes:
+        mlp_width: of a gated DINOv2 before its gate takes a third of it (width times mlp_ratio).
+        window, global_layers: of SAM alone; the other kinds attend globally.
         stem: "linear", SAM's patch embedding, or "convolutional" (agvas/stem.py).
+        kind: "sam", or another ViT behind a neck of its own (the paper's table 7, agvas/vision_transformer.py).
+        registers: DINOv3's tokens that stand for no patch.
+        gated: whether a DINO's MLPs are gated (DINOv2 ViT-G, DINOv3 ViT-H+).
     """
 
     image_size: int
@@ -45,10 +54,15 @@ class PixelEncoderConfig:
     global_layers: tuple[int, ...]
     output_width: int = 256
     stem: str = "linear"
+    kind: str = "sam"
+    registers: int = 0
+    gated: bool = False
 
     def __post_init__(self) -> None:
-        if self.stem not in ("linear", "convolutional"):
-            raise ValueError(f'stem: expected "linear" or "convolutional", got {self.stem!r}')
+        _one_of("pixel.kind", self.kind, PIXEL_KINDS)
+        if self.kind != "sam" and self.stem != "linear":
+            raise ValueError(f"stem: expected \"linear\" with pixel.kind {self.kind!r}, got {self.stem!r}")
+        _one_of("stem", self.stem, ("linear", "convolutional"))
 
     @property
     def grid(self) -> int:
@@ -58,7 +72,12 @@ class PixelEncoderConfig:
 
 @dataclass(frozen=True)
 class SemanticEncoderConfig:
-    """SigLIP's ViT without its head: features are the last layer's, before the final norm (LLaVA-OneVision)."""
+    """A ViT without its head: features are the output of layer `layers`, before any final norm.
+
+    Attributes:
+        layers: as many as are computed: all 26 of LLaVA-OneVision's tower, 23 of the 24 of LLaVA 1.5's (vision_feature_layer -2).
+        kind: "siglip" (LLaVA-OneVision), or "clip" (LLaVA 1.5), whose class token is computed with and then left out.
+    """
 
     image_size: int
     patch_size: int
@@ -66,6 +85,10 @@ class SemanticEncoderConfig:
     layers: int
     heads: int
     mlp_width: int
+    kind: str = "siglip"
+
+    def __post_init__(self) -> None:
+        _one_of("semantic.kind", self.kind, SEMANTIC_KINDS)
 
     @property
     def tokens(self) -> int:
@@ -74,7 +97,12 @@ class SemanticEncoderConfig:
 
 @dataclass(frozen=True)
 class LanguageConfig:
-    """Qwen2."""
+    """Qwen2, or Llama (LLaVA 1.5's Vicuna), which has no biases and is the same otherwise.
+
+    Attributes:
+        vocabulary: rows of the embedding table and of the head; more than the tokenizer has tokens where it was padded.
+        tied_head: the head is the embedding table (LLaVA-OneVision 0.5B).
+    """
 
     vocabulary: int
     width: int
@@ -86,6 +114,10 @@ class LanguageConfig:
     norm_epsilon: float = 1e-6
     max_positions: int = 32768
     tied_head: bool = False
+    kind: str = "qwen2"
+
+    def __post_init__(self) -> None:
+        _one_of("language.kind", self.kind, LANGUAGE_KINDS)
 
 
 @dataclass(frozen=True)
@@ -151,6 +183,11 @@ class AGVASConfig:
             raise ValueError(f"config.json does not describe an AG-VAS: {error}") from error
 
 
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {value!r}")
+
+
 def _build(kind: type, fields: dict[str, Any]) -> Any:
     return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()})
 
@@ -169,6 +206,25 @@ def _prompts(**changes: Any) -> Prompts:
         "max_new_tokens": 64,
     }
     return Prompts(**(defaults | changes))
+
+
+def published_prompts(kind: str) -> Prompts:
+    """The conversation of a published base by its language model: LLaVA-OneVision's on Qwen2, LLaVA 1.5's (Vicuna's) on Llama."""
+    if kind == "llama":
+        return _prompts(
+            prefix="<s>A chat between a curious human and an artificial intelligence assistant. "
+            "The assistant gives helpful, detailed, and polite answers to the human's questions. USER: ",
+            suffix="\n{instruction} ASSISTANT:",
+            end="</s>",
+            instructions=INSTRUCTIONS,
+            max_new_tokens=512,
+        )
+    return _prompts(
+        prefix="<|im_start|>user ",
+        suffix="\n{instruction}<|im_end|><|im_start|>assistant\n",
+        instructions=INSTRUCTIONS,
+        max_new_tokens=512,
+    )
 
 
 def _preprocessing(pixel_size: int, semantic_size: int) -> Preprocessing:
@@ -193,12 +249,7 @@ def ov_7b() -> AGVASConfig:
         spam=SPAMConfig(width=256, heads=8),
         mask_decoder=MaskDecoderConfig(layers=2, heads=8, mlp_width=2048),
         preprocessing=_preprocessing(1024, 384),
-        prompts=_prompts(
-            prefix="<|im_start|>user ",
-            suffix="\n{instruction}<|im_end|><|im_start|>assistant\n",
-            instructions=INSTRUCTIONS,
-            max_new_tokens=512,
-        ),
+        prompts=published_prompts("qwen2"),
     )
 
 

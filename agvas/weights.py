@@ -57,6 +57,12 @@ class LazyTensor:
     def bytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
+    def rows(self, first: int, end: int) -> LazyTensor:
+        """Its rows `first` to `end`, whose bytes lie side by side."""
+        row = self.bytes // self.shape[0]
+        span = None if self.span is None else Span(self.span.file, self.span.offset + first * row, (end - first) * row)
+        return LazyTensor((end - first, *self.shape[1:]), self.dtype, lambda: self.read()[first:end].clone(), span)
+
 
 LazyTensors = Mapping[str, LazyTensor]
 
@@ -88,6 +94,52 @@ def safetensors_file(path: Path) -> dict[str, LazyTensor]:
             tuple(entry["shape"]), DTYPES[entry["dtype"]], _reader(path, name), Span(path, start + first, end - first)
         )
     return tensors
+
+
+def safetensors_folder(folder: Path, name: str = "model.safetensors") -> dict[str, LazyTensor]:
+    """The tensors of `folder`/`name`, or of the shards that `name`.index.json lists, as Hugging Face's libraries write them.
+
+    Raises:
+        ValueError: neither file, an index that is none, a shard missing, or shards that do not hold what the index says.
+    """
+    if (folder / name).is_file():
+        return safetensors_file(folder / name)
+    index = folder / f"{name}.index.json"
+    places = index_of(index)
+    tensors: dict[str, LazyTensor] = {}
+    for shard in sorted(set(places.values())):
+        tensors |= safetensors_file(shard_of(index, shard))
+    check_index(index, places, tensors)
+    return tensors
+
+
+def index_of(index: Path) -> dict[str, str]:
+    """Which shard each tensor lies in, as an index says. ValueError where the file is none."""
+    try:
+        places = json.loads(index.read_text())["weight_map"]
+        if not all(isinstance(shard, str) for shard in places.values()):
+            raise ValueError("weight_map does not map names to files")
+    except OSError as error:
+        raise ValueError(f"{index.parent} has neither {index.name.removesuffix('.index.json')} nor {index.name}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index} cannot be read: {error!r}; copy the file again") from error
+    return dict(places)
+
+
+def shard_of(index: Path, shard: str) -> Path:
+    """A shard's path. ValueError where it is missing, or lies outside the folder."""
+    if Path(shard).name != shard:
+        raise ValueError(f"{index} names {shard!r}, expected a file beside it; do not use this checkpoint")
+    if not (index.parent / shard).is_file():
+        raise ValueError(f"{index.parent} lacks {shard}, which {index.name} names; copy every shard")
+    return index.parent / shard
+
+
+def check_index(index: Path, places: Mapping[str, str], tensors: Mapping[str, LazyTensor]) -> None:
+    """Refuse shards that hold other tensors than their index says."""
+    if differing := sorted(places.keys() ^ tensors.keys()):
+        listed = ", ".join(differing[:5]) + (f" and {len(differing) - 5} more" if len(differing) > 5 else "")
+        raise ValueError(f"{index} and its shards do not belong together: {listed} in one and not in the other; copy all files again")
 
 
 def _reader(path: Path, name: str) -> Callable[[], Tensor]:

@@ -7,6 +7,7 @@ a command's help. Nothing falls back: a setting that the source does not have is
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -182,7 +183,7 @@ def _bundle_predictor(source: Source, question: Question) -> Predictor:
 
 def _checkpoint_predictor(source: Source, question: Question) -> Predictor:
     import agvas
-    from agvas.checkpoint import checkpoint_folder
+    from agvas.checkpoint import checkpoint_folder, weight_files
     from runtime.bundle import sha256_of
     from runtime.images import read_image
 
@@ -203,10 +204,11 @@ def _checkpoint_predictor(source: Source, question: Question) -> Predictor:
         return _prediction(model.segment(read_image(item.image), question.text(item.category, defaults), question.mode))
 
     folder = checkpoint_folder(source.checkpoint or "")
+    hashes = [sha256_of(file) for file in weight_files(folder)]  # of one in shards or parts, the sha256 of theirs in a row
     judged = {
         "kind": "checkpoint",
         "name": folder.resolve().name,
-        "weights_sha256": sha256_of(folder / "model.safetensors"),
+        "weights_sha256": hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest(),
         "model": model.config.name,
         "engine": "torch",
         "inference_precision": str(next(model.parameters()).dtype).removeprefix("torch."),

@@ -13,11 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from calibration.weights import QuantizedWeight
+from agvas.weights import LazyTensor
+from calibration.weights import LazyQuantizedWeight, QuantizedWeight
 
 # Where in 0..1 of the range that clips nothing the scale search looks, in steps of 1/80. Below 0.45 nothing was ever chosen.
 SHRINKS = tuple(step / 80 for step in range(80, 35, -1))
 MOST_DAMPING = 10.0
+ROUNDED_AT_ONCE = 1 << 24  # weights
 LEAST_SCALE, MOST_SCALE = 2.0**-24, 65504.0  # float16
 
 
@@ -168,6 +170,28 @@ def round_to_nearest(weight: Tensor, settings: GPTQSettings) -> QuantizedWeight:
     group = settings.group_of(weight.shape[1])
     scales = _rounded(_clipping_nothing(weight.float(), group, settings.bits))
     return _quantized(_codes(weight.float(), scales, settings.bits, group), scales, settings.bits, group)
+
+
+def rounded_to_nearest(tensor: LazyTensor, settings: GPTQSettings, name: str = "weight") -> LazyQuantizedWeight:
+    """`round_to_nearest` of a weight that is not in memory yet; some rows at a time, which round independently of one another.
+
+    Args:
+        tensor: float [N, K].
+
+    Raises:
+        ValueError: a group that does not divide K, and when it is read, values that are not finite.
+    """
+    outputs, inputs = tensor.shape
+    group = settings.group_of(inputs, name)
+    rows = max(1, ROUNDED_AT_ONCE // inputs)
+
+    def make() -> QuantizedWeight:
+        weight = tensor.read()
+        parts = [round_to_nearest(weight[first : first + rows], settings) for first in range(0, outputs, rows)]
+        codes, scales = np.concatenate([part.codes for part in parts]), np.concatenate([part.scales for part in parts])
+        return QuantizedWeight(codes, scales, settings.bits, group)
+
+    return LazyQuantizedWeight((outputs, inputs), settings.bits, group, make)
 
 
 def search_scales(weight: Tensor, importance: Tensor, settings: GPTQSettings) -> Tensor:

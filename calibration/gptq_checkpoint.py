@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from agvas.model import AGVAS
+from agvas.weights import LazyTensors
 from calibration.truth import linear_of
-from calibration.weights import QuantizedWeight
+from calibration.weights import LazyQuantizedWeight, QuantizedWeight
 
 FORMATS = {"gptq": 1, "gptq_v2": 0}  # what was taken from a zero point before it was stored
 CONFIGS = ("config.json", "quantize_config.json", "quant_config.json")
@@ -172,9 +173,39 @@ def read_gptq_checkpoint(folder: str | Path, model: AGVAS | None = None) -> dict
     Raises:
         GPTQCheckpointError: missing, damaged, of another method or kind (see `layer_weight`), or not a quantisation of the model.
     """
-    folder = Path(folder)
+    weights = {name: make() for name, make in _readers(Path(folder)).items()}
+    if model is not None:
+        check_belongs(model, weights)
+    return weights
+
+
+def open_gptq_checkpoint(folder: str | Path, tensors: LazyTensors) -> dict[str, LazyQuantizedWeight]:
+    """As `read_gptq_checkpoint`, each layer to be read when asked for; every one is read once to be checked, and let go.
+
+    Args:
+        tensors: of the opened checkpoint that it shall be used with.
+
+    Raises:
+        GPTQCheckpointError: as `read_gptq_checkpoint`.
+    """
+    weights = {}
+    for name, make in _readers(Path(folder)).items():
+        quantized = make()
+        if f"{name}.weight" not in tensors:
+            raise GPTQCheckpointError(f"{name}: expected a linear layer of the model, got none of that name; quantise this checkpoint")
+        _check_layer(name, tensors[f"{name}.weight"].read(), quantized)
+        weights[name] = LazyQuantizedWeight(quantized.shape, quantized.bits, quantized.group, make)
+    return weights
+
+
+def _readers(folder: Path) -> dict[str, Callable[[], QuantizedWeight]]:
+    """What reads each layer of a GPTQ checkpoint."""
     version = _version(folder)
-    weights: dict[str, QuantizedWeight] = {}
+    readers: dict[str, Callable[[], QuantizedWeight]] = {}
+
+    def reader(name: str, stem: str, files: Mapping[str, Path]) -> Callable[[], QuantizedWeight]:
+        return lambda: layer_weight(name, {part: _tensor(path, f"{stem}.{part}") for part, path in files.items()}, version)
+
     for stem, files in sorted(_layers(folder).items()):
         name = _name(stem)
         if name is None:
@@ -182,32 +213,35 @@ def read_gptq_checkpoint(folder: str | Path, model: AGVAS | None = None) -> dict
                 f"{folder}: expected quantised linears of the language model's decoder layers alone, got {stem}; "
                 "quantise those only (a head in integers is not supported)"
             )
-        if name in weights:
+        if name in readers:
             raise GPTQCheckpointError(f"{folder}: expected one layer {name}, got several, {stem} among them; give the language model's")
-        weights[name] = layer_weight(name, {part: _tensor(path, f"{stem}.{part}") for part, path in files.items()}, version)
-    if not weights:
+        readers[name] = reader(name, stem, files)
+    if not readers:
         raise GPTQCheckpointError(f"{folder}: expected quantised linears (…qweight), got none; give a checkpoint made by GPTQ")
-    if model is not None:
-        check_belongs(model, weights)
-    return weights
+    return readers
 
 
 def check_belongs(model: AGVAS, weights: Mapping[str, QuantizedWeight]) -> None:
     """Raises GPTQCheckpointError unless the weights are this model's, a little changed by rounding: its layers, shapes and values."""
     for name, quantized in weights.items():
         try:
-            weight = linear_of(model, name).weight.detach().float().cpu().numpy()
+            weight = linear_of(model, name).weight
         except ValueError as error:
             raise GPTQCheckpointError(str(error)) from error
-        if weight.shape != quantized.codes.shape:
-            found = list(quantized.codes.shape)
-            raise GPTQCheckpointError(f"{name}: expected a weight {list(weight.shape)}, got {found}; it is another model's")
-        distance = float(np.linalg.norm(quantized.dequantized() - weight) / max(float(np.linalg.norm(weight)), 1e-30))
-        if distance > BELONGS_BELOW:
-            raise GPTQCheckpointError(
-                f"{name}: expected this checkpoint's weight after rounding, got one that is {distance:.2f} of its length away; "
-                "quantise the checkpoint that is exported"
-            )
+        _check_layer(name, weight, quantized)
+
+
+def _check_layer(name: str, tensor: torch.Tensor, quantized: QuantizedWeight) -> None:
+    weight = tensor.detach().float().cpu().numpy()
+    if weight.shape != quantized.codes.shape:
+        found = list(quantized.codes.shape)
+        raise GPTQCheckpointError(f"{name}: expected a weight {list(weight.shape)}, got {found}; it is another model's")
+    distance = float(np.linalg.norm(quantized.dequantized() - weight) / max(float(np.linalg.norm(weight)), 1e-30))
+    if distance > BELONGS_BELOW:
+        raise GPTQCheckpointError(
+            f"{name}: expected this checkpoint's weight after rounding, got one that is {distance:.2f} of its length away; "
+            "quantise the checkpoint that is exported"
+        )
 
 
 def _less(version: str) -> int:

@@ -18,12 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from safetensors import safe_open
 from safetensors.numpy import save_file
 from torch import nn
 
+from agvas.weights import LazyTensors
 from calibration.gptq import GPTQSettings
-from calibration.weights import QuantizedWeight
+from calibration.weights import LazyQuantizedWeight, QuantizedWeight
 from runtime.bundle import sha256_of
 
 SCHEMA = 1
@@ -83,8 +85,8 @@ class QuantPlan:
     linears: tuple[LinearRecord, ...]
     versions: dict[str, str | None] = dataclasses.field(default_factory=dict)
 
-    def check(self, model: nn.Module) -> None:
-        """Raises PlanError when the plan was made for other weights than this model's."""
+    def check(self, model: nn.Module | LazyTensors) -> None:
+        """Raises PlanError when the plan was made for other weights than this model's, or this checkpoint's."""
         if (found := model_sha256(model)) != self.weights_sha256:
             raise PlanError(
                 f"plan: expected the {self.model} checkpoint it was made for (weights {self.weights_sha256[:12]}…), got one with weights "
@@ -92,12 +94,19 @@ class QuantPlan:
             )
 
 
-def model_sha256(model: nn.Module) -> str:
-    """sha256 of every named tensor's name, shape and float32 bytes: the same for a checkpoint in 16 bit and loaded from it in fp32."""
+def model_sha256(model: nn.Module | LazyTensors) -> str:
+    """sha256 of every named tensor's name, shape and float32 bytes: the same for a checkpoint in 16 bit and loaded from it in fp32.
+
+    Args:
+        model: in memory, or the tensors of an opened checkpoint, which are then read one after the other.
+    """
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    tensors = model.state_dict() if isinstance(model, nn.Module) else model
+    for name in sorted(tensors):
+        tensor = tensors[name]
         digest.update(f"{name} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().float().contiguous().numpy().data)
+        values = tensor if isinstance(tensor, torch.Tensor) else tensor.read()
+        digest.update(values.detach().cpu().float().contiguous().numpy().data)
     return digest.hexdigest()
 
 
@@ -171,6 +180,39 @@ def read_plan(folder: str | Path, model: nn.Module | None = None) -> tuple[Quant
     return plan, weights
 
 
+def open_plan(folder: str | Path, model: nn.Module | LazyTensors) -> tuple[QuantPlan, dict[str, LazyQuantizedWeight]]:
+    """A plan and its integer weights, by linear layer, each to be read when asked for.
+
+    Args:
+        model: the checkpoint it shall be used with.
+
+    Raises:
+        PlanError: as `read_plan`; of tensors that do not fit their records when they are read.
+    """
+    folder = Path(folder)
+    plan, names = _opened(folder)
+    plan.check(model)
+    for record in plan.linears:
+        for name in (record.name + CODES, record.name + SCALES):
+            if name not in names:
+                raise PlanError(f"{folder / WEIGHTS}: expected tensor {name}, got none; run agvas-calibrate again")
+
+    def lazy(record: LinearRecord) -> LazyQuantizedWeight:
+        def make() -> QuantizedWeight:
+            with safe_open(folder / WEIGHTS, framework="np") as file:
+                codes, scales = file.get_tensor(record.name + CODES), file.get_tensor(record.name + SCALES)
+            try:
+                return QuantizedWeight(codes, scales, record.bits, record.group)
+            except ValueError as error:
+                raise PlanError(f"{folder / WEIGHTS}: {record.name}: {error}; run agvas-calibrate again") from error
+
+        with safe_open(folder / WEIGHTS, framework="np") as file:
+            outputs, inputs = file.get_slice(record.name + CODES).get_shape()
+        return LazyQuantizedWeight((outputs, inputs), record.bits, record.group, make)
+
+    return plan, {record.name: lazy(record) for record in plan.linears}
+
+
 def read_ranges(folder: str | Path) -> dict[str, np.ndarray]:
     """Largest absolute input of each channel by linear layer, float32 [K]; its maximum is the tensor's range.
 
@@ -182,6 +224,13 @@ def read_ranges(folder: str | Path) -> dict[str, np.ndarray]:
 
 
 def _read(folder: Path) -> tuple[QuantPlan, dict[str, np.ndarray]]:
+    plan, names = _opened(folder)
+    with safe_open(folder / WEIGHTS, framework="np") as file:
+        return plan, {name: file.get_tensor(name) for name in names}
+
+
+def _opened(folder: Path) -> tuple[QuantPlan, list[str]]:
+    """The plan, and the names of the tensors in the file beside it, which is seen to be the plan's."""
     path = folder / PLAN
     if not path.is_file() or not (folder / WEIGHTS).is_file():
         raise PlanError(f"{folder}: expected a plan ({PLAN} and {WEIGHTS}), got none or half of one; make it with agvas-calibrate --output")
@@ -198,7 +247,7 @@ def _read(folder: Path) -> tuple[QuantPlan, dict[str, np.ndarray]]:
         raise PlanError(f"{folder / WEIGHTS}: expected sha256 {expected}…, got {found[:12]}…; copy the folder again or run agvas-calibrate")
     try:
         with safe_open(folder / WEIGHTS, framework="np") as file:
-            return plan, {name: file.get_tensor(name) for name in file.keys()}
+            return plan, list(file.keys())
     except Exception as error:  # the library raises nothing narrower
         raise PlanError(f"{folder / WEIGHTS} cannot be read: {error}; run agvas-calibrate again") from error
 

@@ -6,7 +6,9 @@ loss: symmetric, groups along the input axis in their natural order. Act-order c
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -45,6 +47,47 @@ class QuantizedWeight:
         if self.codes.min() < least or self.codes.max() > most:
             raise ValueError(f"codes: expected {least}..{most}, got {self.codes.min()}..{self.codes.max()}")
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, K)."""
+        return self.codes.shape[0], self.codes.shape[1]
+
+    def read(self) -> QuantizedWeight:
+        """Itself: it is in memory already."""
+        return self
+
     def dequantized(self) -> np.ndarray:
         """float32 [N, K]."""
         return self.codes.astype(np.float32) * np.repeat(self.scales.astype(np.float32), self.group, axis=1)
+
+
+class IntegerWeight(Protocol):
+    """Integer weights that are in memory (QuantizedWeight) or will be (LazyQuantizedWeight): shape [N, K], bits and group are known."""
+
+    @property
+    def shape(self) -> tuple[int, int]: ...
+
+    @property
+    def bits(self) -> int: ...
+
+    @property
+    def group(self) -> int: ...
+
+    def read(self) -> QuantizedWeight: ...
+
+
+@dataclass(frozen=True, eq=False)
+class LazyQuantizedWeight:
+    """Integer weights that are made or read when asked for, so that a model's need not all be in memory.
+
+    Attributes:
+        make: gives them, in this shape (N, K), bits and group; called at every reading.
+    """
+
+    shape: tuple[int, int]
+    bits: int
+    group: int
+    make: Callable[[], QuantizedWeight]
+
+    def read(self) -> QuantizedWeight:
+        return self.make()

@@ -42,6 +42,11 @@ class OnnxRuntimeEngine:
         settings.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", MATMULNBITS_LEVEL[options.inference_precision])
         # Five sessions take turns on one picture: a pool that spins after its turn takes the cores from the next stage.
         settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        if options.low_memory:
+            # Prepacked weights are copies in memory of what the mapped file holds; the arena keeps the largest activations for good.
+            settings.add_session_config_entry("session.disable_prepacking", "1")
+            settings.enable_cpu_mem_arena = False
+            settings.enable_mem_pattern = False
         settings.log_severity_level = 3  # warnings about constant folding are of no use to a user
         provider, provider_options = _provider(options.device)
         try:

@@ -123,13 +123,18 @@ ADAPTERS: dict[str, type[nn.Module]] = {
 }
 
 
-# What an adapter calls the parts of AGVAS that it holds: a linear layer is `language.model.layers.0.mlp.up_proj` in a checkpoint and in a
-# plan, and `layers.0.mlp.up_proj` in its stage's graph.
+# What an adapter calls the parts of AGVAS that it holds, for every tensor of them: a linear layer is
+# `language.model.layers.0.mlp.up_proj` in a checkpoint and in a plan, and `layers.0.mlp.up_proj` in its stage's graph.
 PARTS: dict[str, dict[str, str]] = {
     "pixel_encoder": {"encoder": "pixel_encoder"},
     "semantic_encoder": {"encoder": "semantic_encoder"},
     "spam": {"spam": "spam"},
-    "language": {"layers": "language.model.layers", "head": "language.lm_head"},
+    "language": {
+        "layers": "language.model.layers",
+        "norm": "language.model.norm",
+        "head": "language.lm_head",
+        "rotary": "language.model.rotary_emb",
+    },
     "mask_decoder": {"decoder": "mask_decoder"},
 }
 

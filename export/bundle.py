@@ -1,18 +1,21 @@
 """Writes a bundle: graphs, embeddings, tokenizer, traces, parity, and the manifest last.
 
-Everything goes to a folder of another name that is renamed when it is whole, so an interrupted export leaves nothing that opens.
-Reading is the runtime's.
+Everything goes to a folder of another name that is renamed when it is whole. As long as it is not, a file in it says so (UNFINISHED), and
+the runtime opens no such folder: an interrupted export leaves nothing that opens. Where the work is long, that file also lists the stages
+that are whole, and the same export goes on with them. Weights stream from the checkpoint into the graphs' files; whether the model is
+held in memory depends on the comparison with the reference alone. Reading is the runtime's.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,11 +23,13 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from agvas.checkpoint import CheckpointError, load
-from agvas.config import ROLES
+from agvas.checkpoint import CheckpointError, OpenedCheckpoint, load, open_checkpoint
+from agvas.config import ROLES, AGVASConfig
 from agvas.model import AGVAS
+from agvas.weights import LazyTensor
 from engines import EngineOptions
 from export.adapters import axis_sizes
+from export.estimate import TABLE, Estimate, available_memory, estimate
 from export.gate import MEASURED, GateBudget, Kept, by_sensitivity, search, sensitivities
 from export.integer_weights import round_inputs, store_integers
 from export.onnx_writer import export_stage, stage_module, write
@@ -32,14 +37,31 @@ from export.parity import ParityReport, hardest, measure, outcome_of_reference
 from export.passes import LOW_TYPES, lower_precision
 from export.pictures import Pictures, parity_pictures
 from export.progress import Progress
-from export.quantisation import ENCODERS, Quantisation, fake_quantised, quantise
-from runtime.bundle import EMBEDDINGS, GOLDEN, MANIFEST, PARITY, SCHEMA_VERSION, TOKENIZER, Bundle, FileRecord, Manifest, sha256_of
+from export.quantisation import ENCODERS, RTN, Quantisation, fake_quantised, quantise
+from export.stage_weights import all_weights, stage_weights
+from export.streamed_reference import measure_streamed
+from export.streamed_tensor import StreamedTensor
+from runtime.bundle import (
+    EMBEDDINGS,
+    GOLDEN,
+    MANIFEST,
+    PARITY,
+    SCHEMA_VERSION,
+    TOKENIZER,
+    UNFINISHED,
+    Bundle,
+    FileRecord,
+    Manifest,
+    sha256_of,
+)
 from runtime.contract import CONTRACT_VERSION, STAGES
-from runtime.errors import AgvasError, OutputError, ParityFailed
+from runtime.errors import AgvasError, OutputError, ParityFailed, RequestError
 from runtime.parity import GATES, Outcome, compare, finite
 from runtime.verify import limits, open_pipeline, run_outcome
 
 TOOLS = ("torch", "transformers", "onnx", "onnxscript", "onnx-ir", "onnxruntime", "openvino", "numpy", "pillow", "tokenizers")
+
+PICTURES, STREAMED_PICTURES = 64, 2  # that parity is judged on where nothing else is asked for; layer by layer each takes minutes
 
 
 @dataclass(frozen=True)
@@ -51,12 +73,19 @@ class ExportSettings:
         precision: fp32, fp16, bf16, or int8: both encoders' linear layers in 8 bit, all else fp32.
         output: the bundle's folder.
         strict: fail when a gate fails; otherwise write the bundle with the failure in its manifest.
+        compare: compare with the reference; otherwise the bundle says that nobody did, and has no traces for agvas-verify.
         images: folder of pictures to judge parity on; None takes procedural ones.
-        pictures: how many at most.
+        pictures: how many at most; None for PICTURES, or STREAMED_PICTURES where the reference is computed layer by layer.
         lmm: the language model's weights: float, int8 or gptq4.
-        calibration: folder of the plan, or of a GPTQ checkpoint, that they come from; None calibrates on procedural pictures.
+        calibration: folder of the plan, or of a GPTQ checkpoint, that they come from; quantisation.RTN for plain rounding; None
+            calibrates on procedural pictures.
         gates: what to change of the precision's gates, by field of runtime.parity.Gates.
         budget: how far layers may go back to float when a gate fails.
+        head: the language model's head: float or int8.
+        streamed: compute the reference layer by layer; None does so where the model does not fit the memory.
+        resume: keep finished stages of an interrupted export, and go on with those of an earlier one; None does so where the reference is
+            computed layer by layer.
+        force: go on where the estimate says that memory or disk will not do.
     """
 
     checkpoint: str
@@ -64,19 +93,24 @@ class ExportSettings:
     output: Path
     strict: bool = True
     images: Path | None = None
-    pictures: int = 64
+    pictures: int | None = None
     lmm: str = "float"
     calibration: Path | None = None
     gates: Mapping[str, Any] = field(default_factory=dict)
     budget: GateBudget = GateBudget()
+    head: str = "float"
+    compare: bool = True
+    streamed: bool | None = None
+    resume: bool | None = None
+    force: bool = False
 
     def stage_precision(self, stage: str) -> str:
         """What a stage computes in, as the manifest tells it."""
         return self.precision if self.precision != "int8" or stage in ENCODERS else "fp32"
 
 
-def export_bundle(settings: ExportSettings, progress: Progress) -> tuple[Bundle, ParityReport]:
-    """Export a checkpoint and compare it with the reference.
+def export_bundle(settings: ExportSettings, progress: Progress) -> tuple[Bundle, ParityReport | None]:
+    """Export a checkpoint and compare it with the reference; None where no comparison was asked for.
 
     Raises:
         CheckpointError: see agvas.load.
@@ -86,38 +120,63 @@ def export_bundle(settings: ExportSettings, progress: Progress) -> tuple[Bundle,
         EngineUnavailable: no engine here can run graphs of this precision to verify them.
     """
     _check_output(settings.output)
-    pictures = parity_pictures(settings.images, settings.pictures)  # first: a wrong folder should not be told after the export
+    pictures = parity_pictures(settings.images, settings.pictures or PICTURES)  # first: a wrong folder should not be told after the export
+    progress.begin("open checkpoint")
+    opened = open_checkpoint(settings.checkpoint)
+    if opened.config.spam is None or opened.config.mask_decoder.roles != ROLES:
+        raise CheckpointError(f"{settings.checkpoint} is an ablation ({opened.config.name}) and has no bundle; measure it with agvas-eval")
+    needs = estimate(opened.tensors, settings.precision, settings.lmm, settings.head)
+    memory = available_memory()
+    streamed = settings.streamed if settings.streamed is not None else memory is not None and needs.whole_memory > memory
+    streamed = streamed or not settings.compare
+    pictures = pictures[: STREAMED_PICTURES if streamed and settings.pictures is None else len(pictures)]
+    _check_needs(settings, needs, memory, streamed, len(pictures), progress)
     progress.begin("load checkpoint")
-    model = load(settings.checkpoint)
-    if model.spam is None or model.mask_decoder.roles != ROLES:
-        raise CheckpointError(f"{settings.checkpoint} is an ablation ({model.config.name}) and has no bundle; measure it with agvas-eval")
-    _check_space(settings.output, model, settings.precision)
-    quantisation = _quantise(settings, model, progress)
-    with _whole_or_nothing(settings.output) as folder:
+    model = opened.skeleton() if streamed else load(settings.checkpoint)
+    weights = all_weights(opened)
+    quantisation = _quantise(settings, model, opened, progress)
+    key = _key(settings, opened) if settings.resume or (settings.resume is None and streamed) else None
+    with _whole_or_nothing(settings.output, key) as work:
+        folder = work.folder
         graphs = {}  # in float, of the stages that hold integers
+        skeleton = opened.skeleton()
         for stage in STAGES:
+            searched = bool(quantisation.in_stage(stage)[0]) and not streamed
+            if work.has(stage) and not searched:
+                continue
             progress.begin(f"export {stage}")
-            graph = export_stage(stage_module(model, stage), stage, axis_sizes(model.config))
+            needed = stage_weights(weights, skeleton, stage)
+            graph = export_stage(stage_module(skeleton, stage), stage, axis_sizes(opened.config), needed)
+            progress.begin(f"write {stage}")
             _write_stage(folder, stage, graph, settings, quantisation)
-            if quantisation.in_stage(stage)[0]:
+            work.finished(stage)
+            if searched:
                 graphs[stage] = graph
         progress.begin("write embeddings and tokenizer")
-        table = model.language.get_input_embeddings().weight.detach().numpy()
-        np.save(folder / EMBEDDINGS, table.astype(np.float16 if settings.precision in LOW_TYPES else np.float32))
-        model.tokenizer.save(str(folder / TOKENIZER))
+        _write_embeddings(folder / EMBEDDINGS, weights[TABLE], settings.precision)
+        opened.tokenizer.save(str(folder / TOKENIZER))
         np.savez_compressed(folder / GOLDEN)  # filled below, once the bundle can be opened
-        _write_manifest(folder, _manifest(model, settings, quantisation))
-        progress.begin("run the reference", len(pictures))
-        reference = []
-        for picture in pictures:
-            reference.append(outcome_of_reference(model.segment(picture)))
-            progress.advance()
-        kept, sensitivity = Kept(), dict[str, float]()
-        if graphs:
-            kept, sensitivity = _decide(folder, graphs, model, settings, quantisation, pictures, reference, progress)
-            quantisation = quantisation.without(kept.names)
-        report = _verify(folder, model, settings, quantisation, kept, sensitivity, pictures, reference, progress)
-        if report.failures and settings.strict:
+        progress.begin("hash")
+        _write_manifest(folder, _manifest(opened.config, settings, quantisation))
+        report: ParityReport | None = None
+        kept = Kept()
+        if not settings.compare:
+            (folder / PARITY).write_text(json.dumps({"passed": False, "compared": False}) + "\n", encoding="utf-8")
+            _write_manifest(folder, Bundle(folder, check_hashes=False, unfinished=True).manifest, {PARITY})
+        elif streamed:
+            report = _verify_streamed(folder, opened, settings, quantisation, memory, pictures, progress)
+        else:
+            progress.begin("run the reference", len(pictures))
+            reference = []
+            for picture in pictures:
+                reference.append(outcome_of_reference(model.segment(picture)))
+                progress.advance()
+            sensitivity: dict[str, float] = {}
+            if graphs:
+                kept, sensitivity = _decide(folder, graphs, model, settings, quantisation, pictures, reference, progress)
+                quantisation = quantisation.without(kept.names)
+            report = _verify(folder, model, settings, quantisation, kept, sensitivity, pictures, reference, progress)
+        if report is not None and report.failures and settings.strict:
             if kept.stopped:
                 raise ParityFailed(
                     f"the exported masks are not the reference's: {'; '.join(report.failures)}, though {len(kept.names)} layers were put "
@@ -128,7 +187,8 @@ def export_bundle(settings: ExportSettings, progress: Progress) -> tuple[Bundle,
                 f"the exported masks are not the reference's: {'; '.join(report.failures)}. No bundle was written; "
                 "try --precision fp32, or --parity report to write it all the same and look into parity.json"
             )
-    return Bundle(settings.output), report
+    progress.end()
+    return Bundle(settings.output, check_hashes=not streamed), report
 
 
 def verification_engine(precision: str) -> str:
@@ -136,12 +196,23 @@ def verification_engine(precision: str) -> str:
     return "openvino" if precision == "bf16" else "onnxruntime"
 
 
-def _quantise(settings: ExportSettings, model: AGVAS, progress: Progress) -> Quantisation:
+def _quantise(settings: ExportSettings, model: AGVAS, opened: OpenedCheckpoint, progress: Progress) -> Quantisation:
     """The integers asked for; none for a bundle in float."""
-    if settings.lmm == "float" and settings.precision != "int8":
+    if settings.lmm == settings.head == "float" and settings.precision != "int8":
         return Quantisation()
-    progress.begin("calibrate" if settings.calibration is None else "read the calibration", 1)
-    return quantise(model, settings.lmm, settings.precision == "int8", settings.calibration, progress.show)
+    made_here = settings.calibration is None and (settings.lmm != "float" or settings.precision == "int8")
+    progress.begin("calibrate" if made_here else "read the calibration", 1)
+    encoders = settings.precision == "int8"
+    return quantise(model, opened.tensors, settings.lmm, encoders, settings.calibration, settings.head, progress.show)
+
+
+def _write_embeddings(path: Path, table: LazyTensor, precision: str) -> None:
+    """The token table as .npy, which NumPy maps; its rows stream."""
+    kind = ir.DataType.FLOAT16 if precision in LOW_TYPES else ir.DataType.FLOAT
+    with open(path, "wb") as file:
+        header = {"descr": np.lib.format.dtype_to_descr(np.dtype(kind.numpy())), "fortran_order": False, "shape": table.shape}
+        np.lib.format.write_array_header_1_0(file, header)
+        StreamedTensor(table).as_type(kind).tofile(file)
 
 
 def _write_stage(folder: Path, stage: str, graph: ir.Model, settings: ExportSettings, quantisation: Quantisation) -> None:
@@ -175,12 +246,12 @@ def _decide(
         for stage, graph in graphs.items():
             shutil.rmtree(folder / stage)  # not written over: an engine may still have the file mapped
             _write_stage(folder, stage, graph.clone(), settings, left)
-        _write_manifest(folder, _manifest(model, settings, left))
-        return Bundle(folder)
+        _write_manifest(folder, _manifest(model.config, settings, left))
+        return Bundle(folder, unfinished=True)
 
     def trial(names: Sequence[str]) -> list[str]:
         progress.begin(f"try with {len(names)} layers in float", len(pictures))
-        bundle = put(names) if names else Bundle(folder)  # as it was written
+        bundle = put(names) if names else Bundle(folder, unfinished=True)  # as it was written
         pipeline = open_pipeline(bundle, engine, options)
         ours = []
         for picture in pictures:
@@ -210,7 +281,7 @@ def _verify(
     reference: Sequence[Outcome],
     progress: Progress,
 ) -> ParityReport:
-    bundle, options = Bundle(folder), EngineOptions()
+    bundle, options = Bundle(folder, unfinished=True), EngineOptions()
     engine = verification_engine(settings.precision)
     exported = open_pipeline(bundle, engine, options)
     progress.begin("compare with the reference", len(pictures))
@@ -227,19 +298,43 @@ def _verify(
         "trials": [{"kept_float": count, "failures": failures} for count, failures in kept.trials],
         "sensitivity": {name: sensitivity[name] for name in by_sensitivity(sensitivity)},
     }
-    (folder / PARITY).write_text(json.dumps(finite(report.to_json() | {"gate": gate}), indent=2) + "\n", encoding="utf-8")
-    summary = {"engine": engine, "passed": not report.failures, **report.chain.to_json(), "golden": report.golden.to_json()}
-    manifest = replace(bundle.manifest, parity=summary)
-    if quantisation.weights or kept.names:
-        manifest = replace(manifest, quantisation=manifest.quantisation | {"kept_float": kept_float})
-    _write_manifest(folder, manifest)
+    _write_report(folder, bundle.manifest, report, golden, gate)
     return report
 
 
-def _manifest(model: AGVAS, settings: ExportSettings, quantisation: Quantisation) -> Manifest:
+def _verify_streamed(
+    folder: Path,
+    opened: OpenedCheckpoint,
+    settings: ExportSettings,
+    quantisation: Quantisation,
+    memory: int | None,
+    pictures: Pictures,
+    progress: Progress,
+) -> ParityReport:
+    bundle, options = Bundle(folder, check_hashes=False, unfinished=True), EngineOptions()
+    engine, gates = verification_engine(settings.precision), limits(bundle, options)
+    progress.begin("compare with the reference, layer by layer", len(pictures))
+    report, golden = measure_streamed(opened, bundle, engine, memory, pictures, gates, progress.advance, quantisation)
+    gate = {"limits": asdict(gates), "kept_float": {}, "trials": [], "not_searched": "the model was not held in memory"}
+    _write_report(folder, bundle.manifest, report, golden, gate)
+    return report
+
+
+def _write_report(
+    folder: Path, manifest: Manifest, report: ParityReport, golden: Mapping[str, np.ndarray], gate: Mapping[str, Any]
+) -> None:
+    np.savez_compressed(folder / GOLDEN, **golden)  # type: ignore[arg-type]
+    (folder / PARITY).write_text(json.dumps(finite(report.to_json() | {"gate": gate}), indent=2) + "\n", encoding="utf-8")
+    summary = {"engine": report.engine, "passed": not report.failures, **report.chain.to_json(), "golden": report.golden.to_json()}
+    manifest = replace(manifest, parity=summary)
+    if manifest.quantisation or gate["kept_float"]:
+        manifest = replace(manifest, quantisation=manifest.quantisation | {"kept_float": gate["kept_float"]})
+    _write_manifest(folder, manifest, {MANIFEST, PARITY, GOLDEN})
+
+
+def _manifest(config: AGVASConfig, settings: ExportSettings, quantisation: Quantisation) -> Manifest:
     from importlib.metadata import version
 
-    config = model.config
     precision = {stage: settings.stage_precision(stage) for stage in STAGES}
     named = next(name for name in GATES if name in {settings.lmm, *precision.values()})
     return Manifest(
@@ -253,7 +348,7 @@ def _manifest(model: AGVAS, settings: ExportSettings, quantisation: Quantisation
         threshold=config.mask_decoder.threshold,
         fusion_weight=config.mask_decoder.fusion_weight,
         sizes=axis_sizes(config),
-        parity={},
+        parity={} if settings.compare else {"passed": False, "compared": False},
         files={},
         tools={name: version(name) for name in TOOLS},
         gates=asdict(replace(GATES[named], **settings.gates)) if settings.gates else {},
@@ -261,11 +356,23 @@ def _manifest(model: AGVAS, settings: ExportSettings, quantisation: Quantisation
     )
 
 
-def _write_manifest(folder: Path, manifest: Manifest) -> None:
+def _write_manifest(folder: Path, manifest: Manifest, changed: Collection[str] | None = None) -> None:
+    """Write the manifest with every file's size and hash.
+
+    Args:
+        changed: names of what was written since the given manifest was; None reads every file, which takes a minute for 16 GB.
+    """
+
+    def record(path: Path) -> FileRecord:
+        name = path.relative_to(folder).as_posix()
+        if changed is not None and name in manifest.files and name not in changed:
+            return manifest.files[name]
+        return FileRecord(path.stat().st_size, sha256_of(path))
+
     files = {
-        path.relative_to(folder).as_posix(): FileRecord(path.stat().st_size, sha256_of(path))
+        path.relative_to(folder).as_posix(): record(path)
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != MANIFEST
+        if path.is_file() and path.name not in (MANIFEST, UNFINISHED)
     }
     (folder / MANIFEST).write_text(replace(manifest, files=files).to_json(), encoding="utf-8")
 
@@ -275,16 +382,89 @@ def _check_output(output: Path) -> None:
         raise OutputError(f"{output} exists and is not a bundle; choose another --output, or remove it")
 
 
-def _check_space(output: Path, model: AGVAS, precision: str) -> None:
-    """Refuse before the work, not after it, when the disk cannot hold the bundle."""
-    width = 2 if precision in LOW_TYPES else 4
-    needed = int(sum(parameter.numel() for parameter in model.parameters()) * width * 1.1) + (32 << 20)
-    existing = next(parent for parent in (output.absolute(), *output.absolute().parents) if parent.exists())
-    free = shutil.disk_usage(existing).free
-    if free < needed:
-        raise OutputError(
-            f"{output} needs about {needed >> 20} MiB and {existing} has {free >> 20} MiB free; free some, or choose another --output"
+def _check_needs(
+    settings: ExportSettings, needs: Estimate, memory: int | None, streamed: bool, pictures: int, progress: Progress
+) -> None:
+    """Tell what the export will take, and refuse before the work, not after it, where disk or memory will not do."""
+    existing = next(parent for parent in (settings.output.absolute(), *settings.output.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(existing).free + sum(path.stat().st_size for path in _kept(settings.output).rglob("*") if path.is_file())
+    needed = needs.export_memory if streamed else max(needs.export_memory, needs.whole_memory)
+    seconds = needs.export_seconds + (needs.picture_seconds * pictures if streamed and settings.compare else 0)
+    if streamed:
+        how = f"the reference computes layer by layer, on {pictures} pictures" if settings.compare else "nothing is compared"
+        progress.note(
+            f"about {needs.disk / 1e9:.1f} GB of disk, {needed / 1e9:.1f} GB of memory and {seconds / 60:.0f} minutes on two cores; {how}"
         )
+    if settings.force:
+        return
+    if free < needs.disk:
+        raise OutputError(
+            f"{settings.output} needs about {needs.disk >> 20} MiB and {existing} has {free >> 20} MiB free; free some, choose another "
+            "--output, or go on all the same with --force"
+        )
+    if memory is not None and memory < needed:
+        raise RequestError(
+            f"--checkpoint: this export needs about {needed >> 20} MiB of memory and {memory >> 20} MiB are available; close other "
+            "programs, or go on all the same with --force"
+        )
+
+
+def _key(settings: ExportSettings, opened: OpenedCheckpoint) -> str:
+    """What an export's finished stages depend on: the checkpoint's files by name, size and time, the settings, the tools' versions."""
+    from importlib.metadata import version
+
+    folders = [opened.folder] + ([settings.calibration] if settings.calibration not in (None, RTN) else [])
+    files = [
+        (path.relative_to(folder).as_posix(), path.stat().st_size, path.stat().st_mtime_ns)
+        for folder in folders
+        if folder is not None
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    ]
+    choices = (settings.precision, settings.lmm, settings.head, str(settings.calibration))
+    return hashlib.sha256(repr((files, choices, [version(tool) for tool in TOOLS], CONTRACT_VERSION)).encode()).hexdigest()
+
+
+class _Work:
+    """A bundle's folder while it is written, and which of its stages are whole."""
+
+    def __init__(self, folder: Path, key: str | None) -> None:
+        self.folder, self.key = folder, key
+        self.stages: dict[str, dict[str, int]] = {}
+        try:
+            found = json.loads((folder / UNFINISHED).read_text())
+        except (OSError, ValueError):
+            found = {}
+        if key is not None and found.get("key") == key:
+            self.stages = found["stages"]
+        elif folder.exists():
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / MANIFEST).unlink(missing_ok=True)
+        self._write()
+
+    def has(self, stage: str) -> bool:
+        """Whether an earlier export left the stage whole."""
+        files = self.stages.get(stage)
+        return files is not None and files == self._files(stage)
+
+    def finished(self, stage: str) -> None:
+        self.stages[stage] = self._files(stage)
+        self._write()
+
+    def _files(self, stage: str) -> dict[str, int]:
+        folder = self.folder / stage
+        return {path.name: path.stat().st_size for path in sorted(folder.iterdir())} if folder.is_dir() else {}
+
+    def _write(self) -> None:
+        partial = self.folder / f"{UNFINISHED}.partial"
+        partial.write_text(json.dumps({"key": self.key, "stages": self.stages}))
+        os.replace(partial, self.folder / UNFINISHED)
+
+
+def _kept(output: Path) -> Path:
+    """Where an export that can be resumed works."""
+    return output.parent / f".{output.name}.partial"
 
 
 def _replace(partial: Path, output: Path) -> None:
@@ -303,18 +483,27 @@ def _replace(partial: Path, output: Path) -> None:
 
 
 @contextlib.contextmanager
-def _whole_or_nothing(output: Path) -> Iterator[Path]:
-    """A folder beside `output` that takes its name when the block ends well and vanishes otherwise."""
-    partial = output.parent / f".{output.name}.partial-{uuid.uuid4().hex[:8]}"
+def _whole_or_nothing(output: Path, key: str | None) -> Iterator[_Work]:
+    """A folder beside `output` that takes its name when the block ends well, and vanishes otherwise.
+
+    With a key, an interruption leaves it, and the next export with the same key begins with it.
+    """
+    partial = output.parent / f".{output.name}.partial-{uuid.uuid4().hex[:8]}" if key is None else _kept(output)
+    keep = False
     try:
-        partial.mkdir(parents=True)
-        yield partial
+        work = _Work(partial, key)
+        yield work
+        (partial / UNFINISHED).unlink()
         _replace(partial, output)
     except AgvasError:
+        raise
+    except KeyboardInterrupt:
+        keep = key is not None
         raise
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise OutputError(f"the disk of {output} is full; free some space or choose another --output") from error
         raise OutputError(f"{output}: export stopped by {error}; check the path, or choose another --output") from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if not keep:
+            shutil.rmtree(partial, ignore_errors=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 WEIGHTS = ("float", "int8", "gptq4")
+HEADS = ("float", "int8")
 DEFAULT_LMM = "gptq4"
 GATE_NAMES = ("mask_iou_mean", "mask_iou_min", "flips", "map_max_abs", "answers_changed", "anchor_cosine_min")
 
@@ -24,8 +25,12 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--lmm", default=DEFAULT_LMM, help=f"the language model's weights: float, int8 or gptq4 (default {DEFAULT_LMM})")
     parser.add_argument(
-        "--calibration", type=Path, metavar="PLAN", help="folder of agvas-calibrate, or a GPTQ checkpoint (default: calibrate here)"
+        "--calibration",
+        type=Path,
+        metavar="PLAN",
+        help="folder of agvas-calibrate, or a GPTQ checkpoint; rtn: plain rounding, nothing calibrated (default: calibrate here)",
     )
+    parser.add_argument("--head", default="float", help="the language model's head: float (default) or int8, half of 16 bit's size")
     parser.add_argument(
         "--gate", metavar="NAME=LIMIT,...", help=f"other limits than the precision's: {', '.join(GATE_NAMES)}; flips is a share"
     )
@@ -36,13 +41,19 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--output", type=Path, default=Path("bundle"), help="the bundle's folder (default bundle)")
     parser.add_argument("--images", type=Path, help="folder of pictures to judge parity on (default: 64 procedural ones)")
-    parser.add_argument("--pictures", type=int, default=64, help="at most this many of them (default 64)")
+    parser.add_argument(
+        "--pictures", type=int, help="at most this many of them (default 64, or 2 for a model that does not fit the memory)"
+    )
     parser.add_argument(
         "--parity",
-        choices=("strict", "report"),
+        choices=("strict", "report", "none"),
         default="strict",
-        help="strict: no bundle when masks leave the reference; report: write it with the failure on record",
+        help="strict: no bundle when masks leave the reference; report: write it with the failure on record; none: compare nothing, which "
+        "the bundle then says (for trials of a model that takes hours to compare)",
     )
+    parser.add_argument("--resume", action="store_true", help="keep finished stages when interrupted, and go on with those kept")
+    parser.add_argument("--stream-reference", action="store_true", help="compute the reference layer by layer even where the model fits")
+    parser.add_argument("--force", action="store_true", help="go on where memory or disk will not do by the estimate")
     parser.add_argument("--json", action="store_true", help="last line of stdout as JSON")
     options = parser.parse_args(arguments)
     started = time.monotonic()
@@ -52,9 +63,10 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         choose("--precision", options.precision, PRECISIONS)
         choose("--lmm", options.lmm, WEIGHTS)
+        choose("--head", options.head, HEADS)
         if options.calibration and options.precision != "int8" and options.lmm == "float":
             raise RequestError("--calibration: nothing is in integers with --lmm float; add --lmm gptq4 or int8, or --precision int8")
-        if options.pictures < 1:
+        if options.pictures is not None and options.pictures < 1:
             raise RequestError(f"--pictures: expected at least 1, got {options.pictures}")
         return _export(options, started)
     except ParityFailed as error:
@@ -67,7 +79,11 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"agvas-export: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("agvas-export: interrupted; no bundle was written, an older one is untouched", file=sys.stderr)
+        print(
+            "agvas-export: interrupted; no bundle was written, an older one is untouched; with --resume, or for a model that does not fit "
+            "the memory, finished stages were kept, and the same command goes on with them",
+            file=sys.stderr,
+        )
         return 130
 
 
@@ -91,17 +107,29 @@ def _export(options: argparse.Namespace, started: float) -> int:
         options.calibration,
         _gates(options.gate),
         GateBudget(*_budget(options.gate_budget)),
+        options.head,
+        options.parity != "none",
+        True if options.stream_reference else None,
+        True if options.resume else None,
+        options.force,
     )
     bundle, report = export_bundle(settings, progress)
     progress.end()
-    chain, passed = report.chain, not report.failures
     seconds = time.monotonic() - started
-    print(
-        f"{bundle.folder}: {bundle.bytes / 1e6:.1f} MB in {seconds:.0f} s; against the reference on {chain.images} pictures "
-        f"({report.engine}): mask IoU {chain.mask_iou_mean:.4f} (least {chain.mask_iou_min:.4f}), {chain.flips} flips, "
-        f"maps within {chain.map_max_abs:.1e}: {'passed' if passed else 'FAILED: ' + '; '.join(report.failures)}"
-    )
-    stages = footprints(bundle, report.engine)
+    told = f"{bundle.folder}: {bundle.bytes / 1e6:.1f} MB in {seconds:.0f} s; "
+    if report is None:
+        passed, failures = True, list[str]()
+        print(told + "not compared with the reference")
+    else:
+        chain, failures = report.chain, report.failures
+        passed = not failures
+        print(
+            f"{told}against the reference on {chain.images} pictures ({report.engine}): mask IoU {chain.mask_iou_mean:.4f} "
+            f"(least {chain.mask_iou_min:.4f}), {chain.flips} flips, maps within {chain.map_max_abs:.1e}: "
+            f"{'passed' if passed else 'FAILED: ' + '; '.join(failures)}"
+        )
+    # A model that is compared layer by layer would not fit whole, either.
+    stages = footprints(bundle, report.engine) if report is not None and report.glue is not None else {}
     for stage, cost in stages.items():
         peak = cost["peak_rss_bytes"]
         memory = "" if peak is None else f", {(peak - (cost['idle_rss_bytes'] or 0)) / 1e6:.0f} MB of memory beside the engine's own"
@@ -115,8 +143,8 @@ def _export(options: argparse.Namespace, started: float) -> int:
                 {
                     "bundle": str(bundle.folder),
                     "passed": passed,
-                    "failures": report.failures,
-                    "parity": chain.to_json(),
+                    "failures": failures,
+                    "parity": None if report is None else report.chain.to_json(),
                     "bytes": bundle.bytes,
                     "stages": stages,
                     "kept_float": list(kept),

@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
-from calibration.weights import QuantizedWeight
+from calibration.weights import IntegerWeight
 from export.passes import is_weight
 
 # DequantizeLinear knows 4-bit integers and blocks from here on. TensorRT, onnxruntime and OpenVINO read it.
@@ -38,7 +38,7 @@ def linears(model: ir.Model) -> dict[str, ir.Node]:
     return found
 
 
-def store_integers(model: ir.Model, weights: Mapping[str, QuantizedWeight]) -> ir.Model:
+def store_integers(model: ir.Model, weights: Mapping[str, IntegerWeight]) -> ir.Model:
     """Read the weights of the named products from integers; everything else stays.
 
     Rule: a MatMul's constant [K, N] is replaced by DequantizeLinear(codes, scales) without a zero point. Codes are int4, two to a byte,
@@ -105,23 +105,35 @@ def _rounded(model: ir.Model, value: ir.Value, name: str, most: float) -> ir.Val
     return output
 
 
-def _read_integers(model: ir.Model, product: ir.Node, name: str, weight: QuantizedWeight) -> None:
+def _read_integers(model: ir.Model, product: ir.Node, name: str, weight: IntegerWeight) -> None:
     before = product.inputs[1]
     assert before is not None
-    expected = list(weight.codes.T.shape)
-    if before.shape != expected:
+    outputs, inputs = weight.shape
+    if before.shape != [inputs, outputs]:
         raise ValueError(
-            f"{model.graph.name}: {name}: expected integers of the weight's shape {before.shape} [K, N], got {expected}; "
+            f"{model.graph.name}: {name}: expected integers of the weight's shape {before.shape} [K, N], got {[inputs, outputs]}; "
             "calibrate this checkpoint"
         )
-    int4 = weight.bits == 4
-    codes = np.ascontiguousarray(weight.codes.T)
     per_output = not _in_blocks(weight)
-    scales = np.ascontiguousarray(weight.scales.T).astype(np.float32)
-    stored = _constant(
-        model, f"{name}.codes", codes.astype(ml_dtypes.int4) if int4 else codes, ir.DataType.INT4 if int4 else ir.DataType.INT8
-    )
-    scale = _constant(model, f"{name}.scales", scales[0] if per_output else scales, ir.DataType.FLOAT)
+    kind = ir.DataType.INT4 if weight.bits == 4 else ir.DataType.INT8
+
+    # Both are made when the graph is written, and codes let go: of a whole model's integers one layer's are in memory. Scales are few, and
+    # are kept from when the codes were made, which come first in the file.
+    kept: list[np.ndarray] = []
+
+    def codes() -> ir.Tensor:
+        made = weight.read()
+        kept[:] = [made.scales]
+        turned = np.ascontiguousarray(made.codes.T)
+        return ir.tensor(turned.astype(ml_dtypes.int4) if weight.bits == 4 else turned, dtype=kind)
+
+    def scales() -> ir.Tensor:
+        turned = np.ascontiguousarray((kept[0] if kept else weight.read().scales).T).astype(np.float32)
+        return ir.tensor(turned[0] if per_output else turned, dtype=ir.DataType.FLOAT)
+
+    stored = _initializer(model, ir.LazyTensor(codes, kind, ir.Shape([inputs, outputs]), name=f"{name}.codes"))
+    shape = [outputs] if per_output else [inputs // weight.group, outputs]
+    scale = _initializer(model, ir.LazyTensor(scales, ir.DataType.FLOAT, ir.Shape(shape), name=f"{name}.scales"))
     attributes = {"axis": 1} if per_output else {"axis": 0, "block_size": weight.group}
     node = ir.node("DequantizeLinear", [stored, scale], attributes=attributes, name=f"{name}.dequantize")
     output = node.outputs[0]
@@ -133,8 +145,8 @@ def _read_integers(model: ir.Model, product: ir.Node, name: str, weight: Quantiz
         del model.graph.initializers[before.name]
 
 
-def _in_blocks(weight: QuantizedWeight) -> bool:
-    return weight.bits == 4 or weight.group != weight.codes.shape[1]
+def _in_blocks(weight: IntegerWeight) -> bool:
+    return weight.bits == 4 or weight.group != weight.shape[1]
 
 
 def _dequantized(value: ir.Value) -> bool:
@@ -144,8 +156,11 @@ def _dequantized(value: ir.Value) -> bool:
 
 
 def _constant(model: ir.Model, name: str, array: np.ndarray, dtype: ir.DataType) -> ir.Value:
-    tensor = ir.tensor(array, dtype=dtype, name=name)
-    value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(dtype), const_value=tensor)
+    return _initializer(model, ir.tensor(array, dtype=dtype, name=name))
+
+
+def _initializer(model: ir.Model, tensor: ir.TensorProtocol) -> ir.Value:
+    value = ir.Value(name=tensor.name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
     model.graph.register_initializer(value)
     return value
 

@@ -10,14 +10,19 @@ import contextlib
 import io
 import logging
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 
 import onnx_ir as ir
 import torch
+from onnx_ir.passes.common import InlinePass
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from agvas.weights import LazyTensor, LazyTensors
 from export.adapters import ADAPTERS, example_inputs
+from export.passes import turn_weights
+from export.streamed_tensor import StreamedTensor
 from runtime.contract import STAGES
 
 OPSET = 20
@@ -27,13 +32,24 @@ EXTERNAL_FROM_BYTES = 1024
 FREE_AXES = {"B": 2, "N": 11, "K": 5, "R": 3}
 
 
-def export_stage(module: nn.Module, stage: str, sizes: dict[str, int]) -> ir.Model:
-    """The stage's graph in fp32, free axes symbolic, tensors named as in the contract."""
+def export_stage(module: nn.Module, stage: str, sizes: dict[str, int], weights: LazyTensors | None = None) -> ir.Model:
+    """The stage's graph in fp32, free axes symbolic, tensors named as in the contract.
+
+    Args:
+        module: the stage's adapter, in memory or on the meta device.
+        weights: of a module on the meta device, by its names: what its graph's initializers are to hold. None of them is read before the
+            graph is written but small ones that constants are made of.
+
+    Raises:
+        ValueError: a tensor of a module on the meta device that there is no weight for.
+    """
     spec = STAGES[stage]
-    inputs = example_inputs(stage, sizes, FREE_AXES)
+    device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
+    inputs = tuple(tensor.to(device) for tensor in example_inputs(stage, sizes, FREE_AXES))
     dimensions = {axis: torch.export.Dim(_dimension_name(axis)) for axis in FREE_AXES}
     shapes = tuple({i: dimensions[axis] for i, axis in enumerate(tensor.shape) if axis in FREE_AXES} for tensor in spec.inputs)
-    with _quiet(), torch.no_grad(), sdpa_kernel([SDPBackend.MATH]):
+    # Under the device's context: what a module makes while computing (arange) has to lie where its inputs do.
+    with _quiet(), torch.no_grad(), sdpa_kernel([SDPBackend.MATH]), device:
         program = torch.onnx.export(
             module.eval(),
             inputs,
@@ -42,12 +58,31 @@ def export_stage(module: nn.Module, stage: str, sizes: dict[str, int]) -> ir.Mod
             input_names=[tensor.name for tensor in spec.inputs],
             output_names=[tensor.name for tensor in spec.outputs],
             dynamic_shapes=shapes,
-            optimize=True,
+            optimize=False,
             verbose=False,
         )
-    assert program is not None
+        assert program is not None
+        _stream(program.model, stage, dict(module.state_dict(keep_vars=True)) | dict(module.named_buffers()), weights or {})
+        InlinePass()(program.model)
+        turn_weights(program.model)
+        program.optimize()
     program.model.graph.name = stage
     return program.model
+
+
+def _stream(model: ir.Model, stage: str, held: Mapping[str, torch.Tensor], weights: LazyTensors) -> None:
+    """Put streamed tensors in the place of the module's own: those of `weights`, or, of a module in memory, these."""
+    for name, value in model.graph.initializers.items():
+        tensor = held.get(name)
+        if tensor is None:
+            continue
+        if tensor.is_meta and name not in weights:
+            raise ValueError(f"{stage}: expected a weight for {name} {list(tensor.shape)}, got none; give the module's weights")
+        if not tensor.is_meta and name not in weights:
+            source = LazyTensor(tuple(tensor.shape), tensor.dtype, tensor.detach)
+        else:
+            source = weights[name]
+        value.const_value = StreamedTensor(source, name)
 
 
 def write(model: ir.Model, folder: Path, stage: str) -> None:

@@ -8,7 +8,7 @@ fake-quantised torch stages against the float ones, and (3) is then against the 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -64,33 +64,37 @@ class ParityReport:
     """parity.json.
 
     Attributes:
-        glue: comparison (1).
+        glue: comparison (1); None where the reference was computed layer by layer, which leaves no AGVAS.segment to compare with.
         stages: comparison (3): largest relative error over the traced pictures, by stage and output.
         chain: comparison (4).
         failures: broken gates in words; export fails when there are any.
         engine: what ran the exported graphs.
         golden: comparison (4) on the golden pictures alone.
         quantisation: comparison (2) as `stages` tells it; empty where nothing is in integers.
+        layers: comparison (3) inside the language model: relative error of each layer's keys and values.
     """
 
-    glue: Parity
+    glue: Parity | None
     stages: dict[str, dict[str, float]]
     chain: Parity
     failures: list[str]
     engine: str
     golden: Parity
     quantisation: dict[str, dict[str, float]]
+    layers: dict[str, list[float]] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         return {
             "engine": self.engine,
             "passed": not self.failures,
             "failures": self.failures,
-            "glue": self.glue.to_json(),
+            "reference": "layer by layer" if self.glue is None else "whole",
+            "glue": None if self.glue is None else self.glue.to_json(),
             "stages": finite(self.stages),
             "chain": self.chain.to_json(),
             "golden": self.golden.to_json(),
             "quantisation": finite(self.quantisation),
+            "layers": finite(self.layers),
         }
 
 
@@ -140,6 +144,7 @@ def measure(
     golden: dict[str, np.ndarray] = {}
     errors: dict[str, dict[str, float]] = {}
     quantisation: dict[str, dict[str, float]] = {}
+    layers: dict[str, list[float]] = {}
     chosen = hardest(reference, threshold)[:GOLDEN_PICTURES]
     for place, index in enumerate(chosen):
         image = images[index]
@@ -153,19 +158,27 @@ def measure(
             if twin is not None:
                 float_outputs, twins = wanted, torch_stages(twin)
                 wanted = {name: twins[name].run(fed) for name, fed in feeds.items()}
-                _stage_errors(wanted, float_outputs, quantisation)
-            _stage_errors({name: exported.stages[name].run(fed) for name, fed in feeds.items()}, wanted, errors)
-        golden |= _golden(place, image, reference[index], tensors)
+                note_errors(wanted, float_outputs, quantisation)
+            ours = {name: exported.stages[name].run(fed) for name, fed in feeds.items()}
+            note_errors(ours, wanted, errors)
+            layer_errors(ours, wanted, layers)
+        golden |= golden_of(place, image, reference[index], tensors)
     glue_parity, chain_parity = compare(glue, reference), compare(chain, reference)
     failures = [f"glue: {failure}" for failure in glue_gates.failures(glue_parity)]
-    failures += [f"chain: {failure}" for failure in gates.failures(chain_parity)]
-    if chain_parity.compared and not chain_parity.non_empty:
+    failures += chain_failures(gates, chain_parity)
+    on_golden = compare([chain[index] for index in chosen], [reference[index] for index in chosen])
+    return ParityReport(glue_parity, errors, chain_parity, failures, engine, on_golden, quantisation, layers), golden
+
+
+def chain_failures(gates: Gates, parity: Parity) -> list[str]:
+    """Gates that the whole chain broke, in words."""
+    failures = [f"chain: {failure}" for failure in gates.failures(parity)]
+    if parity.compared and not parity.non_empty:
         failures.append(
-            f"chain: the reference's mask is empty on all {chain_parity.images} pictures, so no mask was compared; "
+            f"chain: the reference's mask is empty on all {parity.images} pictures, so no mask was compared; "
             "give pictures with defects that the model finds (--images)"
         )
-    on_golden = compare([chain[index] for index in chosen], [reference[index] for index in chosen])
-    return ParityReport(glue_parity, errors, chain_parity, failures, engine, on_golden, quantisation), golden
+    return failures
 
 
 def hardest(reference: Sequence[Outcome], threshold: float) -> list[int]:
@@ -193,7 +206,7 @@ def outcome_of_reference(segmented: Segmented) -> Outcome:
     return Outcome(segmented.mask, segmented.anomaly_map, segmented.anchor_states, segmented.answer_ids)
 
 
-def _golden(index: int, image: np.ndarray, outcome: Outcome, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def golden_of(index: int, image: np.ndarray, outcome: Outcome, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Picture, answer, states and map are AGVAS.segment's own; the tensors between come from the torch stages."""
     arrays = {
         "image": image,
@@ -206,7 +219,7 @@ def _golden(index: int, image: np.ndarray, outcome: Outcome, tensors: Mapping[st
     return {f"{index}.{name}": array for name, array in arrays.items()}
 
 
-def _stage_errors(
+def note_errors(
     ours: Mapping[str, dict[str, np.ndarray]], wanted: Mapping[str, dict[str, np.ndarray]], errors: dict[str, dict[str, float]]
 ) -> None:
     """Raise `errors` to the relative errors of these outputs, by stage and tensor."""
@@ -214,3 +227,13 @@ def _stage_errors(
         known = errors.setdefault(name, {})
         for key, value in outputs.items():
             known[key] = worst(known.get(key), relative_error(ours[name][key], value))
+
+
+def layer_errors(
+    ours: Mapping[str, Mapping[str, np.ndarray]], wanted: Mapping[str, Mapping[str, np.ndarray]], found: dict[str, list[float]]
+) -> None:
+    """Note each decoder layer's relative error of keys and values [L, B, H, N, C]: what all layers before it put out is in them."""
+    for name in NOT_TRACED:
+        pairs = zip(ours["language"][name], wanted["language"][name], strict=True)
+        errors = [relative_error(layer, reference) for layer, reference in pairs]
+        found[name] = [worst(known, error) for known, error in zip(found.get(name, [None] * len(errors)), errors, strict=True)]  # type: ignore[list-item]

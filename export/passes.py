@@ -1,4 +1,4 @@
-"""Graph passes, each with its rule in prose. Here: lowering a graph's arithmetic to 16 bit.
+"""Graph passes, each with its rule in prose: turning weights once and for all, and lowering a graph's arithmetic to 16 bit.
 
 The rule goes by operator, never by model, so that it holds for graphs not seen yet. A pass takes a model and changes it in place;
 what it leaves is strongly typed: every tensor's type is in the graph and no builder flag decides anything.
@@ -11,6 +11,8 @@ import functools
 import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import LiftConstantsToInitializersPass
+
+from export.streamed_tensor import StreamedTensor
 
 LOW_TYPES = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 
@@ -48,6 +50,36 @@ SCALE = 1  # DequantizeLinear's input that has the type of its output
 PRODUCTS = frozenset({"MatMul", "Gemm", "Einsum", "Conv", "ConvTranspose", "Attention"})
 # Products that can have two computed factors and no weight.
 PAIRINGS = frozenset({"MatMul", "Gemm", "Einsum"})
+
+
+def turn_weights(model: ir.Model) -> ir.Model:
+    """Turn weights as they are read from the checkpoint, and not in the graph.
+
+    Rule: a Transpose of a streamed weight becomes that weight with its axes in the new order. An engine that finds the Transpose would hold
+    the weight twice, or turn it in every run; and folding it as other constants are folded would need its values.
+
+    Args:
+        model: changed in place.
+    """
+    turned: dict[tuple[ir.Value, tuple[int, ...]], ir.Value] = {}
+    for node in list(model.graph):
+        value = node.inputs[0] if node.op_type == "Transpose" else None
+        weight = value.const_value if value is not None else None
+        if value is None or not isinstance(weight, StreamedTensor) or node.outputs[0].is_graph_output():
+            continue
+        axes = node.attributes["perm"].as_ints() if "perm" in node.attributes else tuple(reversed(range(len(weight.shape))))
+        order = tuple(axes)
+        if (value, order) not in turned:
+            tensor = weight.transposed(order, f"{value.name}_{'_'.join(map(str, order))}")
+            initializer = ir.Value(name=tensor.name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+            model.graph.register_initializer(initializer)
+            turned[value, order] = initializer
+        node.outputs[0].replace_all_uses_with(turned[value, order])
+        model.graph.remove(node, safe=True)
+        if not value.uses():
+            assert value.name is not None
+            del model.graph.initializers[value.name]
+    return model
 
 
 def lower_precision(model: ir.Model, precision: str) -> ir.Model:
@@ -191,8 +223,14 @@ class _Lowering:
 
     def _constant(self, value: ir.Value, dtype: ir.DataType) -> ir.Value:
         assert value.const_value is not None
-        array = value.const_value.numpy().astype(dtype.numpy())
-        tensor = ir.tensor(array, dtype=dtype, name=f"{value.name}_{dtype.name.lower()}")
+        name = f"{value.name}_{dtype.name.lower()}"
+        if isinstance(value.const_value, StreamedTensor):
+            tensor = value.const_value.as_type(dtype, name)
+        elif isinstance(value.const_value, ir.LazyTensor):
+            made = value.const_value
+            tensor = ir.LazyTensor(lambda: ir.tensor(made.numpy().astype(dtype.numpy()), dtype=dtype), dtype, made.shape, name=name)
+        else:
+            tensor = ir.tensor(value.const_value.numpy().astype(dtype.numpy()), dtype=dtype, name=name)
         copy = ir.Value(name=tensor.name, shape=value.shape, type=ir.TensorType(dtype), const_value=tensor)
         self.graph.register_initializer(copy)
         return copy

@@ -33,6 +33,12 @@ class Progress:
             self._bar.total = total
             self._bar.update(done - self._bar.n)
 
+    def note(self, line: str) -> None:
+        """A line between steps."""
+        self.end()
+        if not self.quiet:
+            print(f"  {line}", file=sys.stderr, flush=True)
+
     def end(self) -> None:
         if self._bar:
             self._bar.close()

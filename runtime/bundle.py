@@ -29,6 +29,7 @@ TOKENIZER = "tokenizer.json"
 EMBEDDINGS = "embeddings.npy"
 GOLDEN = "golden.npz"
 PARITY = "parity.json"
+UNFINISHED = "unfinished.json"  # stands in a folder that export is still at work on, whatever else is there
 
 
 @dataclass(frozen=True)
@@ -118,13 +119,16 @@ class Bundle:
         BundleVersionError: written for another schema or contract.
     """
 
-    def __init__(self, folder: str | Path, *, check_hashes: bool = True) -> None:
+    def __init__(self, folder: str | Path, *, check_hashes: bool = True, unfinished: bool = False) -> None:
+        """`unfinished` opens what export has not ended: export's own way to verify what it wrote."""
         self.folder = Path(folder)
         manifest = self.folder / MANIFEST
         if not self.folder.is_dir():
             raise BundleMissing(f"{self.folder} is not a folder; give the folder that agvas-export wrote")
         if not manifest.is_file():
             raise BundleMissing(f"{self.folder} has no {MANIFEST}: it is not a bundle, or its export was interrupted; run agvas-export")
+        if not unfinished and (self.folder / UNFINISHED).exists():
+            raise BundleMissing(f"{self.folder} was not exported to its end; run the same agvas-export again, which goes on with it")
         try:
             text = manifest.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:

@@ -106,6 +106,12 @@ class Vision:
         return keys, values
 
 
+class Embeddings(Protocol):
+    """The token table [V, D]: an array, mapped or not, or what reads rows from elsewhere."""
+
+    def __getitem__(self, rows: list[int], /) -> np.ndarray: ...
+
+
 class Pipeline:
     """Runs pictures through the five stages; holds no state of a request, so threads may share it."""
 
@@ -114,7 +120,7 @@ class Pipeline:
         stages: Mapping[str, Stage],
         preprocessing: Preprocessing,
         prompts: PromptEncoder,
-        embeddings: np.ndarray,
+        embeddings: Embeddings,
         sizes: Mapping[str, int],
     ) -> None:
         self.stages = stages

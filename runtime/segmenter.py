@@ -40,6 +40,8 @@ class Segmenter:
         threshold: in 0..1; None takes the bundle's.
         pixel_limit: largest picture, in pixels.
         check_hashes: read every file of the bundle to compare its sha256 (about a second per GB).
+        low_memory: one stage in memory at a time, its weights mapped where the engine can compute so: for models whose stages together
+            do not fit. Every picture opens every stage again; needs a named engine.
 
     Raises:
         BundleError: the bundle is missing, altered or of another version.
@@ -63,14 +65,17 @@ class Segmenter:
         threshold: float | None = None,
         pixel_limit: int = PIXEL_LIMIT,
         check_hashes: bool = True,
+        low_memory: bool = False,
     ) -> None:
         choose("engine", engine, ("auto", *ENGINES))
         if inference_precision is not None:
             choose("inference_precision", inference_precision, INFERENCE_PRECISIONS)
         try:
-            options = EngineOptions(device, threads, inference_precision or "graph")
+            options = EngineOptions(device, threads, inference_precision or "graph", low_memory)
         except ValueError as error:
             raise RequestError(str(error)) from error
+        if low_memory and engine == "auto":
+            raise RequestError("low_memory: expected a named engine, got auto, which would hold all of them to compare; name onnxruntime")
         self.bundle = Bundle(Path(bundle), check_hashes=check_hashes)
         self.threshold = self.bundle.manifest.threshold if threshold is None else threshold
         if not isinstance(self.threshold, (int, float)) or not 0 <= self.threshold <= 1:

@@ -20,8 +20,9 @@ from runtime.bundle import Bundle
 from runtime.contract import STAGES
 from runtime.errors import BundleCorrupt
 from runtime.images import read_image
+from runtime.one_at_a_time import Turn, TurnStage
 from runtime.parity import GATES, Gates, Outcome, Parity, compare, finite, relative_error, worst
-from runtime.pipeline import Pipeline, Trace
+from runtime.pipeline import Pipeline, Stage, Trace
 
 # Keys and values repeat the states' error and would triple the file.
 NOT_TRACED = ("present_keys", "present_values")
@@ -50,7 +51,7 @@ class Verification:
 
 
 def open_pipeline(bundle: Bundle, engine: str, options: EngineOptions) -> Pipeline:
-    """All five stages of a bundle on one engine.
+    """All five stages of a bundle on one engine; with `options.low_memory`, one of them in memory at a time (runtime.one_at_a_time).
 
     Raises:
         EngineUnavailable, EngineFailed: see engines.open_engine.
@@ -62,7 +63,13 @@ def open_pipeline(bundle: Bundle, engine: str, options: EngineOptions) -> Pipeli
             "use precision graph, or export with --lmm int8 or gptq4"
         )
     # The chain sees one picture at a time, and an engine that knows plans for it.
-    stages = {name: open_engine(bundle.graph(name), spec.fixed({"B": 1}), engine, options) for name, spec in STAGES.items()}
+    specs = {name: spec.fixed({"B": 1}) for name, spec in STAGES.items()}
+    stages: dict[str, Stage]
+    if options.low_memory:
+        turn = Turn()
+        stages = {name: TurnStage(turn, bundle.graph(name), spec, engine, options) for name, spec in specs.items()}
+    else:
+        stages = {name: open_engine(bundle.graph(name), spec, engine, options) for name, spec in specs.items()}
     return Pipeline(
         stages,
         manifest.preprocessing,

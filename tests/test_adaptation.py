@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from agvas import AGVAS
+from agvas.config import tiny
 from agvas.training.adaptation import Adaptation, LoRASettings, TrainedParts
 
 PAPERS = TrainedParts()
@@ -107,3 +109,15 @@ def test_the_same_seed_draws_the_same_adapters() -> None:
 
     first, again, other = adapters(1), adapters(1), adapters(2)
     assert all(torch.equal(first[name], again[name]) and not torch.equal(first[name], other[name]) for name in first)
+
+
+def test_the_neck_of_another_vit_learns_and_its_backbone_keeps_still(tmp_path: Path) -> None:
+    config = tiny()
+    pixel = replace(config.pixel, kind="clip", window=0, global_layers=())
+    model = AGVAS(replace(config, pixel=pixel), new_tiny().tokenizer)
+    adaptation = Adaptation(model, PAPERS, 0)
+    assert {name for name in trainable(model) if name.startswith("pixel_encoder.")} == {
+        f"pixel_encoder.neck.{name}" for name in model.pixel_encoder.neck.state_dict()
+    }
+    adaptation.save(tmp_path)
+    assert "pixel_encoder.neck.conv1.weight" in load_file(tmp_path / "trained.safetensors")

@@ -56,7 +56,7 @@ def ready_graphs(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> list[str
     """Stages come from the bundle that the session has exported already, in place of torch's exporter; lists those asked for."""
     asked: list[str] = []
 
-    def ready(module: nn.Module, stage: str, sizes: dict[str, int]) -> ir.Model:
+    def ready(module: nn.Module, stage: str, sizes: dict[str, int], weights: object) -> ir.Model:
         asked.append(stage)
         return ir.load(tiny_bundle / stage / f"{stage}.onnx")
 
@@ -297,7 +297,7 @@ def test_masks_that_leave_the_reference_make_no_bundle_and_exit_code_1(
 def wrong_mask_decoder(monkeypatch: pytest.MonkeyPatch, tiny_bundle: Path) -> None:
     """An exporter that gets one stage wrong: its weights all but twice what they are."""
 
-    def ready(module: nn.Module, stage: str, sizes: dict[str, int]) -> ir.Model:
+    def ready(module: nn.Module, stage: str, sizes: dict[str, int], weights: object) -> ir.Model:
         model = ir.load(tiny_bundle / stage / f"{stage}.onnx")
         if stage == "mask_decoder":
             for value in model.graph.initializers.values():

@@ -72,7 +72,7 @@ def wide(wide_model: AGVAS, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def ready(wide: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., ExportSettings]:
     """Graphs come from the session's fp32 bundle; returns settings of an export of it."""
-    monkeypatch.setattr(writer, "export_stage", lambda module, stage, sizes: ir.load(wide / "fp32" / stage / f"{stage}.onnx"))
+    monkeypatch.setattr(writer, "export_stage", lambda module, stage, sizes, weights: ir.load(wide / "fp32" / stage / f"{stage}.onnx"))
 
     def settings(output: Path, precision: str = "fp32", **changes: object) -> ExportSettings:
         base = ExportSettings(str(wide / "checkpoint"), precision, output, images=wide / "pictures")

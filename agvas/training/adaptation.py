@@ -71,6 +71,8 @@ class Adaptation:
         else:
             model.language.requires_grad_(True)
         whole: list[nn.Module | None] = [model.spam, model.mask_decoder, model.language.get_input_embeddings(), model.language.lm_head]
+        if model.config.pixel.kind != "sam":
+            whole.append(model.pixel_encoder.neck)  # which no published backbone brings
         if parts.encoders:
             whole += [model.pixel_encoder, model.semantic_encoder]
         for part in whole:
@@ -86,8 +88,8 @@ class Adaptation:
         return [Group(fast), Group(slow, self.parts.slow_share)]
 
     def save(self, folder: Path) -> None:
-        """What was trained, without the base: adapter_config.json and adapter_model.safetensors as peft has them, and trained.safetensors
-        with every other trained tensor under its name in the model."""
+        """What was trained, without the base: adapter_config.json and adapter_model.safetensors as peft has them, trained.safetensors
+        with every other trained tensor under its name in the model, and the model's config.json and tokenizer.json: see agvas-import."""
         folder.mkdir(parents=True, exist_ok=True)
         if self._lora is not None:
             self._config.save_pretrained(str(folder))
@@ -102,7 +104,17 @@ class Adaptation:
             for name, parameter in self.model.named_parameters()
             if parameter.requires_grad and "lora_" not in name
         }
+        # Buffers that a checkpoint keeps (the decoder's frequencies) belong to the modules that learn, and no base has them.
+        parts = {name.partition(".")[0] for name in rest} - {"language"}
+        persistent = self.model.state_dict().keys()
+        rest |= {
+            name: buffer.detach().contiguous().clone()
+            for name, buffer in self.model.named_buffers()
+            if name in persistent and name.partition(".")[0] in parts
+        }
         save_file(rest, folder / "trained.safetensors", metadata={"format": "pt"})
+        (folder / "config.json").write_text(self.model.config.to_json())
+        self.model.tokenizer.save(str(folder / "tokenizer.json"))
         (folder / "trained.json").write_text(json.dumps({"parts": sorted({name.split(".")[0] for name in rest})}, indent=2) + "\n")
 
     def merge(self) -> AGVAS:

@@ -52,6 +52,9 @@ def tune(
         ValueError: the folder holds another run; settings that cannot be.
         Diverged: see loop.py.
     """
+    if cache is not None and model.config.pixel.kind != "sam":
+        kind = model.config.pixel.kind
+        raise ValueError(f"feature cache: expected a frozen pixel encoder, got {kind} with a neck that learns; leave it out")
     adaptation = Adaptation(model, settings.parts, settings.loop.seed)
     model.train()
     if not settings.parts.encoders:  # frozen: no dropout, no batch statistics

@@ -41,6 +41,11 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="CPU threads of one inference (default 0: the engine's choice)",
     )
+    parser.add_argument(
+        "--low-memory",
+        action="store_true",
+        help="one stage in memory at a time, weights mapped where the engine can: slower, for models that do not fit (name an engine)",
+    )
 
 
 def engine_options(arguments: argparse.Namespace) -> EngineOptions:
@@ -53,7 +58,9 @@ def engine_options(arguments: argparse.Namespace) -> EngineOptions:
     if arguments.inference_precision is not None:
         choose("--inference-precision", arguments.inference_precision, INFERENCE_PRECISIONS)
     try:
-        return EngineOptions(arguments.device, arguments.threads, arguments.inference_precision or "graph")
+        if arguments.low_memory and arguments.engine == AUTO:
+            raise RequestError(f"--low-memory: expected a named engine, got {AUTO}, which would hold all of them to compare; add --engine")
+        return EngineOptions(arguments.device, arguments.threads, arguments.inference_precision or "graph", arguments.low_memory)
     except ValueError as error:
         raise RequestError(f"--{error}") from error
 

@@ -185,6 +185,7 @@ def _run(arguments: argparse.Namespace) -> int:
         options.device,
         inference_precision=arguments.inference_precision,
         threads=options.threads,
+        low_memory=options.low_memory,
         threshold=arguments.threshold,
         pixel_limit=arguments.pixel_limit,
     )

@@ -1,0 +1,322 @@
+"""Does the paper's model export on a small machine, and do its graphs compute what the reference does? Time, disk, memory, errors.
+
+    python -m benchmarks.full_size --size 7b --work DIR --output benchmarks/results/full_size.json
+
+Makes a random checkpoint at full size (17 GB; --checkpoint takes one of yours), exports it with the language model in 4 bit (plain
+rounding) and in 16 bit, compares every stage and each of the language model's layers with the reference computed layer by layer, and
+segments a picture with the 4-bit bundle. Each part is a process of its own, so that its peak memory is its own; results are written after
+each, and a part that is there already is not done again. --size reduced has full widths and two layers of everything. Parity of masks is
+agvas-export's business: here the weights are noise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.environment import environment
+
+# As the layer-streamed reference of the same weights: 16-bit arithmetic in the encoders and around 4-bit weights, all layers behind one
+# another. A wrong weight or a swapped axis gives 0.1 and more.
+TOLERANCE = {"stage_relative_error": 2e-2, "map_max_abs": 2e-2}
+TARGETS = {
+    "export_peak_rss_bytes": 8 << 30,
+    "gptq4_disk_bytes": 7_800_000_000,
+    "gptq4_weight_bytes": 6_700_000_000,
+    "run_peak_rss_bytes": 14 << 30,
+}
+IMAGE_TOKENS = 24  # of each kind, where a stage alone is compared: what a token meets in a layer does not depend on their number
+PICTURE = (8_000_000_003, 480, 640)  # seed, height, width
+PARTS = ("checkpoint", "export-gptq4", "stages-gptq4", "run-gptq4", "reference-gptq4", "export-16", "stages-16")
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What every part is told."""
+
+    folder: Path
+    checkpoint: Path
+    size: str
+    precision: str
+    head: str
+
+    def bundle(self, kind: str) -> Path:
+        return self.folder / f"bundle-{kind}"
+
+
+def checkpoint(work: Work) -> dict[str, Any]:
+    """A random checkpoint, bf16 as published ones are."""
+    import torch
+
+    from agvas.config import ov_7b
+    from benchmarks.random_checkpoint import write_random_checkpoint
+
+    config, started = ov_7b(), time.monotonic()
+    if work.size == "reduced":
+        config = dataclasses.replace(
+            config,
+            name="ov_7b_reduced",
+            pixel=dataclasses.replace(config.pixel, layers=2, global_layers=(1,)),
+            semantic=dataclasses.replace(config.semantic, layers=2),
+            language=dataclasses.replace(config.language, layers=2),
+        )
+    file = work.checkpoint / "model.safetensors"
+    made = not file.exists()
+    if made:
+        write_random_checkpoint(config, work.checkpoint, torch.bfloat16)
+    seconds = round(time.monotonic() - started, 1) if made else None
+    return {"bytes": file.stat().st_size, "parameters": file.stat().st_size // 2, "seconds": seconds}
+
+
+def export(work: Work, kind: str) -> dict[str, Any]:
+    """One export without its comparison, step by step."""
+    from export.bundle import ExportSettings, export_bundle
+    from export.progress import Progress
+    from export.quantisation import RTN
+    from runtime.footprint import peak
+
+    steps: list[dict[str, Any]] = []
+
+    class Recorded(Progress):
+        def end(self) -> None:
+            if self._step:
+                seconds = round(time.monotonic() - self._started, 1)
+                steps.append({"step": self._step, "seconds": seconds, "peak_rss_bytes": peak()})
+            super().end()
+
+    started = time.monotonic()
+    precision = "fp16" if kind == "gptq4" else work.precision
+    settings = ExportSettings(str(work.checkpoint), precision, work.bundle(kind), compare=False, resume=True)
+    if kind == "gptq4":
+        settings = dataclasses.replace(settings, lmm="gptq4", calibration=RTN, head=work.head)
+    bundle, _ = export_bundle(settings, Recorded())
+    sizes = {name: record.bytes for name, record in bundle.manifest.files.items()}
+    return {
+        "precision": precision,
+        "lmm": settings.lmm,
+        "head": settings.head,
+        "seconds": round(time.monotonic() - started, 1),
+        "peak_rss_bytes": peak(),
+        "disk_bytes": bundle.bytes,
+        "weight_bytes": sum(size for name, size in sizes.items() if "/" in name),
+        "files": sizes,
+        "steps": steps,
+    }
+
+
+def stages(work: Work, kind: str) -> dict[str, Any]:
+    """Every exported stage against the reference's, both fed the reference's tensors; the language model on some tokens, all layers."""
+    import numpy as np
+
+    from agvas.checkpoint import open_checkpoint
+    from engines import EngineOptions
+    from export.bundle import verification_engine
+    from export.estimate import available_memory
+    from export.parity import layer_errors
+    from export.pictures import procedural_picture
+    from export.quantisation import RTN, Quantisation, fake_quantised_tensors, quantise
+    from export.stage_weights import all_weights
+    from export.streamed_reference import TABLE, EmbeddingRows, exported_stages, streamed_stages
+    from runtime import preprocess
+    from runtime.bundle import Bundle
+    from runtime.contract import STAGES
+    from runtime.footprint import peak
+    from runtime.parity import relative_error
+
+    opened = open_checkpoint(work.checkpoint)
+    bundle, weights = Bundle(work.bundle(kind), check_hashes=False), all_weights(opened)
+    quantisation = Quantisation()
+    if kind == "gptq4":
+        quantisation = quantise(opened.skeleton(), opened.tensors, "gptq4", False, RTN, work.head)
+    reference = streamed_stages(opened, fake_quantised_tensors(weights, quantisation))
+    engine = verification_engine(bundle.manifest.precision["language"])
+    exported = exported_stages(bundle, engine, EngineOptions(low_memory=True), available_memory())
+    prompts = opened.skeleton().prompt_encoder
+    prompt, table, rng = prompts.encode(), EmbeddingRows(weights[TABLE]), np.random.default_rng(0)
+    pixel, semantic, _ = preprocess.encoder_images(procedural_picture(*PICTURE), opened.config.preprocessing)
+    held: dict[str, np.ndarray] = {"pixel_image": pixel[None], "semantic_image": semantic[None]}
+    sizes = bundle.manifest.sizes
+    found: dict[str, Any] = {"engine": engine, "stages": {}}
+    for name, spec in STAGES.items():
+        if name == "language":
+            draft = prompt.draft or ()
+            seen = [held[key][:, :IMAGE_TOKENS] for key in ("image_embeddings", "aligned_embeddings")]
+            said = [table[list(ids)][None] for ids in (prompt.prefix, prompt.suffix + draft[:-1])]
+            held["input_embeddings"] = np.concatenate([said[0], *seen, said[1]], axis=1)
+            tokens = held["input_embeddings"].shape[1]
+            held["positions"] = np.arange(tokens, dtype=np.int64)[None]
+            held["past_keys"] = np.zeros((sizes["L"], 1, sizes["H"], 0, sizes["C"]), np.float32)
+            held["past_values"] = held["past_keys"].copy()
+            held["rows"] = np.arange(tokens - len(draft), tokens, dtype=np.int64)
+        if name == "mask_decoder":
+            held["anchor_states"] = rng.normal(size=(1, 3, sizes["D"])).astype(np.float32)
+        feeds = {tensor.name: held[tensor.name] for tensor in spec.inputs}
+        started = time.monotonic()
+        wanted = reference[name].run(feeds)
+        between = time.monotonic()
+        ours = exported[name].run(feeds)
+        told = {
+            "relative_error": {key: relative_error(ours[key], value) for key, value in wanted.items()},
+            "reference_seconds": round(between - started, 1),
+            "exported_seconds": round(time.monotonic() - between, 1),
+            "exported_as": type(exported[name]).__name__,
+        }
+        if name == "language":
+            layers: dict[str, list[float]] = {}
+            layer_errors({"language": ours}, {"language": wanted}, layers)
+            told |= {"tokens": tokens, "layers": layers, "said_the_draft": bool((wanted["logits"][0].argmax(-1) == draft).all())}
+        held |= wanted
+        found["stages"][name] = told
+        _say(f"{name}: {json.dumps(told['relative_error'])}")
+    worst = max(error for told in found["stages"].values() for error in told["relative_error"].values())
+    return found | {"worst_relative_error": worst, "peak_rss_bytes": peak()}
+
+
+def run(work: Work) -> dict[str, Any]:
+    """One picture through the bundle, one stage in memory at a time."""
+    import numpy as np
+
+    from engines import EngineOptions
+    from export.pictures import procedural_picture
+    from runtime.bundle import Bundle
+    from runtime.footprint import peak
+    from runtime.verify import open_pipeline
+
+    image = procedural_picture(*PICTURE)
+    before = peak()
+    bundle = Bundle(work.bundle("gptq4"), check_hashes=False)
+    pipeline = open_pipeline(bundle, "onnxruntime", EngineOptions(low_memory=True))
+    trace = pipeline.run(image, pipeline.prompts.encode())
+    finite = bool(np.isfinite(trace.anomaly_map).all() and all(np.isfinite(value).all() for value in trace.tensors.values()))
+    states = np.zeros(0) if trace.anchor_states is None else trace.anchor_states
+    np.savez(work.folder / "run.npz", map=trace.anomaly_map, states=states, answer=np.array(trace.answer))
+    return {
+        "engine": "onnxruntime, low memory",
+        "peak_rss_bytes": peak(),
+        "idle_rss_bytes": before,
+        "timings_ms": {name: round(value) for name, value in trace.timings.items()},
+        "answer_verified": trace.verified,
+        "finite": finite,
+        "embeddings_mapped": isinstance(pipeline.embeddings, np.memmap),
+    }
+
+
+def reference(work: Work) -> dict[str, Any]:
+    """The same picture through the reference with the weights that the integers stand for, layer by layer; against what `run` left."""
+    import numpy as np
+
+    from agvas.checkpoint import open_checkpoint
+    from export.pictures import procedural_picture
+    from export.quantisation import RTN, fake_quantised_tensors, quantise
+    from export.stage_weights import all_weights
+    from export.streamed_reference import streamed_pipeline, streamed_stages
+    from runtime.footprint import peak
+    from runtime.parity import relative_error
+
+    opened = open_checkpoint(work.checkpoint)
+    quantisation = quantise(opened.skeleton(), opened.tensors, "gptq4", False, RTN, work.head)
+    weights = fake_quantised_tensors(all_weights(opened), quantisation)
+    pipeline = streamed_pipeline(opened, streamed_stages(opened, weights), weights)
+    started = time.monotonic()
+    trace = pipeline.run(procedural_picture(*PICTURE), pipeline.prompts.encode())
+    with np.load(work.folder / "run.npz") as ours:
+        same = trace.anchor_states is not None and ours["states"].shape == trace.anchor_states.shape
+        return {
+            "seconds": round(time.monotonic() - started, 1),
+            "same_answer": tuple(ours["answer"].tolist()) == trace.answer,
+            "map_max_abs": float(np.abs(ours["map"] - trace.anomaly_map).max()),
+            "map_range": [float(trace.anomaly_map.min()), float(trace.anomaly_map.max())],
+            "anchor_states_relative_error": relative_error(ours["states"], trace.anchor_states) if same else None,  # type: ignore[arg-type]
+            "peak_rss_bytes": peak(),
+        }
+
+
+def do(part: str, work: Work) -> dict[str, Any]:
+    """One part of PARTS, in this process."""
+    kind = part.rpartition("-")[2]
+    if part == "checkpoint":
+        return checkpoint(work)
+    if part.startswith("export"):
+        return export(work, kind)
+    if part.startswith("stages"):
+        return stages(work, kind)
+    return run(work) if part.startswith("run") else reference(work)
+
+
+def verdicts(parts: dict[str, Any]) -> dict[str, bool]:
+    """Which targets hold, of those that were measured."""
+    held = {}
+    exports = [parts[part] for part in ("export-gptq4", "export-16") if part in parts]
+    if exports:
+        held["export_peak_rss_bytes"] = max(part["peak_rss_bytes"] for part in exports) <= TARGETS["export_peak_rss_bytes"]
+    if "export-gptq4" in parts:
+        held["gptq4_disk_bytes"] = parts["export-gptq4"]["disk_bytes"] <= TARGETS["gptq4_disk_bytes"]
+        held["gptq4_weight_bytes"] = parts["export-gptq4"]["weight_bytes"] <= TARGETS["gptq4_weight_bytes"]
+    for part in ("stages-gptq4", "stages-16"):
+        if part in parts:
+            held[part] = parts[part]["worst_relative_error"] <= TOLERANCE["stage_relative_error"]
+    if "run-gptq4" in parts:
+        held["run_peak_rss_bytes"] = parts["run-gptq4"]["peak_rss_bytes"] <= TARGETS["run_peak_rss_bytes"]
+        held["run_finite"] = parts["run-gptq4"]["finite"]
+    if "reference-gptq4" in parts:
+        told = parts["reference-gptq4"]
+        held["run_as_reference"] = told["same_answer"] and told["map_max_abs"] <= TOLERANCE["map_max_abs"]
+    return held
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit code 0 when every part was done and every target held, 1 when one did not."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=("7b", "reduced"), default="reduced")
+    parser.add_argument("--work", type=Path, required=True, help="where checkpoint and bundles go: 26 GB free, or 43 with --keep")
+    parser.add_argument("--checkpoint", type=Path, help="a checkpoint folder to take in place of a random one")
+    parser.add_argument("--precision", choices=("fp16", "bf16"), default="fp16", help="of the 16-bit export (default fp16)")
+    parser.add_argument("--head", choices=("float", "int8"), default="float", help="of the 4-bit export (default float)")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--again", action="store_true", help="do parts again that the output has already")
+    parser.add_argument("--keep", action="store_true", help="keep the bundles")
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)  # what a child process does
+    options = parser.parse_args(arguments)
+    work = Work(options.work, options.checkpoint or options.work / "checkpoint", options.size, options.precision, options.head)
+    if options.part:
+        print(json.dumps(do(options.part, work)))
+        return 0
+    work.folder.mkdir(parents=True, exist_ok=True)
+    result: dict[str, Any] = {"size": options.size, "targets": TARGETS, "tolerance": TOLERANCE, "parts": {}}
+    if options.output.exists():
+        result["parts"] = json.loads(options.output.read_text())["parts"]
+    for part in options.parts:
+        if part in result["parts"] and not options.again:
+            continue
+        _say(part)
+        own = ["--size", work.size, "--work", work.folder, "--checkpoint", work.checkpoint, "--precision", work.precision]
+        own += ["--head", work.head, "--output", options.output, "--part", part]
+        command = [sys.executable, "-m", "benchmarks.full_size", *map(str, own)]
+        finished = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+        if finished.returncode:
+            _say(f"{part} failed with code {finished.returncode}")
+            return 1
+        result["parts"][part] = json.loads(finished.stdout.splitlines()[-1])
+        result |= {"held": verdicts(result["parts"]), "environment": environment()}
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        options.output.write_text(json.dumps(result, indent=2) + "\n")
+        _say(json.dumps(result["parts"][part])[:400])
+        if not options.keep and part in ("reference-gptq4", "stages-16"):
+            shutil.rmtree(work.bundle(part.rpartition("-")[2]))
+    return 0 if all(result.get("held", {}).values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,117 @@
+"""agvas-inspect tells what is there, what does not fit, and what exporting will take."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import published
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from agvas.checkpoint import open_checkpoint
+from agvas.config import ov_7b
+from agvas.importing import ImportSettings, import_parts
+from agvas.inspect_cli import main
+from agvas.model import AGVAS
+from agvas.needs import export_needs
+from export.bundle import ExportSettings, export_bundle
+from export.progress import Progress
+from runtime.bundle import Bundle
+
+
+def inspect(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, dict]:  # type: ignore[type-arg]
+    code = main([*map(str, arguments), "--json"])
+    lines = capsys.readouterr().out.splitlines()
+    return code, "\n".join(lines[:-1]), json.loads(lines[-1])
+
+
+def test_a_checkpoint_is_told_stage_by_stage(tiny_checkpoint: Path, tiny_model: AGVAS, capsys: pytest.CaptureFixture[str]) -> None:
+    code, text, found = inspect(capsys, tiny_checkpoint)
+    assert (code, found["layout"], found["model"], found["problems"]) == (0, "AG-VAS checkpoint", "tiny", [])
+    for stage, held in found["stages"].items():
+        parameters = sum(tensor.numel() for name, tensor in tiny_model.state_dict().items() if name.startswith(f"{stage}."))
+        assert (held["parameters"], held["bytes"], held["types"]) == (parameters, 4 * parameters, {"float32": parameters})
+        assert f"{parameters:,} parameters" in text
+    assert list(found["stages"]) == ["pixel_encoder", "semantic_encoder", "spam", "language", "mask_decoder"]
+    tokenizer = tiny_model.tokenizer
+    assert found["vocabulary"]["anchors"] == {anchor: tokenizer.token_to_id(anchor) for anchor in ("[NOR]", "[ANO]", "[SEG]")}
+    assert found["vocabulary"]["rows"] == 512
+
+
+def test_a_checkpoint_that_does_not_fit_is_told_all_the_same(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(tiny_checkpoint, tmp_path / "copy"))
+    state = load_file(folder / "model.safetensors")
+    del state["mask_decoder.queries"]
+    save_file(state | {"spam.extra": torch.zeros(5)}, folder / "model.safetensors")
+    code, text, found = inspect(capsys, folder)
+    assert code == 1 and len(found["problems"]) == 2
+    assert "missing mask_decoder.queries [3, 32]" in text and "unexpected spam.extra [5]" in text
+    assert not found["needs"]
+
+
+def test_parts_are_told_by_themselves_and_together(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    published.onevision(tmp_path / "base", dtype=torch.bfloat16)
+    model = published.sam()
+    published.write_sam_pth(model, tmp_path / "sam.pth")
+    import_parts(ImportSettings(tmp_path / "base", tmp_path / "start", tmp_path / "sam.pth", untrained=0))
+    code, text, found = inspect(capsys, tmp_path / "start")
+    assert code == 0
+    assert [(part["role"], part["layout"]) for part in found["parts"]] == [
+        ("base", "Hugging Face llava_onevision"),
+        ("pixel encoder", "torch"),
+        ("trained", "safetensors"),
+    ]
+    assert found["parts"][1]["tensors"] == len(model.vision_encoder.state_dict())
+    assert set(found["stages"]["language"]["types"]) == {"bfloat16"} and set(found["stages"]["pixel_encoder"]["types"]) == {"float32"}
+    assert "image_newline" in found["unused"]
+    for part, stages in (("base", {"semantic_encoder", "language"}), ("sam.pth", {"pixel_encoder"}), ("start/untrained.safetensors", None)):
+        code, text, found = inspect(capsys, tmp_path / part)
+        assert code == 0 and set(found["stages"]) == (stages or {"spam", "mask_decoder"}), text
+        assert "agvas-import --base" in text
+
+
+def test_a_bundle_is_told_by_its_manifest(tiny_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, text, found = inspect(capsys, tiny_bundle)
+    assert (code, found["layout"], found["model"]) == (0, "bundle", "tiny")
+    sizes = {name: record.bytes for name, record in Bundle(tiny_bundle).manifest.files.items()}
+    assert found["stages"]["language"]["bytes"] == sum(size for name, size in sizes.items() if name.startswith("language/"))
+    assert "parity passed on 6 pictures" in text
+
+
+@pytest.mark.parametrize("what", ["nowhere", "empty", "photo.png"])
+def test_what_is_nothing_known_is_one_line_and_exit_code_2(what: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "photo.png").write_bytes(b"\x89PNG")
+    assert main([str(tmp_path / what)]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("agvas-inspect: ") and len(captured.err.splitlines()) == 1 and captured.out == ""
+    assert what in captured.err
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_the_disk_foreseen_is_the_weights_of_the_bundle_that_comes(precision: str, tmp_path: Path) -> None:
+    """nano's graphs and tables; what a bundle has beside them (golden pictures, tokenizer, structure) is no weight."""
+    export_bundle(ExportSettings("nano", precision, tmp_path / "bundle", strict=False, pictures=1), Progress(quiet=True))
+    files = [path for path in (tmp_path / "bundle").rglob("*") if path.suffix in (".data", ".npy")]
+    written = sum(path.stat().st_size for path in files)
+    foreseen = export_needs({name: tensor.shape for name, tensor in open_checkpoint("nano").tensors.items()}, precision).disk
+    assert written == pytest.approx(foreseen, rel=0.05)
+
+
+def test_the_paper_s_model_is_foreseen_as_its_architecture_counts() -> None:
+    with torch.device("meta"):
+        from conftest import new_tiny
+
+        model = AGVAS(ov_7b(), new_tiny().tokenizer)
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    half, four = export_needs(shapes, "fp16"), export_needs(shapes, "fp16", "gptq4")
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    assert half.disk == pytest.approx(2 * parameters, rel=1e-3)
+    linear = 28 * (2 * 3584 * 3584 + 2 * 512 * 3584 + 3 * 18944 * 3584)
+    assert half.disk - four.disk == pytest.approx(linear * (2 - 0.5 - 2 / 128), rel=1e-3)
+    assert half.bounded < 10e9 < 60e9 < half.memory

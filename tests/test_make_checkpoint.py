@@ -1,0 +1,60 @@
+"""The maker of random checkpoints writes what the libraries themselves read, and the same for the same seed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftConfig
+from transformers import LlavaOnevisionForConditionalGeneration
+
+from agvas import load
+from agvas.checkpoint import open_checkpoint, weight_files
+from agvas.torch_file import torch_file
+from benchmarks.make_checkpoint import main
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("made") / "parts"
+    assert main(["--size", "mini", "--output", str(folder)]) == 0
+    return folder
+
+
+@torch.no_grad()
+def test_transformers_reads_the_base_and_computes_what_the_checkpoint_does(made: Path) -> None:
+    theirs, report = LlavaOnevisionForConditionalGeneration.from_pretrained(made / "base", output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    ours = load(made / "checkpoint")
+    images = torch.randn(2, 3, 45, 45)
+    expected = theirs.eval().model.vision_tower(images, output_hidden_states=True).hidden_states[-1]
+    torch.testing.assert_close(ours.semantic_encoder(images)[0], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_torch_reads_sams_file_as_we_do(made: Path) -> None:
+    theirs = torch.load(made / "sam.pth", weights_only=True, mmap=True)
+    ours = torch_file(made / "sam.pth")
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name].read(), tensor) for name, tensor in theirs.items())
+    assert "image_encoder.blocks.1.attn.rel_pos_h" in theirs and "image_encoder.neck.3.bias" in theirs
+
+
+def test_peft_reads_the_adapter_and_it_changes_the_base(made: Path) -> None:
+    assert PeftConfig.from_pretrained(str(made / "trained")).r == 16
+    name = "language.model.layers.0.self_attn.v_proj.weight"
+    assert open_checkpoint(made / "checkpoint").tensors[name].span is None
+
+
+def test_the_same_seed_makes_the_same_and_a_folder_that_is_there_is_left_alone(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--size", "mini", "--output", str(tmp_path / "same")]) == 0
+    assert main(["--size", "mini", "--output", str(tmp_path / "other"), "--seed", "1"]) == 0
+    first, same, other = (
+        [path.read_bytes() for path in weight_files(folder / "checkpoint") if path.suffix != ".json"]
+        for folder in (made, tmp_path / "same", tmp_path / "other")
+    )
+    assert first == same and all(mine != theirs for mine, theirs in zip(first, other, strict=True))
+    assert main(["--output", str(made)]) == 2
+    assert "exists; choose another --output" in capsys.readouterr().err
