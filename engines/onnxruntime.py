@@ -53,8 +53,8 @@ class OnnxRuntimeEngine:
         # Five sessions take turns on one picture: a pool that spins after its turn takes the cores from the next stage.
         settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
         if options.low_memory:
-            # Prepacked weights are copies in memory of what the mapped file holds; the arena keeps the largest activations for good.
-            settings.add_session_config_entry("session.disable_prepacking", "1")
+            # The arena keeps the largest activations for good. Weights are still repacked for the processor: without, two layers of the
+            # paper's language model took 3.5 times as long and 1.0 GB of 4.5 less.
             settings.enable_cpu_mem_arena = False
             settings.enable_mem_pattern = False
         settings.log_severity_level = 3  # warnings about constant folding are of no use to a user
