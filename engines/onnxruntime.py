@@ -135,7 +135,8 @@ class _Bound:
         while len(self._shapes) >= KEPT_SHAPES:
             self._shapes.pop(next(iter(self._shapes)))
         binding, value = self._session.io_binding(), onnxruntime.OrtValue
-        inputs = {name: value.ortvalue_from_numpy(np.ascontiguousarray(array), DEVICE, self._device) for name, array in feeds.items()}
+        # Of copies: in the CPU's memory a value is a view of its array, and the caller's must not change with the next call.
+        inputs = {name: value.ortvalue_from_numpy(array.copy(order="C"), DEVICE, self._device) for name, array in feeds.items()}
         outputs = {
             name: value.ortvalue_from_shape_and_type(array.shape, array.dtype, DEVICE, self._device) for name, array in known.items()
         }
