@@ -20,9 +20,10 @@ from tokenizers import Tokenizer
 from agvas.checkpoint import CheckpointError, OpenedCheckpoint, open_checkpoint
 from agvas.config import AGVASConfig
 from agvas.mask_decoder import MaskDecoder
-from agvas.parts import FILE, Gathered, Parts, gather, model_type
+from agvas.parts import FILE, Gathered, Parts, deepspeed_weights, gather, model_type
 from agvas.published import Derived, derive, with_anchors, with_vocabulary
 from agvas.spam import SPAM
+from agvas.torch_file import torch_file
 from agvas.vision_transformer import VisionTransformer
 
 UNTRAINED = "untrained.safetensors"
@@ -88,6 +89,10 @@ def _write(folder: Path, settings: ImportSettings) -> list[str]:
     parts = Parts(_from(folder, settings.base), pixel, tuple(given))
     gathered = gather(folder, parts)
     notes: list[str] = []
+    for path in settings.trained:
+        states = deepspeed_weights(path) if path.is_dir() else None
+        if states is not None and any(tensor.dtype in (torch.float16, torch.bfloat16) for tensor in torch_file(states, "module").values()):
+            notes.append(f"{states} holds 16-bit weights; the optimiser's float32 ones are what zero_to_fp32.py in {path} writes")
     config = _config(settings, gathered, notes)
     tokenizer = _tokenizer(settings, config, notes)
     if settings.untrained is not None:

@@ -193,7 +193,7 @@ def trained(path: Path) -> tuple[Translated, dict[str, lora.LoRA]]:
     """
     if path.is_file():
         return _state(path, _file(path))
-    if states := _deepspeed(path):
+    if states := deepspeed_weights(path):
         return _state(states, torch_file(states, "module"))
     found: list[tuple[Translated, dict[str, lora.LoRA]]] = []
     if (path / lora.CONFIG).is_file():
@@ -249,7 +249,7 @@ def _settings_of(path: Path) -> lora.LoRASettings:
     raise ValueError(f"{path} holds adapters and nothing says their scale; put peft's {lora.CONFIG} (r, lora_alpha) beside it")
 
 
-def _deepspeed(folder: Path) -> Path | None:
+def deepspeed_weights(folder: Path) -> Path | None:
     """The file with all weights of a DeepSpeed state, given as the folder with `latest` or the step's own; None where it is none.
 
     Raises:

@@ -292,6 +292,16 @@ def test_a_run_that_deepspeed_saved_is_read_without_running_code(parts: Publishe
     same_tensors(load(tmp_path / "checkpoint"), parts.merged.state_dict())
 
 
+def test_a_deepspeed_state_in_16_bit_says_where_the_finer_weights_are(parts: Published, tmp_path: Path) -> None:
+    state = deepspeed_state(parts, tmp_path)
+    done = import_parts(ImportSettings(parts.start, tmp_path / "whole", None, (state,)))
+    assert not any("16-bit" in note for note in done.notes)
+    halves = {name: tensor.bfloat16() for name, tensor in parts.state.items()}
+    torch.save({"module": halves}, state / "pytorch_model" / "mp_rank_00_model_states.pt")
+    done = import_parts(ImportSettings(parts.start, tmp_path / "half", None, (state,)))
+    assert any("holds 16-bit weights" in note and "zero_to_fp32.py" in note for note in done.notes)
+
+
 @pytest.mark.parametrize("form", ["model.safetensors", "pytorch_model.bin", "pytorch_model.bin.index.json"])
 def test_what_zero_to_fp32_writes_is_read(parts: Published, form: str, tmp_path: Path) -> None:
     deepspeed_state(parts, tmp_path)
