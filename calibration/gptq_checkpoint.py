@@ -150,7 +150,7 @@ def write_gptq_checkpoint(model: AGVAS, weights: Mapping[str, QuantizedWeight], 
         "meta": {"quantizer": "agvas"},
     }
     dtype = str(model.language.lm_head.weight.dtype).removeprefix("torch.")
-    config |= {"architectures": ["Qwen2ForCausalLM"], "dtype": dtype, "quantization_config": quantization}
+    config |= {"architectures": [type(model.language).__name__], "dtype": dtype, "quantization_config": quantization}
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / FILE, metadata={"format": "pt"})
     model.tokenizer.save(str(folder / "tokenizer.json"))

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from agvas.checkpoint import CheckpointError, OpenedCheckpoint, load, open_checkpoint
+from agvas.checkpoint import CheckpointError, OpenedCheckpoint, load, open_checkpoint, weight_files
 from agvas.config import ROLES, AGVASConfig
 from agvas.model import AGVAS
 from agvas.weights import LazyTensor
@@ -420,12 +420,10 @@ def _key(settings: ExportSettings, opened: OpenedCheckpoint) -> str:
     from importlib.metadata import version
 
     folders = [opened.folder] + ([settings.calibration] if settings.calibration not in (None, RTN) else [])
+    within = [path for folder in folders if folder is not None for path in sorted(folder.rglob("*")) if path.is_file()]
+    # Of a checkpoint in parts the weights lie elsewhere.
     files = [
-        (path.relative_to(folder).as_posix(), path.stat().st_size, path.stat().st_mtime_ns)
-        for folder in folders
-        if folder is not None
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
+        (str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in dict.fromkeys([*within, *weight_files(opened.folder)])
     ]
     choices = (settings.precision, settings.lmm, settings.head, str(settings.calibration))
     return hashlib.sha256(repr((files, choices, [version(tool) for tool in TOOLS], CONTRACT_VERSION)).encode()).hexdigest()
