@@ -135,10 +135,11 @@ class _Bound:
         while len(self._shapes) >= KEPT_SHAPES:
             self._shapes.pop(next(iter(self._shapes)))
         binding, value = self._session.io_binding(), onnxruntime.OrtValue
-        inputs = {name: value.ortvalue_from_numpy(np.ascontiguousarray(array), DEVICE, self._device) for name, array in feeds.items()}
-        outputs = {
-            name: value.ortvalue_from_shape_and_type(array.shape, array.dtype, DEVICE, self._device) for name, array in known.items()
-        }
+        # Made empty and filled by each call: a value made of an array may share its memory, and filling it would change the caller's.
+        inputs, outputs = (
+            {name: value.ortvalue_from_shape_and_type(array.shape, array.dtype, DEVICE, self._device) for name, array in arrays.items()}
+            for arrays in (feeds, known)
+        )
         for name, tensor in inputs.items():
             binding.bind_ortvalue_input(name, tensor)
         for name, tensor in outputs.items():
