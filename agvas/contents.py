@@ -13,7 +13,6 @@ from typing import Any
 
 from agvas import lora, parts
 from agvas.checkpoint import NANO, CheckpointError, Examined, OpenedCheckpoint, examine
-from agvas.needs import LMM, PRECISIONS, export_needs
 from agvas.weights import LazyTensor
 
 MANIFEST = "manifest.json"
@@ -33,7 +32,6 @@ class Contents:
         vocabulary: rows of the table, the tokenizer's tokens, and each anchor's id (None where the tokenizer lacks it).
         unused: names that a part has and an AG-VAS does without.
         problems: what is missing, unexpected or of another shape.
-        needs: rough bytes of disk and memory that exporting takes, by precision and language model's weights.
         facts: what else there is to say.
     """
 
@@ -45,7 +43,6 @@ class Contents:
     vocabulary: dict[str, Any] = field(default_factory=dict)
     unused: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
-    needs: dict[str, dict[str, int]] = field(default_factory=dict)
     facts: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
@@ -70,17 +67,7 @@ class Contents:
             lines.append(f"  does not fit, {len(self.problems)} problems:")
             lines += [f"    {problem}" for problem in self.problems[:SHOWN]]
             lines += [f"    and {len(self.problems) - SHOWN} more (--json lists them)"] if len(self.problems) > SHOWN else []
-        if self.needs:
-            lines.append("  exporting takes about (disk for the bundle; memory with the reference in it, or least where weights stream):")
-            lines += [
-                f"    {name:12} {_bytes(need['disk']):>8} disk, {_bytes(need['memory']):>8} or {_bytes(need['bounded']):>8} memory"
-                for name, need in self.needs.items()
-            ]
         return lines
-
-
-def _bytes(count: int) -> str:
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
 
 
 def contents(path: str | Path) -> Contents:
@@ -127,12 +114,6 @@ def _examined(examined: Examined) -> Contents:
     layout = {"model.safetensors": "AG-VAS checkpoint", parts.FILE: "AG-VAS checkpoint that points at its parts"}
     if examined.weights.name == "model.safetensors" and not examined.weights.is_file():
         layout["model.safetensors"] = "AG-VAS checkpoint in shards"
-    shapes = {name: tensor.shape for name, tensor in opened.tensors.items()}
-    needs = {}
-    for precision in PRECISIONS if shapes and not examined.problems else ():
-        for lmm in LMM:
-            if lmm == "float" or precision in ("fp16", "int8"):
-                needs[precision if lmm == "float" else f"{precision} {lmm}"] = vars(export_needs(shapes, precision, lmm))
     facts = []
     if gathered.merged:
         facts.append(f"adapters are added to {len(gathered.merged)} weights as they are read, in float32")
@@ -151,7 +132,6 @@ def _examined(examined: Examined) -> Contents:
         },
         [name for names in gathered.unused.values() for name in names],
         examined.problems,
-        needs,
         facts,
     )
 

@@ -30,8 +30,7 @@ class EngineOptions:
         inference_precision: "graph" computes in the types the graph states (or wider); "bf16" lets OpenVINO multiply in
             bfloat16 on CPUs that do so natively, whatever the graph states; "int8" rounds what is multiplied with integer
             weights to 8 bit, token by token (blocks of inputs with a scale each), which is faster than integer weights alone.
-        low_memory: weights stay in the graph's file, mapped, as far as the back-end can compute with them there, and no memory is
-            kept between calls; slower.
+        low_memory: keep no memory between calls; slower. A chain then also has one stage in memory at a time.
     """
 
     device: str = "cpu"

@@ -53,8 +53,8 @@ class OnnxRuntimeEngine:
         # Five sessions take turns on one picture: a pool that spins after its turn takes the cores from the next stage.
         settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
         if options.low_memory:
-            # Prepacked weights are copies in memory of what the mapped file holds; the arena keeps the largest activations for good.
-            settings.add_session_config_entry("session.disable_prepacking", "1")
+            # The arena keeps the largest activations for good. Weights are still repacked for the processor: without, two layers of the
+            # paper's language model took 3.5 times as long and 1.0 GB of 4.5 less.
             settings.enable_cpu_mem_arena = False
             settings.enable_mem_pattern = False
         settings.log_severity_level = 3  # warnings about constant folding are of no use to a user
@@ -135,11 +135,11 @@ class _Bound:
         while len(self._shapes) >= KEPT_SHAPES:
             self._shapes.pop(next(iter(self._shapes)))
         binding, value = self._session.io_binding(), onnxruntime.OrtValue
-        # Made empty and filled by each call: a value made of an array may share its memory, and filling it would change the caller's.
-        inputs, outputs = (
-            {name: value.ortvalue_from_shape_and_type(array.shape, array.dtype, DEVICE, self._device) for name, array in arrays.items()}
-            for arrays in (feeds, known)
-        )
+        # Of copies: in the CPU's memory a value is a view of its array, and the caller's must not change with the next call.
+        inputs = {name: value.ortvalue_from_numpy(array.copy(order="C"), DEVICE, self._device) for name, array in feeds.items()}
+        outputs = {
+            name: value.ortvalue_from_shape_and_type(array.shape, array.dtype, DEVICE, self._device) for name, array in known.items()
+        }
         for name, tensor in inputs.items():
             binding.bind_ortvalue_input(name, tensor)
         for name, tensor in outputs.items():

@@ -104,6 +104,11 @@ class ExportSettings:
     resume: bool | None = None
     force: bool = False
 
+    @property
+    def calibrates(self) -> bool:
+        """Whether export has to calibrate by itself, for which the model has to be in memory."""
+        return self.calibration is None and (self.lmm != "float" or self.precision == "int8")
+
     def stage_precision(self, stage: str) -> str:
         """What a stage computes in, as the manifest tells it."""
         return self.precision if self.precision != "int8" or stage in ENCODERS else "fp32"
@@ -128,11 +133,11 @@ def export_bundle(settings: ExportSettings, progress: Progress) -> tuple[Bundle,
     needs = estimate(opened.tensors, settings.precision, settings.lmm, settings.head)
     memory = available_memory()
     streamed = settings.streamed if settings.streamed is not None else memory is not None and needs.whole_memory > memory
-    streamed = streamed or not settings.compare
     pictures = pictures[: STREAMED_PICTURES if streamed and settings.pictures is None else len(pictures)]
     _check_needs(settings, needs, memory, streamed, len(pictures), progress)
     progress.begin("load checkpoint")
-    model = opened.skeleton() if streamed else load(settings.checkpoint)
+    held = not streamed and (settings.compare or settings.calibrates)
+    model = load(settings.checkpoint) if held else opened.skeleton()
     weights = all_weights(opened)
     quantisation = _quantise(settings, model, opened, progress)
     key = _key(settings, opened) if settings.resume or (settings.resume is None and streamed) else None
@@ -141,7 +146,7 @@ def export_bundle(settings: ExportSettings, progress: Progress) -> tuple[Bundle,
         graphs = {}  # in float, of the stages that hold integers
         skeleton = opened.skeleton()
         for stage in STAGES:
-            searched = bool(quantisation.in_stage(stage)[0]) and not streamed
+            searched = bool(quantisation.in_stage(stage)[0]) and settings.compare and not streamed
             if work.has(stage) and not searched:
                 continue
             progress.begin(f"export {stage}")
@@ -188,7 +193,7 @@ def export_bundle(settings: ExportSettings, progress: Progress) -> tuple[Bundle,
                 "try --precision fp32, or --parity report to write it all the same and look into parity.json"
             )
     progress.end()
-    return Bundle(settings.output, check_hashes=not streamed), report
+    return Bundle(settings.output, check_hashes=held), report
 
 
 def verification_engine(precision: str) -> str:
@@ -200,8 +205,7 @@ def _quantise(settings: ExportSettings, model: AGVAS, opened: OpenedCheckpoint, 
     """The integers asked for; none for a bundle in float."""
     if settings.lmm == settings.head == "float" and settings.precision != "int8":
         return Quantisation()
-    made_here = settings.calibration is None and (settings.lmm != "float" or settings.precision == "int8")
-    progress.begin("calibrate" if made_here else "read the calibration", 1)
+    progress.begin("calibrate" if settings.calibrates else "read the calibration", 1)
     encoders = settings.precision == "int8"
     return quantise(model, opened.tensors, settings.lmm, encoders, settings.calibration, settings.head, progress.show)
 
@@ -388,9 +392,11 @@ def _check_needs(
     """Tell what the export will take, and refuse before the work, not after it, where disk or memory will not do."""
     existing = next(parent for parent in (settings.output.absolute(), *settings.output.absolute().parents) if parent.exists())
     free = shutil.disk_usage(existing).free + sum(path.stat().st_size for path in _kept(settings.output).rglob("*") if path.is_file())
-    needed = needs.export_memory if streamed else max(needs.export_memory, needs.whole_memory)
+    needed = needs.export_memory
+    if settings.compare:
+        needed = max(needed, needs.streamed_memory if streamed else needs.whole_memory)
     seconds = needs.export_seconds + (needs.picture_seconds * pictures if streamed and settings.compare else 0)
-    if streamed:
+    if streamed or not settings.compare:
         how = f"the reference computes layer by layer, on {pictures} pictures" if settings.compare else "nothing is compared"
         progress.note(
             f"about {needs.disk / 1e9:.1f} GB of disk, {needed / 1e9:.1f} GB of memory and {seconds / 60:.0f} minutes on two cores; {how}"

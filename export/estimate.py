@@ -18,12 +18,12 @@ from runtime.contract import STAGES
 
 # Python with torch, transformers, the exporter and an engine, before any weight: 1.1 GB measured.
 LIBRARIES = 1_300_000_000
-# The largest activations of a picture at full size: SAM's global attention, its scores twice.
+# The largest activations of a picture at full size: SAM's global attention, 16 heads of 4096 × 4096 scores, more than twice.
 ACTIVATIONS = 2_600_000_000
 TABLE = "language.model.embed_tokens.weight"
 LOW = ("fp16", "bf16")
-# Measured on 2 cores: seconds that tracing and optimising a graph take for each decoder layer or block, seconds to write a gigabyte, and
-# seconds that 10^12 multiplications of the reference take.
+# Rough, of two idle cores: seconds that tracing and optimising a graph take for each decoder layer or block, seconds to write a gigabyte,
+# and seconds that 10^12 multiplications of the reference take.
 SECONDS_A_BLOCK, SECONDS_A_GB, SECONDS_A_TERA = 4.0, 15.0, 25.0
 TOKENS = 1600  # that a picture makes in the full-size model; each multiplies with every weight
 
@@ -35,6 +35,7 @@ class Estimate:
     Attributes:
         disk: bytes of the bundle.
         export_memory: most resident bytes while graphs are made and written.
+        streamed_memory: most resident bytes while the reference computes layer by layer and the exported stages one at a time.
         whole_memory: most resident bytes where reference and exported chain are held whole to be compared.
         largest_stage: bytes of weights of the largest stage while an engine on the CPU computes with it, in its own types.
         export_seconds: to make and write the graphs.
@@ -43,6 +44,7 @@ class Estimate:
 
     disk: int
     export_memory: int
+    streamed_memory: int
     whole_memory: int
     largest_stage: int
     export_seconds: float
@@ -73,6 +75,7 @@ def estimate(tensors: LazyTensors, precision: str, lmm: str, head: str = "float"
     return Estimate(
         disk=int(1.05 * sum(disk.values())) + (32 << 20),
         export_memory=LIBRARIES + largest + 4 * SLAB_BYTES,
+        streamed_memory=LIBRARIES + 2 * largest + min(ACTIVATIONS, 4 * numbers),
         whole_memory=LIBRARIES + 4 * numbers * (2 if integers else 1) + sum(running.values()),
         largest_stage=max(running.values()),
         export_seconds=SECONDS_A_BLOCK * len(blocks) + SECONDS_A_GB * (sum(disk.values()) + 2 * numbers) / 1e9,

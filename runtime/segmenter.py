@@ -40,8 +40,8 @@ class Segmenter:
         threshold: in 0..1; None takes the bundle's.
         pixel_limit: largest picture, in pixels.
         check_hashes: read every file of the bundle to compare its sha256 (about a second per GB).
-        low_memory: one stage in memory at a time, its weights mapped where the engine can compute so: for models whose stages together
-            do not fit. Every picture opens every stage again; needs a named engine.
+        low_memory: one stage in memory at a time, for models whose stages together do not fit. Every picture opens every stage again;
+            needs a named engine.
 
     Raises:
         BundleError: the bundle is missing, altered or of another version.

@@ -12,13 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from agvas.checkpoint import open_checkpoint
-from agvas.config import ov_7b
 from agvas.importing import ImportSettings, import_parts
-from agvas.inspect_cli import main
 from agvas.model import AGVAS
-from agvas.needs import export_needs
-from export.bundle import ExportSettings, export_bundle
-from export.progress import Progress
+from export.estimate import estimate
+from export.inspect_cli import main
 from runtime.bundle import Bundle
 
 
@@ -51,7 +48,7 @@ def test_a_checkpoint_that_does_not_fit_is_told_all_the_same(
     code, text, found = inspect(capsys, folder)
     assert code == 1 and len(found["problems"]) == 2
     assert "missing mask_decoder.queries [3, 32]" in text and "unexpected spam.extra [5]" in text
-    assert not found["needs"]
+    assert not found["needs"] and "exporting takes" not in text
 
 
 def test_parts_are_told_by_themselves_and_together(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -93,25 +90,10 @@ def test_what_is_nothing_known_is_one_line_and_exit_code_2(what: str, tmp_path: 
     assert what in captured.err
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_the_disk_foreseen_is_the_weights_of_the_bundle_that_comes(precision: str, tmp_path: Path) -> None:
-    """nano's graphs and tables; what a bundle has beside them (golden pictures, tokenizer, structure) is no weight."""
-    export_bundle(ExportSettings("nano", precision, tmp_path / "bundle", strict=False, pictures=1), Progress(quiet=True))
-    files = [path for path in (tmp_path / "bundle").rglob("*") if path.suffix in (".data", ".npy")]
-    written = sum(path.stat().st_size for path in files)
-    foreseen = export_needs({name: tensor.shape for name, tensor in open_checkpoint("nano").tensors.items()}, precision).disk
-    assert written == pytest.approx(foreseen, rel=0.05)
-
-
-def test_the_paper_s_model_is_foreseen_as_its_architecture_counts() -> None:
-    with torch.device("meta"):
-        from conftest import new_tiny
-
-        model = AGVAS(ov_7b(), new_tiny().tokenizer)
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    half, four = export_needs(shapes, "fp16"), export_needs(shapes, "fp16", "gptq4")
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    assert half.disk == pytest.approx(2 * parameters, rel=1e-3)
-    linear = 28 * (2 * 3584 * 3584 + 2 * 512 * 3584 + 3 * 18944 * 3584)
-    assert half.disk - four.disk == pytest.approx(linear * (2 - 0.5 - 2 / 128), rel=1e-3)
-    assert half.bounded < 10e9 < 60e9 < half.memory
+def test_what_exporting_takes_is_what_the_export_itself_foresees(tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, text, found = inspect(capsys, tiny_checkpoint)
+    expected = estimate(open_checkpoint(tiny_checkpoint).tensors, "fp16", "gptq4")
+    assert found["needs"]["fp16 gptq4"]["disk"] == expected.disk
+    assert found["needs"]["fp16 gptq4"]["whole_memory"] == expected.whole_memory
+    assert found["needs"].keys() >= {"fp32 float", "fp16 float", "bf16 float", "int8 float", "fp16 int8"}
+    assert "exporting takes about" in text

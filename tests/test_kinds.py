@@ -23,12 +23,15 @@ from transformers import (
     SiglipModel,
 )
 
-from agvas import AGVAS, load
+from agvas import AGVAS, load, save
+from agvas.checkpoint import open_checkpoint
 from agvas.config import AGVASConfig, tiny
 from agvas.importing import ImportSettings, import_parts
+from agvas.training.adaptation import Adaptation, TrainedParts
 from engines import open_engine
 from export.adapters import axis_sizes, example_inputs
 from export.onnx_writer import export_stage, stage_module, write
+from export.stage_weights import all_weights, stage_weights
 from runtime.contract import STAGES
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 8}
@@ -59,16 +62,17 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def same_from_graph(model: AGVAS, stage: str, folder: Path) -> None:
-    """onnxruntime over the exported stage against torch over the adapter's modules, at other sizes than it was exported with."""
-    sizes = axis_sizes(model.config)
-    module = stage_module(model, stage)
-    write(export_stage(module, stage, sizes), folder, stage)
-    inputs = example_inputs(stage, sizes, {"B": 1, "N": 7, "K": 3, "R": 2}, seed=5)
+def same_from_graph(checkpoint: Path, stage: str) -> None:
+    """onnxruntime over the stage as it is exported, weights read from the parts as they are written, against the loaded model."""
+    model, opened = load(checkpoint), open_checkpoint(checkpoint)
+    skeleton, sizes = opened.skeleton(), axis_sizes(opened.config)
+    weights = stage_weights(all_weights(opened), skeleton, stage)
+    write(export_stage(stage_module(skeleton, stage), stage, sizes, weights), checkpoint / "graph", stage)
+    inputs = example_inputs(stage, sizes, {"B": 1, "N": 7, "K": 3, "R": 2}, seed=5)  # other sizes than those of the export
     with torch.no_grad():
-        expected: tuple[Tensor, ...] = module(*inputs)
+        expected: tuple[Tensor, ...] = stage_module(model, stage)(*inputs)
     feeds = {spec.name: tensor.numpy() for spec, tensor in zip(STAGES[stage].inputs, inputs, strict=True)}
-    found = open_engine(folder / f"{stage}.onnx", STAGES[stage], "onnxruntime").run(feeds)
+    found = open_engine(checkpoint / "graph" / f"{stage}.onnx", STAGES[stage], "onnxruntime").run(feeds)
     for spec, tensor in zip(STAGES[stage].outputs, expected, strict=True):
         torch.testing.assert_close(torch.from_numpy(found[spec.name]), tensor, atol=2e-5, rtol=1e-4)
 
@@ -92,22 +96,35 @@ def test_a_vit_in_sams_place_is_transformers_from_its_published_folder_and_expor
         embeddings = model.pixel_encoder(images).last_hidden_state
         patches = expected[:, -49:].unflatten(1, (7, 7))
         torch.testing.assert_close(embeddings, model.pixel_encoder.neck(patches), atol=1e-5, rtol=1e-5)
-    same_from_graph(model, "pixel_encoder", tmp_path / "graph")
+    same_from_graph(tmp_path / "start", "pixel_encoder")
 
 
-@pytest.mark.parametrize("stage", ["semantic_encoder", "language", "spam", "mask_decoder"])
-def test_llava_15_exports_through_the_same_stages(stage: str, base: Path, tmp_path: Path) -> None:
-    sam = published.sam()
-    published.write_sam_pth(sam, tmp_path / "sam.pth")
-    import_parts(ImportSettings(base, tmp_path / "start", tmp_path / "sam.pth", untrained=0))
-    same_from_graph(load(tmp_path / "start"), stage, tmp_path / "graph")
+@pytest.fixture(scope="module")
+def trained(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """LLaVA 1.5 with SAM's own file and an adapter, put together."""
+    folder = tmp_path_factory.mktemp("trained")
+    published.write_sam_pth(published.sam(), folder / "sam.pth")
+    import_parts(ImportSettings(base, folder / "start", folder / "sam.pth", untrained=0))
+    adaptation = Adaptation(load(folder / "start"), TrainedParts(), 0)
+    with torch.no_grad():
+        for name, parameter in adaptation.model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.2)
+    adaptation.save(folder / "trained")
+    import_parts(ImportSettings(base, folder / "checkpoint", folder / "sam.pth", (folder / "trained",)))
+    return folder / "checkpoint"
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_llava_15_exports_through_the_same_stages(stage: str, trained: Path) -> None:
+    same_from_graph(trained, stage)
 
 
 def test_a_tied_language_model_exports_with_its_head(tmp_path: Path) -> None:
     config = tiny()
     config = dataclasses.replace(config, language=dataclasses.replace(config.language, tied_head=True))
-    model = AGVAS(config, new_tiny().tokenizer).eval()
-    same_from_graph(model, "language", tmp_path)
+    save(AGVAS(config, new_tiny().tokenizer), tmp_path)
+    same_from_graph(tmp_path, "language")
 
 
 @pytest.mark.parametrize("part", ["pixel", "semantic", "language"])

@@ -290,7 +290,7 @@ def test_4_bits_are_the_default_in_the_largest_groups_that_a_narrow_model_allows
     monkeypatch.setattr(export_quantisation, "PICTURES", 2)
     for width, group in ((128, 128), (96, 32)):
         config = replace(wide_model.config, language=LanguageConfig(512, width, 1, 4, 2, 256, max_positions=512))
-        made = quantise(AGVAS(config, wide_model.tokenizer).eval(), asked[0].lmm, False, None)
+        made = quantise(AGVAS(config, wide_model.tokenizer).eval(), {}, asked[0].lmm, False, None)
         assert {(weight.bits, weight.group) for weight in made.weights.values()} == {(4, group)}
 
 

@@ -69,7 +69,7 @@ def test_the_checkpoint_is_whole_and_what_was_trained_lies_beside_it(tuned: tupl
     assert on_disk.keys() == merged.keys()
     assert all(torch.equal(on_disk[name], tensor) for name, tensor in merged.items())
     assert {path.name for path in (folder / "trained").iterdir()} == {
-        "adapter_config.json", "adapter_model.safetensors", "trained.safetensors", "trained.json",
+        "adapter_config.json", "adapter_model.safetensors", "config.json", "tokenizer.json", "trained.safetensors", "trained.json",
     }  # fmt: skip
 
 

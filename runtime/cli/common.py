@@ -44,7 +44,7 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--low-memory",
         action="store_true",
-        help="one stage in memory at a time, weights mapped where the engine can: slower, for models that do not fit (name an engine)",
+        help="one stage in memory at a time: slower, for models that do not fit (name an engine)",
     )
 
 

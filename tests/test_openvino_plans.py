@@ -1,0 +1,61 @@
+"""What OpenVINO is told beforehand changes no result: sizes that a stage fixes, and means over a picture's blocks as convolutions."""
+
+from __future__ import annotations
+
+import numpy as np
+import openvino
+import pytest
+from openvino import opset13
+
+from engines.errors import TensorMismatch
+from engines.openvino import known, pools_as_convolutions
+from engines.spec import StageSpec, TensorSpec
+
+SPEC = StageSpec("a", (TensorSpec("image", "float32", ("B", 3, "S", "S")),), (TensorSpec("mean", "float32", ("B", 3, "G", "G")),))
+
+
+def pooled(channels: int, stride: int = 4, pad: int = 0, batch: int = -1) -> openvino.Model:
+    image = opset13.parameter([batch, channels, 8, 12], openvino.Type.f32, "image")
+    image.output(0).set_names({"image"})
+    mean = opset13.avg_pool(image, [stride, stride], [pad, pad], [pad, pad], [4, 4], True)
+    return openvino.Model([mean], [image], "pool")
+
+
+def kinds(model: openvino.Model) -> set[str]:
+    return {node.get_type_name() for node in model.get_ops()}
+
+
+def result(model: openvino.Model, image: np.ndarray) -> np.ndarray:
+    settings = {"INFERENCE_PRECISION_HINT": "f32"}
+    return np.array(openvino.Core().compile_model(model, "CPU", settings)([image])[0])
+
+
+def test_a_stage_with_fixed_axes_refuses_other_sizes_and_keeps_the_rest_open() -> None:
+    fixed = SPEC.fixed({"B": 1})
+    assert fixed.inputs[0].shape == (1, 3, "S", "S") and SPEC.inputs[0].shape == ("B", 3, "S", "S")
+    fixed.check_inputs({"image": np.zeros((1, 3, 5, 5), np.float32)})
+    with pytest.raises(TensorMismatch, match="must be 1"):
+        fixed.check_inputs({"image": np.zeros((2, 3, 5, 5), np.float32)})
+
+
+def test_only_inputs_that_a_stage_fixes_and_the_graph_leaves_open_are_known() -> None:
+    assert [tensor.name for tensor in known(pooled(3), SPEC.fixed({"B": 1}))] == ["image"]
+    assert known(pooled(3, batch=1), SPEC.fixed({"B": 1})) == []
+    loose = StageSpec("a", (TensorSpec("image", "float32", ("B", "C", "S", "S")),), ())
+    assert known(pooled(3), loose) == []
+
+
+def test_means_over_blocks_of_a_picture_are_the_same_as_convolutions() -> None:
+    image = np.random.default_rng(0).standard_normal((2, 3, 8, 12)).astype(np.float32)
+    model = pooled(3)
+    pools_as_convolutions(model)
+    assert "Convolution" in kinds(model) and "AvgPool" not in kinds(model)
+    slow = image.reshape(2, 3, 2, 4, 3, 4).mean(axis=(3, 5))
+    np.testing.assert_allclose(result(model, image), slow, atol=1e-6)
+    np.testing.assert_allclose(result(pooled(3), image), slow, atol=1e-6)
+
+
+@pytest.mark.parametrize("model", [pooled(16), pooled(3, stride=2), pooled(3, pad=1)], ids=["many channels", "overlap", "padding"])
+def test_other_means_stay_as_they_are(model: openvino.Model) -> None:
+    pools_as_convolutions(model)
+    assert "AvgPool" in kinds(model) and "Convolution" not in kinds(model)
