@@ -31,7 +31,7 @@ CHILD = (sys.executable, "-m", "engines.tensorrt_builder")
 # Host memory of a build, measured with TensorRT for RTX 1.7.1 (benchmarks/results/tensorrt_rtx_builds.json): the library and its
 # compiler, and per byte of the graph what the parser, the optimiser and the serialised engine hold at once.
 BASE_BYTES = 350 << 20
-BYTES_PER_GRAPH_BYTE = 3.0
+BYTES_PER_GRAPH_BYTE = 3.3
 # Names of the kernels that hold a whole attention, in the builder's list of layers.
 FUSED_ATTENTION = re.compile(r"_gemm_mha|fused_mha|fmha")
 INT4_WEIGHTS = re.compile(r"Datatype: Int4", re.IGNORECASE)
