@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
@@ -287,14 +288,19 @@ def test_an_interrupted_export_goes_on_with_its_finished_stages_and_opens_nowher
     assert UNFINISHED not in bundle.manifest.files
 
 
-@pytest.mark.parametrize("change", ["settings", "checkpoint", "damage"])
+@pytest.mark.parametrize("change", ["settings", "checkpoint", "part", "damage"])
 def test_stages_of_another_export_are_made_again(
     change: str, ready_graphs: list[str], tiny_checkpoint: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint = tmp_path / "checkpoint"
     checkpoint.mkdir()
+    weights = (tmp_path if change == "part" else checkpoint) / "model.safetensors"
     for file in tiny_checkpoint.iterdir():
-        (checkpoint / file.name).write_bytes(file.read_bytes())
+        (weights if file.name == weights.name else checkpoint / file.name).write_bytes(file.read_bytes())
+    if change == "part":
+        for name in ("config.json", "tokenizer.json"):
+            shutil.copy(checkpoint / name, tmp_path / name)
+        (checkpoint / "parts.json").write_text('{"base": ".."}')
     settings = ExportSettings(str(checkpoint), "fp32", tmp_path / "out" / "bundle", images=pictures, resume=True)
     repair = interrupted_at(monkeypatch, "semantic_encoder")
     with pytest.raises(KeyboardInterrupt):
@@ -302,8 +308,8 @@ def test_stages_of_another_export_are_made_again(
     repair()
     if change == "settings":
         settings = replace(settings, precision="fp16", strict=False)
-    elif change == "checkpoint":
-        save_file(load_file(checkpoint / "model.safetensors"), checkpoint / "model.safetensors")
+    elif change != "damage":
+        save_file(load_file(weights), weights)
     else:
         data = tmp_path / "out" / ".bundle.partial" / "pixel_encoder" / "pixel_encoder.data"
         data.write_bytes(data.read_bytes()[:-1])
