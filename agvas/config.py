@@ -26,6 +26,21 @@ INSTRUCTIONS = {
     "segment-then-explain": "Please segment the anomalies in this image and explain the result.",
 }
 
+# EfficientNet-Lite0, the trunk of a pretrained stem: kernel, stride, expansion, channels and blocks of each stage (Tan & Le 2019, table 1;
+# Lite leaves out squeeze-and-excitation), channels behind the first convolution, and the stages whose features are taken: the last ones of
+# stride 4, 8, 16 and 32.
+TRUNK_STAGES = (
+    (3, 1, 1, 16, 1),
+    (3, 2, 6, 24, 2),
+    (5, 2, 6, 40, 2),
+    (3, 2, 6, 80, 3),
+    (5, 1, 6, 112, 3),
+    (5, 2, 6, 192, 4),
+    (3, 1, 6, 320, 1),
+)
+TRUNK_FIRST = 32
+TRUNK_TAPS = (1, 2, 4, 6)
+STEMS = ("linear", "convolutional", "pretrained")
 PIXEL_KINDS = ("sam", "clip", "siglip", "dinov2", "dinov3")
 SEMANTIC_KINDS = ("siglip", "clip")
 LANGUAGE_KINDS = ("qwen2", "llama")
@@ -38,7 +53,8 @@ class PixelEncoderConfig:
     Attributes:
         mlp_width: of a gated DINOv2 before its gate takes a third of it (width times mlp_ratio).
         window, global_layers: of SAM alone; the other kinds attend globally.
-        stem: "linear", SAM's patch embedding, or "convolutional" (agvas/stem.py).
+        stem: "linear", SAM's patch embedding, "convolutional" (agvas/stem.py), or "pretrained", the same beside a trunk that was trained
+            on photographs (agvas/trunk.py).
         kind: "sam", or another ViT behind a neck of its own (the paper's table 7, agvas/vision_transformer.py).
         registers: DINOv3's tokens that stand for no patch.
         gated: whether a DINO's MLPs are gated (DINOv2 ViT-G, DINOv3 ViT-H+).
@@ -62,7 +78,10 @@ class PixelEncoderConfig:
         _one_of("pixel.kind", self.kind, PIXEL_KINDS)
         if self.kind != "sam" and self.stem != "linear":
             raise ValueError(f"stem: expected \"linear\" with pixel.kind {self.kind!r}, got {self.stem!r}")
-        _one_of("stem", self.stem, ("linear", "convolutional"))
+        _one_of("stem", self.stem, STEMS)
+        if self.stem == "pretrained" and (self.patch_size != 16 or self.image_size % 64):
+            expected = "patches of 16 pixels and an image_size that 64 divides"
+            raise ValueError(f'stem "pretrained": expected {expected}, got {self.patch_size} and {self.image_size}')
 
     @property
     def grid(self) -> int:
@@ -257,7 +276,7 @@ def nano() -> AGVASConfig:
     """The model this package ships, trained on procedural defects (agvas/training) in all four modes."""
     return AGVASConfig(
         name="nano",
-        pixel=PixelEncoderConfig(512, 16, 128, 3, 2, 384, 8, (1,), output_width=128, stem="convolutional"),
+        pixel=PixelEncoderConfig(512, 16, 128, 3, 2, 384, 8, (1,), output_width=128, stem="pretrained"),
         semantic=SemanticEncoderConfig(160, 16, 128, 4, 4, 384),
         language=LanguageConfig(768, 160, 4, 5, 1, 448, max_positions=2048),
         spam=SPAMConfig(width=128, heads=4),

@@ -26,6 +26,7 @@ from transformers.models.siglip.modeling_siglip import SiglipEncoder, SiglipVisi
 
 from agvas.config import AGVASConfig, LanguageConfig, PixelEncoderConfig, SemanticEncoderConfig
 from agvas.stem import StemmedVisionEncoder
+from agvas.trunk import Trunk
 from agvas.vision_transformer import VisionTransformer
 
 
@@ -39,25 +40,25 @@ def pixel_encoder(config: PixelEncoderConfig) -> SamVisionEncoder | VisionTransf
     """SAM's image encoder, or another ViT in its place: [B, 3, S, S] → `.last_hidden_state` [B, P, G, G]."""
     if config.kind != "sam":
         return VisionTransformer(config)
-    kind = StemmedVisionEncoder if config.stem == "convolutional" else SamVisionEncoder
-    return kind(
-        _with_attention(
-            SamVisionConfig(
-                hidden_size=config.width,
-                output_channels=config.output_width,
-                num_hidden_layers=config.layers,
-                num_attention_heads=config.heads,
-                image_size=config.image_size,
-                patch_size=config.patch_size,
-                window_size=config.window,
-                global_attn_indexes=list(config.global_layers),
-                mlp_dim=config.mlp_width,
-                num_pos_feats=config.output_width // 2,
-                # SAM's own 1e-10 supposes pretrained weights and would never train; the usual 0.02 suits widths above 1000.
-                initializer_range=config.width**-0.5,
-            )
+    sam = _with_attention(
+        SamVisionConfig(
+            hidden_size=config.width,
+            output_channels=config.output_width,
+            num_hidden_layers=config.layers,
+            num_attention_heads=config.heads,
+            image_size=config.image_size,
+            patch_size=config.patch_size,
+            window_size=config.window,
+            global_attn_indexes=list(config.global_layers),
+            mlp_dim=config.mlp_width,
+            num_pos_feats=config.output_width // 2,
+            # SAM's own 1e-10 supposes pretrained weights and would never train; the usual 0.02 suits widths above 1000.
+            initializer_range=config.width**-0.5,
         )
     )
+    if config.stem == "linear":
+        return SamVisionEncoder(sam)
+    return StemmedVisionEncoder(sam, Trunk() if config.stem == "pretrained" else None)
 
 
 def language_model(config: LanguageConfig) -> Qwen2ForCausalLM | LlamaForCausalLM:

@@ -8,12 +8,16 @@ dark picture says as much as a bright one. The neck's last norm starts at zero: 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from transformers import SamVisionConfig
 from transformers.models.sam.modeling_sam import SamVisionEncoder, SamVisionEncoderOutput
+
+from agvas.trunk import CHANNELS, Trunk
 
 NEIGHBOURHOODS = (9, 25, 65)  # sides of the square means, in cells of a quarter patch
 CONTRASTS = 3 + len(NEIGHBOURHOODS) + 2 + 1  # channels of local contrast
@@ -49,9 +53,11 @@ class ConvolutionalStem(nn.Module):
 
     Args:
         width, outputs: channels of the ViT's tokens and of the embeddings.
+        trunk: pretrained features to add to all grids but the cells' (agvas/trunk.py); they keep what it learned from photographs, while
+            cells keep what it was never shown: lines of a pixel.
     """
 
-    def __init__(self, patch_size: int, width: int, outputs: int) -> None:
+    def __init__(self, patch_size: int, width: int, outputs: int, trunk: Trunk | None = None) -> None:
         super().__init__()
         if patch_size % 8:
             raise ValueError(f"a convolutional stem needs a patch size that 8 divides, got {patch_size}")
@@ -76,6 +82,11 @@ class ConvolutionalStem(nn.Module):
         self.from_cells = nn.Conv2d(narrow, outputs, 4, stride=4)
         self.from_halves = nn.Conv2d(middle, outputs, 2, stride=2)
         self.from_patches = nn.Conv2d(width, outputs, 1)
+        self.trunk = trunk
+        if trunk is not None:
+            self.laterals = nn.ModuleList(
+                ConvolutionNorm(inputs, channels, 1) for inputs, channels in zip(CHANNELS, (middle, *[width] * (1 + CONTEXTS)), strict=True)
+            )
 
     def forward(self, pixel_image: Tensor) -> tuple[Tensor, Tensor]:
         """[B, 3, S, S] → tokens [B, G, G, W] and embeddings [B, P, G, G], G = S / patch."""
@@ -85,10 +96,7 @@ class ConvolutionalStem(nn.Module):
     def features(self, pixel_image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Cells [B, C, 4 G, 4 G], halves [B, 2 C, 2 G, 2 G] and patches [B, W, G, G], each with its surroundings in mind."""
         cells = self.cells(torch.cat([self.detail(pixel_image), self.contrast(pixel_image)], dim=1))
-        halves = self.halves(cells)
-        grids = [self.patches(halves)]  # from fine to coarse
-        for context in self.contexts:
-            grids.append(context(grids[-1]))
+        halves, *grids = self._coarser(cells, pixel_image)  # from fine to coarse
         patches = grids.pop()
         patches = patches + self.summary(patches.mean(dim=(2, 3), keepdim=True))
         for finer, bring_back in zip(reversed(grids), self.returns, strict=True):
@@ -96,6 +104,17 @@ class ConvolutionalStem(nn.Module):
         patches = self.mix(patches)
         halves = self.join_halves(torch.cat([halves, self.to_halves(patches)], dim=1))
         return self.join_cells(torch.cat([cells, self.to_cells(halves)], dim=1)), halves, patches
+
+    def _coarser(self, cells: Tensor, pixel_image: Tensor) -> Iterator[Tensor]:
+        """Halves, patches and contexts, each made of the one before; with a trunk, also of what it sees in the picture at half its side."""
+        seen: list[Tensor] = []
+        if self.trunk is not None:
+            features = self.trunk(F.avg_pool2d(pixel_image, 2))
+            seen = [lateral(each) for lateral, each in zip(self.laterals, features, strict=True)]
+        grid = cells
+        for number, level in enumerate((self.halves, self.patches, *self.contexts)):
+            grid = level(grid) + seen[number] if seen else level(grid)
+            yield grid
 
     def embed(self, cells: Tensor, halves: Tensor, patches: Tensor) -> Tensor:
         """The three grids as one: [B, P, G, G]."""
@@ -157,9 +176,9 @@ def mean_along(image: Tensor, side: int, axis: int, beyond: bool = False) -> Ten
 class StemmedVisionEncoder(SamVisionEncoder):
     """SAM's vision encoder with the stem in place of its patch embedding and the stem's embeddings added to its output."""
 
-    def __init__(self, config: SamVisionConfig) -> None:
+    def __init__(self, config: SamVisionConfig, trunk: Trunk | None = None) -> None:
         super().__init__(config)
-        self.patch_embed = ConvolutionalStem(config.patch_size, config.hidden_size, config.output_channels)
+        self.patch_embed = ConvolutionalStem(config.patch_size, config.hidden_size, config.output_channels, trunk)
         nn.init.zeros_(self.neck.layer_norm2.weight)
 
     def forward(self, pixel_values: Tensor) -> SamVisionEncoderOutput:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from agvas.config import AGVASConfig
+from agvas.config import TRUNK_FIRST, TRUNK_STAGES, TRUNK_TAPS, AGVASConfig
 
 BYTES = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "int8": 1.0, "int4": 0.5 + 2 / 128}  # int4 with an fp16 scale for each 128 weights
 CHAT_TOKENS = 78  # of the paper's prompt and instruction, around the images' tokens, and the answer
@@ -144,7 +144,26 @@ def _stem(config: AGVASConfig) -> list[Product]:
         Product(patches, 16 * narrow, outputs),
         Product(patches, 4 * middle, outputs),
         Product(patches, wide, outputs),
+        *(_trunk(config) if pixel.stem == "pretrained" else []),
     ]
+
+
+def _trunk(config: AGVASConfig) -> list[Product]:
+    """agvas/trunk.py's convolutions on the picture at half its side, and those that bring its features to the stem's grids."""
+    side, width = config.pixel.image_size // 4, TRUNK_FIRST
+    found = [Product(side**2, 27, width)]
+    stem_widths = iter((3 * config.pixel.width // 8, *[config.pixel.width] * (1 + STEM_CONTEXTS)))
+    for number, (kernel, stride, expansion, outputs, blocks) in enumerate(TRUNK_STAGES):
+        for block in range(blocks):
+            inner = width * expansion
+            if expansion > 1:
+                found.append(Product(side**2, width, inner))
+            side //= stride if block == 0 else 1
+            found += [Product(side**2, kernel**2, 1, inner), Product(side**2, inner, outputs)]
+            width = outputs
+        if number in TRUNK_TAPS:
+            found.append(Product(side**2, outputs, next(stem_widths)))
+    return found
 
 
 def semantic_encoder(config: AGVASConfig) -> list[Product]:

@@ -39,12 +39,14 @@ class TrainedParts:
         lora: None trains the language model itself, whole: for models too small to have been pretrained.
         encoders: whether pixel and semantic encoder (and projector) learn, too.
         slow, slow_share: parameters whose names begin so learn at this share of the rate.
+        frozen: parameters whose names begin so keep still, whatever else is said.
     """
 
     lora: LoRASettings | None = LoRASettings()
     encoders: bool = False
     slow: tuple[str, ...] = ()
     slow_share: float = 1.0
+    frozen: tuple[str, ...] = ()
 
 
 class Adaptation:
@@ -78,6 +80,9 @@ class Adaptation:
         for part in whole:
             if part is not None:
                 part.requires_grad_(True)
+        for name, parameter in model.named_parameters():
+            if parts.frozen and name.startswith(parts.frozen):
+                parameter.requires_grad_(False)
 
     def groups(self) -> list[Group]:
         fast: list[nn.Parameter] = []

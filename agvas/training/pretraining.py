@@ -71,9 +71,12 @@ class PixelPretraining(nn.Module):
             parameter.requires_grad_(True)
 
     def learned(self) -> Iterator[nn.Parameter]:
+        """All but a pretrained trunk, and but the ViT behind a stem."""
         encoder = self.encoder
         for part in (encoder.patch_embed if isinstance(encoder, StemmedVisionEncoder) else encoder, self.norms, self.upscaling):
-            yield from part.parameters()
+            for name, parameter in part.named_parameters():
+                if not name.startswith("trunk."):
+                    yield parameter
         yield self.kernel
         if self.cell_kernel is not None:
             yield from self.cell_kernel.parameters()

@@ -24,8 +24,12 @@ from agvas.training.objective import ObjectiveSettings
 from agvas.training.pool import PoolSettings, ProceduralSource, SamplePool
 from agvas.training.pretraining import PixelPretraining, PretrainingSettings, hand_over
 from agvas.training.trainer import TuningSettings, tune
+from agvas.trunk import published_weights
 
 MODES = {"direct": 0.55, "describe-then-segment": 0.15, "describe-then-segment-plus": 0.15, "segment-then-explain": 0.15}
+
+SLOW = ("pixel_encoder.patch_embed", "mask_decoder.upscaling")  # what pixel pretraining taught
+FROZEN = ("pixel_encoder.patch_embed.trunk",)  # what photographs taught
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,7 @@ class Recipe:
                 weight_decay=0.02,
                 average_decay=0.997,
             ),
-            TrainedParts(lora=None, encoders=True, slow=("pixel_encoder.patch_embed", "mask_decoder.upscaling"), slow_share=0.1),
+            TrainedParts(lora=None, encoders=True, slow=SLOW, slow_share=0.1, frozen=FROZEN),
             ObjectiveSettings(text=0.1, early_mask=MaskLossWeights(bce=4.0, dice=0.25), early_until=500),
         )
     )
@@ -127,7 +131,11 @@ def train_from_nothing(recipe: Recipe, folder: Path, device: str = "cpu", worker
 
 
 def new_model(config: str, seed: int, ablation: str | None = None) -> AGVAS:
-    """A randomly initialised model of a named size with the small tokenizer."""
+    """A randomly initialised model of a named size with the small tokenizer; a pretrained stem's trunk as published.
+
+    Raises:
+        ValueError: the trunk's package is not installed.
+    """
     settings = ablated(NAMED[config](), ablation)
     torch.manual_seed(seed)
     tokenizer = train_tokenizer([*all_instructions(), *all_sentences(), ANSWER], settings.language.vocabulary)
@@ -135,6 +143,9 @@ def new_model(config: str, seed: int, ablation: str | None = None) -> AGVAS:
     # transformers starts SAM's absolute positions at zero, which a pretrained checkpoint overwrites; from scratch they must differ.
     torch.nn.init.trunc_normal_(model.pixel_encoder.pos_embed, std=0.02)
     torch.nn.init.trunc_normal_(model.semantic_encoder.embeddings.position_embedding.weight, std=0.02)
+    if settings.pixel.stem == "pretrained":
+        trunk, statistics = model.pixel_encoder.patch_embed.trunk, settings.preprocessing
+        trunk.load_published(published_weights(), statistics.pixel_mean, statistics.pixel_std)
     torch.nn.init.ones_(model.mask_decoder.upscaling[3].bias)  # see PixelPretraining: features begin in GELU's straight part
     # The decoder's blocks begin by leaving the pixels as they are: tuning starts where pretraining ended.
     for block in model.mask_decoder.transformer.layers:
@@ -149,7 +160,7 @@ def pieces_config(config: AGVASConfig, side: int | None) -> AGVASConfig:
     Raises:
         ValueError: a side that the stem's grids do not divide.
     """
-    if side is None or config.pixel.stem != "convolutional":
+    if side is None or config.pixel.stem == "linear":
         return config
     if side % config.pixel.patch_size or side > config.pixel.image_size:
         raise ValueError(f"side: expected a multiple of {config.pixel.patch_size} up to {config.pixel.image_size} pixels, got {side}")
