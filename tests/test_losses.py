@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from agvas.mask_decoder import Maps
-from agvas.training.losses import MaskLossWeights, mask_loss, text_loss
+from agvas.training.losses import MaskLossWeights, image_loss, mask_loss, text_loss
 from agvas.training.objective import ObjectiveSettings
 
 
@@ -148,3 +148,40 @@ def test_an_ablations_loss_is_that_of_the_anchors_it_has() -> None:
     contrast = mask_loss(maps._replace(logit_absolute=None), target, valid, MaskLossWeights())
     torch.testing.assert_close(alone + contrast, whole)
     assert 0 < alone < whole
+
+
+def slow_image_loss(maps: Maps, target: Tensor, valid: Tensor, cells: int) -> float:
+    """The strongest cells of each picture, sorted one by one."""
+    total = 0.0
+    for b in range(len(target)):
+        defect = float(target[b].max()) > 0.25
+        places = [(row, column) for row in range(target.shape[1]) for column in range(target.shape[2]) if valid[b, row, column]]
+        for logit in (maps.logit_absolute[b], maps.logit_relative[b, 1] - maps.logit_relative[b, 0]):
+            strongest = sorted((float(logit[place]) for place in places), reverse=True)[:cells]
+            probability = 1 / (1 + math.exp(-sum(strongest) / cells))
+            total -= math.log(probability if defect else 1 - probability)
+    return total / len(target)
+
+
+def test_the_image_loss_is_that_of_the_strongest_cells_inside_the_picture() -> None:
+    maps, target, valid = random_maps()
+    target[1] = 0  # a normal picture
+    assert float(image_loss(maps, target, valid, cells=4)) == pytest.approx(slow_image_loss(maps, target, valid, 4), rel=1e-5)
+
+
+def test_the_image_loss_asks_a_normal_picture_for_an_empty_map_and_a_defective_one_for_a_full_cell() -> None:
+    maps, target, valid = random_maps()
+    target[1] = 0
+    maps.logit_absolute.requires_grad_(True)
+    image_loss(maps, target, valid, relative=torch.zeros(2), cells=3).backward()
+    gradient = maps.logit_absolute.grad
+    assert gradient is not None
+    assert (gradient[0] < 0).sum() == 3 and not (gradient[0] > 0).any()  # up, in the three strongest cells alone
+    assert (gradient[1] > 0).sum() == 3 and not (gradient[1] < 0).any()
+    assert not gradient[valid == 0].any()
+
+
+def test_more_cells_than_a_picture_has_are_all_of_it() -> None:
+    maps, target, valid = random_maps()
+    least = int(valid.sum(dim=(1, 2)).min())
+    assert torch.equal(image_loss(maps, target, valid, cells=1000), image_loss(maps, target, valid, cells=least))

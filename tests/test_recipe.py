@@ -231,11 +231,11 @@ def test_a_process_computes_with_no_more_than_its_share_of_a_step(
 def test_two_processes_train_the_model_that_one_does(tmp_path: Path) -> None:
     """The same micro-batches, summed by two processes instead of one after the other."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    launch = ["--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]  # accelerate launch --cpu starts one process
     root = Path(cli.__file__).parents[2]
     for name, command in {
         "one": [sys.executable, "-m", "agvas.training.cli"],
-        "two": [sys.executable, "-m", "accelerate.commands.launch", *launch, "-m", "agvas.training.cli"],
+        "two": [sys.executable, *launch, "-m", "agvas.training.cli"],
     }.items():
         finished = subprocess.run(
             [*command, *SHORT, "--output", str(tmp_path / name)], env=environment, cwd=root, capture_output=True, text=True
@@ -247,6 +247,7 @@ def test_two_processes_train_the_model_that_one_does(tmp_path: Path) -> None:
     for name in one:
         torch.testing.assert_close(two[name], one[name], atol=2e-5, rtol=1e-4, msg=name)
     logs = [[json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()] for name in ("one", "two")]
+    assert [{line["processes"] for line in log} for log in logs] == [{1}, {2}]
     np.testing.assert_allclose([line["mask"] for line in logs[1]], [line["mask"] for line in logs[0]], rtol=1e-4)
 
 

@@ -7,7 +7,22 @@ alike. Camera effects (noise, blur, JPEG) are not added here: the whole sample s
 import cv2
 import numpy as np
 
-from agvas.training.noise import blur, chance, colour, fbm, glyphs, grid_noise, log_uniform, over, pick, pixels, plane, rgb, smoothstep
+from agvas.training.noise import (
+    blur,
+    chance,
+    colour,
+    fbm,
+    glyphs,
+    grid_noise,
+    log_uniform,
+    over,
+    pick,
+    pixels,
+    plane,
+    rgb,
+    smoothstep,
+    streaks,
+)
 from agvas.training.parts import any_part, filled, outline, placed
 from agvas.training.surfaces import any_surface
 
@@ -94,6 +109,15 @@ def _vignette(rng, image):
     return image * rgb(rng.uniform(0.8, 1.3) * np.exp(-rng.uniform(0.2, 2.5) * far))
 
 
+def _light_columns(rng, image):
+    """Broad soft bars of brightness side by side, fading along their length: a round or rolled surface under long lamps."""
+    height, width = image.shape[:2]
+    angle, size = pick(rng, 0.0, np.pi / 2) + rng.normal(0, 0.02), min(height, width)
+    bars = streaks(rng, height, width, log_uniform(rng, 0.03, 0.4) * size, rng.uniform(0.7, 3) * max(height, width), angle)
+    fading = np.clip(1 + rng.uniform(0, 0.8) * fbm(rng, height, width, rng.uniform(0.3, 1) * size, 2), 0, 2)
+    return image * rgb(np.exp(np.clip(rng.uniform(0.05, 0.35) * bars * fading, -1, 1)))
+
+
 def _slow_tone(rng, image):
     """Slow change of tone, as of drying, wear or uneven coating."""
     height, width = image.shape[:2]
@@ -139,9 +163,9 @@ def _exposed(rng, image):
     return image * min(wanted / max(level, 0.02), 6.0)
 
 
-PLAIN_EXTRAS = ((_vignette, 0.25), (_slow_tone, 0.25), (_bevelled, 0.15))
-EXTRAS = ((_soft_shadow, 0.15), (_glare, 0.12), (_seams, 0.10), (_fixtures, 0.07), (_writing, 0.07), (_paint_line, 0.06),
-          (_patchwork, 0.07), (_vignette, 0.25), (_slow_tone, 0.25), (_bevelled, 0.22))
+PLAIN_EXTRAS = ((_vignette, 0.25), (_light_columns, 0.15), (_slow_tone, 0.25), (_bevelled, 0.15))
+EXTRAS = ((_soft_shadow, 0.15), (_glare, 0.12), (_seams, 0.10), (_fixtures, 0.07), (_writing, 0.12), (_paint_line, 0.06),
+          (_patchwork, 0.07), (_vignette, 0.25), (_light_columns, 0.2), (_slow_tone, 0.25), (_bevelled, 0.22))
 
 
 def background_and_region(

@@ -69,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--samples", type=int, help="procedural samples in the pool, with --config")
     parser.add_argument("--ablation", choices=ABLATIONS, help="leave a part out, with --config")
     parser.add_argument("--seed", type=int, help="of weights and of the order of samples (default: the recipe's, 0)")
-    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda:N; with accelerate launch: cpu or cuda")
+    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda:N; with torchrun or accelerate launch: cpu or cuda")
     parser.add_argument("--workers", type=int, default=2, help="processes or threads that make samples (default 2; 0: none of their own)")
     return parser
 

@@ -87,7 +87,7 @@ class Group:
 
 
 def accelerator_for(settings: LoopSettings, device: str) -> Accelerator:
-    """The accelerator of this process, as `accelerate launch` set it up; alone without it.
+    """The accelerator of this process, as `accelerate launch` or `torchrun` set it up; alone without them.
 
     Raises:
         ValueError: a global batch that processes and micro-batch do not divide; a device that is none or is not there.
@@ -158,7 +158,7 @@ def run(
     wrapped, prepared = accelerator.prepare(module, optimizer)
     state = _State(accelerator, module, wrapped, prepared, settings, folder)
     first = state.resume()
-    log = _Log(folder, first) if accelerator.is_main_process else None
+    log = _Log(folder, first, accelerator.num_processes) if accelerator.is_main_process else None
     accumulation = accelerator.gradient_accumulation_steps
     bar = tqdm(
         range(first, settings.steps), initial=first, total=settings.steps, desc=name, unit="step", disable=not accelerator.is_main_process
@@ -372,8 +372,8 @@ class _State:
 class _Log:
     """log.jsonl and TensorBoard's events: the same numbers, each step once, also after a resume."""
 
-    def __init__(self, folder: Path, first: int) -> None:
-        self.path = folder / "log.jsonl"
+    def __init__(self, folder: Path, first: int, processes: int) -> None:
+        self.path, self.processes = folder / "log.jsonl", processes
         if self.path.exists():  # what was logged after the last save comes again
             lines = self.path.read_text().splitlines(keepends=True)
             self.path.write_text("".join(line for line in lines if json.loads(line)["step"] < first))
@@ -384,7 +384,8 @@ class _Log:
         now = time.monotonic()
         rate = (step - self.last) * images / max(now - self.since, 1e-9)
         self.since, self.last = now, step
-        line = {"step": step, "seconds": round(now - self.started, 1), "images_per_second": round(rate, 2), **values}
+        speed = {"seconds": round(now - self.started, 1), "images_per_second": round(rate, 2), "processes": self.processes}
+        line = {"step": step, **speed, **values}
         with open(self.path, "a") as file:
             file.write(json.dumps(line) + "\n")
         for name, value in (values | {"images_per_second": rate}).items():

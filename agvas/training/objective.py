@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from agvas.model import AGVAS
 from agvas.training.batch import Batch
 from agvas.training.feature_cache import FeatureCache
-from agvas.training.losses import MaskLossWeights, mask_loss, text_loss
+from agvas.training.losses import MaskLossWeights, image_loss, mask_loss, text_loss
 
 
 @dataclass(frozen=True)
@@ -17,18 +17,21 @@ class ObjectiveSettings:
     """Weights of the terms; the defaults are the paper's.
 
     Attributes:
+        image: of image_loss, which the paper has not: 0 leaves it out.
         early_mask, early_until: other weights of the mask terms until this step. From scratch Dice alone stalls before there is anything
             to overlap; a pretrained model needs none.
     """
 
     text: float = 1.0
     mask: MaskLossWeights = MaskLossWeights()
+    image: float = 0.0
     early_mask: MaskLossWeights | None = None
     early_until: int = 0
 
 
 class Objective(nn.Module):
-    """A batch → {"text": loss, "mask": loss}, weighted; with a cache, on the features it keeps from step to step."""
+    """A batch → {"text": loss, "mask": loss}, with "image" where it is asked for, weighted; with a cache, on the features it keeps from
+    step to step."""
 
     def __init__(self, model: AGVAS, settings: ObjectiveSettings, cache: FeatureCache | None = None) -> None:
         super().__init__()
@@ -39,7 +42,11 @@ class Objective(nn.Module):
         features = None if self.cache is None else self.cache.features(self.model, batch)
         weights = settings.early_mask if settings.early_mask is not None and step < settings.early_until else settings.mask
         output = self.model(batch.pixel_image, batch.semantic_image, batch.prompts, batch.answers, features)
-        return {
+        masked = (output.maps, batch.target, batch.valid)
+        losses = {
             "text": settings.text * text_loss(output.logits, batch.answers),
-            "mask": mask_loss(output.maps, batch.target, batch.valid, weights, batch.absolute, batch.relative),
+            "mask": mask_loss(*masked, weights, batch.absolute, batch.relative),
         }
+        if settings.image:
+            losses["image"] = settings.image * image_loss(*masked, batch.absolute, batch.relative)
+        return losses

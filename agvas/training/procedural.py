@@ -1,4 +1,4 @@
-"""Procedural training samples: a normal view, in two of three cases with defects, seen through a camera.
+"""Procedural training samples: a normal view, in three of five cases with defects, seen through a camera.
 
 A sample is a pure function of (seed, height, width), so a data set is a range of integers and needs no storage. Normal and anomalous
 samples share backgrounds and camera, hence only the defect tells them apart. It writes no files and resizes nothing for the model.
@@ -26,7 +26,7 @@ PLAIN_MATERIALS = (surfaces.mottled, surfaces.smooth, surfaces.smooth, surfaces.
 PLAIN_KINDS = ("scratch", "scratch", "crack", "crack", "wrinkle", "crack_net", "hole", "large_patch", "stain", "spalling", "corrosion",
                "inclusion", "cut", "dent", "burn", "contamination", "extra_part", "fibre", "band", "large_patch", "stain", "clouding",
                "clouding")
-NORMAL_SHARE = 1 / 3
+NORMAL_SHARE = 0.4
 THEMED_SHARE = 0.3
 # Materials and the defects they are known for. Most samples mix anything with anything; these keep the likely pairs from being rare.
 THEMES = (
@@ -83,7 +83,7 @@ def _photographed(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def make_sample(seed: int, height: int, width: int, plain: bool = False) -> Sample:
-    """The sample of that seed: a third normal; else one to three defects, mostly of one kind. Sizes are in pixels.
+    """The sample of that seed: two in five normal; else one to three defects, mostly of one kind. Sizes are in pixels.
 
     plain: a simple material and kinds of defect that show, see PLAIN_MATERIALS.
     """
