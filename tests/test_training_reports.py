@@ -17,7 +17,8 @@ def log(path: Path, losses: dict[str, list[float]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     count = len(next(iter(losses.values())))
     lines = [
-        {"step": 10 * n, "seconds": n, "images_per_second": 8.0 + n % 3, "norm": 1.0, "rate": 0.1, **{k: v[n] for k, v in losses.items()}}
+        {"step": 10 * n, "seconds": n, "images_per_second": 8.0 + n % 3, "processes": 2, "norm": 1.0, "rate": 0.1}
+        | {name: values[n] for name, values in losses.items()}
         for n in range(count)
     ]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))

