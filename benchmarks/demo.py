@@ -150,9 +150,7 @@ def make_pictures(folder: Path, count: int) -> list[DemoPicture]:
     """
     if not count:
         return []
-    from agvas.training.defects import add_defect  # loads OpenCV
-
-    photographs = _photographs()
+    photographs = all_photographs()
     flawless = 2 if count >= 4 else count // 2
     folder.mkdir(parents=True, exist_ok=True)
     pictures = []
@@ -161,15 +159,24 @@ def make_pictures(folder: Path, count: int) -> list[DemoPicture]:
         image = photograph = np.ascontiguousarray(np.rot90(photographs[which][1], turn))  # later rounds are turned
         truth, defect = np.zeros(image.shape[:2], bool), ""
         if index < count - flawless:
-            for seed in range(FIRST_SEED + _ATTEMPTS * index, FIRST_SEED + _ATTEMPTS * (index + 1)):
-                rng = np.random.default_rng(seed)
-                image, truth, defect = add_defect(photograph, rng, DEFECTS[index % len(DEFECTS)])
-                if _DEFECT_SHARE[0] <= truth.mean() <= _DEFECT_SHARE[1]:
-                    break
+            image, truth, defect = with_defect(photograph, DEFECTS[index % len(DEFECTS)], FIRST_SEED + _ATTEMPTS * index)
         path = folder / f"{index + 1:02}_{photographs[which][0]}_{defect or 'good'}.png"
         Image.fromarray(image).save(path)
         pictures.append(DemoPicture(path, image, truth, defect))
     return pictures
+
+
+def with_defect(
+    photograph: npt.NDArray[np.uint8], kind: str, first_seed: int
+) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.bool_], str]:
+    """The photograph with a defect of that kind, its truth and the kind: from the first of _ATTEMPTS seeds that draws a fair size."""
+    from agvas.training.defects import add_defect  # loads OpenCV
+
+    for seed in range(first_seed, first_seed + _ATTEMPTS):
+        image, truth, defect = add_defect(photograph, np.random.default_rng(seed), kind)
+        if _DEFECT_SHARE[0] <= truth.mean() <= _DEFECT_SHARE[1]:
+            break
+    return image, truth, defect
 
 
 def measure_latency(segmenter: Segmenter, images: Sequence[npt.NDArray[np.uint8]], progress: Progress | None = None) -> dict[str, float]:
@@ -231,7 +238,7 @@ def _clear(output: Path) -> None:
         (output / name).unlink(missing_ok=True)
 
 
-def _photographs() -> list[tuple[str, npt.NDArray[np.uint8]]]:
+def all_photographs() -> list[tuple[str, npt.NDArray[np.uint8]]]:
     """Name and uint8 RGB [H, W, 3] of the photographs that are in the installed package."""
     # Found without importing it: its data module would offer downloads for what the package leaves out.
     spec = importlib.util.find_spec("skimage")

@@ -50,7 +50,7 @@ class Recipe:
     tuning: TuningSettings = field(
         default_factory=lambda: TuningSettings(
             LoopSettings(
-                steps=700,
+                steps=600,
                 global_batch=8,
                 micro_batch=8,
                 learning_rate=5e-4,
@@ -60,7 +60,13 @@ class Recipe:
                 average_decay=0.997,
             ),
             TrainedParts(lora=None, encoders=True, slow=SLOW, slow_share=0.1, frozen=FROZEN),
-            ObjectiveSettings(text=0.1, early_mask=MaskLossWeights(bce=4.0, dice=0.25), early_until=500),
+            ObjectiveSettings(
+                text=0.1,
+                mask=MaskLossWeights(bce=1.0, dice=1.0),
+                image=0.3,
+                early_mask=MaskLossWeights(bce=4.0, dice=0.25),
+                early_until=400,
+            ),
         )
     )
     modes: dict[str, float] = field(default_factory=lambda: dict(MODES))
