@@ -29,11 +29,11 @@ SHOWN = ("ap", "f1_max", "iou_anomalous", "empty_normal")
 
 
 def run(arguments: Sequence[str], log: Path) -> None:
-    """A command of this package in a process of its own; its messages stay in `log`."""
-    with open(log, "w") as messages:
-        code = subprocess.run([sys.executable, "-m", *arguments], stdout=messages, stderr=messages, check=False).returncode
+    """A command of this package in a process of its own; what it prints stays in `log`, its messages beside it in .err."""
+    with open(log, "w") as printed, open(log.with_suffix(".err"), "w") as messages:
+        code = subprocess.run([sys.executable, "-m", *arguments], stdout=printed, stderr=messages, check=False).returncode
     if code not in (0, 1):  # 1: gates failed, which the report tells
-        raise SystemExit(f"export_grid: {' '.join(arguments)} ended with exit code {code}; see {log}")
+        raise SystemExit(f"export_grid: {' '.join(arguments)} ended with exit code {code}; see {log.with_suffix('.err')}")
 
 
 def exported(checkpoint: str, precision: str, language: str, samples: int, work: Path) -> dict[str, Any]:
@@ -42,7 +42,7 @@ def exported(checkpoint: str, precision: str, language: str, samples: int, work:
     bundle, log = work / name, work / f"{name}.log"
     if not (bundle / "manifest.json").exists():
         asked = ["--checkpoint", checkpoint, "--precision", precision, "--lmm", language]
-        arguments = ["export.cli", *asked, "--output", str(bundle), "--json"]
+        arguments = ["export.cli", *asked, "--output", str(bundle), "--parity", "report", "--json"]
         bits = language if language in BITS else "gptq4" if precision == "int8" else None
         if bits is not None:
             plan = work / f"plan-{bits}"

@@ -149,6 +149,33 @@ def test_iou_is_shared_over_joint_pixels_and_the_least_is_kept() -> None:
     assert (parity.mask_iou_min, parity.flips) == (0, 0)
 
 
+def squares(*sides: int) -> list[Outcome]:
+    """Masks of a square in the corner of a picture of 256 x 256, where a cell of nano's map is four pixels."""
+    maps = [np.zeros((256, 256), np.float32) for _ in sides]
+    for anomaly_map, side in zip(maps, sides):
+        anomaly_map[:side, :side] = 0.9
+    return [outcome(anomaly_map) for anomaly_map in maps]
+
+
+def test_specks_that_differ_by_less_than_a_cell_are_equal_and_counted() -> None:
+    two, one = squares(2, 1)  # four pixels and one: three apart
+    parity = compare([two, two], [one, two])
+    assert (parity.mask_iou_mean, parity.mask_iou_min, parity.specks, parity.flips) == (1, 1, 1, 0)
+
+
+def test_nothing_larger_farther_or_empty_is_a_speck() -> None:
+    none, one, two, three, four, five = squares(0, 1, 2, 3, 4, 5)
+    for ours, reference, iou in ((three, two, 4 / 9), (five, four, 16 / 25), (none, one, 0.0)):  # 5 and 9 apart; a flip
+        parity = parity_of(ours, reference)
+        assert (parity.mask_iou_min, parity.specks) == (pytest.approx(iou), 0)
+    moved = outcome(np.roll(two.anomaly_map, 100, axis=0))  # as small, elsewhere
+    assert (parity_of(moved, two).mask_iou_min, parity_of(moved, two).specks) == (0, 0)
+    assert parity_of(none, one).flips == 1
+    shorter = five.anomaly_map.copy()
+    shorter[0, 0] = 0
+    assert parity_of(outcome(shorter), five).mask_iou_min == pytest.approx(24 / 25)  # one pixel, of a mask that is no speck
+
+
 @pytest.mark.parametrize("turned", [False, True])
 def test_a_flip_is_a_mask_empty_in_one_of_the_two(turned: bool) -> None:
     pair = [outcome([[0.6, 0]]), outcome([[0.4, 0]])]
