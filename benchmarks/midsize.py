@@ -33,7 +33,7 @@ def midsize() -> AGVASConfig:
         name="midsize",
         pixel=PixelEncoderConfig(608, 16, 256, 8, 4, 1024, 14, (3, 7), output_width=128, stem="convolutional"),
         semantic=SemanticEncoderConfig(224, 16, 384, 8, 6, 1536),
-        language=LanguageConfig(small.language.vocabulary, 512, 10, 8, 2, 1408, max_positions=2048),
+        language=LanguageConfig(small.language.vocabulary, 512, 14, 8, 2, 1408, max_positions=2048),
         spam=SPAMConfig(width=128, heads=4),
         mask_decoder=MaskDecoderConfig(layers=2, heads=4, mlp_width=512),
         preprocessing=dataclasses.replace(small.preprocessing, pixel_size=608, semantic_size=224),

@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--checkpoint", default="nano")
     parser.add_argument("--procedural", type=int, default=150, help="held-out samples (default 150)")
     parser.add_argument("--photographs", type=int, default=48, help="photographs with a drawn defect (default 48)")
-    parser.add_argument("--keep", type=float, default=0.85, help="of the best IoU (default 0.85)")
+    parser.add_argument("--keep", type=float, default=0.75, help="of the best IoU (default 0.75)")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE.json")
     options = parser.parse_args(argv)
     model = load(options.checkpoint)
