@@ -84,14 +84,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def line(row: dict[str, Any]) -> str:
-    """A row of the README's table."""
+    """A row of the README's table; with data sets the AP on them comes before the last column."""
     precision, language = row["bundle"].split("-")
     parity, stages = row["parity"], row["stages"]
-    ap = f"{row['accuracy']['ap']:.4f}" if "accuracy" in row else "–"
+    ap = f"{row['accuracy']['ap']:.4f} | " if "accuracy" in row else ""
     kept = ", ".join(row["kept_float"]) or "none"
     sizes = f"{row['bytes'] / 1e6:.1f} | {stages['language']['bytes'] / 1e6:.1f}"
     masks = f"{parity['mask_iou_mean']:.4f} | {parity['mask_iou_min']:.3f} | {parity['flips']} | {parity['anchor_cosine_min']:.5f}"
-    return f"| {precision} | {language} | {sizes} | {masks} | {ap} | {kept} |"
+    return f"| {precision} | {language} | {sizes} | {masks} | {ap}{kept} |"
 
 
 if __name__ == "__main__":

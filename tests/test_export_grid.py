@@ -54,5 +54,6 @@ def test_every_pair_is_exported_with_the_plan_of_its_bits(tmp_path: Path, monkey
 def test_a_row_tells_masks_and_sizes_and_a_failed_command_is_named(tmp_path: Path) -> None:
     row = export_grid.line(REPORT | {"bundle": "fp16-gptq4", "accuracy": {"ap": 0.41239}, "kept_float": ["layers.0.mlp.down_proj"]})
     assert row == "| fp16 | gptq4 | 19.2 | 1.2 | 0.9987 | 0.983 | 0 | 0.99931 | 0.4124 | layers.0.mlp.down_proj |"
+    assert export_grid.line(REPORT | {"bundle": "fp16-gptq4"}).endswith("| 0 | 0.99931 | none |")
     with pytest.raises(SystemExit, match="export.cli --precision fp31 ended with exit code 2; see .*err"):
         export_grid.run(["export.cli", "--precision", "fp31"], tmp_path / "log")
