@@ -275,7 +275,7 @@ def ov_7b() -> AGVASConfig:
 def nano() -> AGVASConfig:
     """The model this package ships, trained on procedural defects (agvas/training) in all four modes.
 
-    Its threshold is chosen on drawn defects alone (benchmarks/threshold.py): 0.5 marks something in most normal pictures.
+    Its threshold is judged on drawn defects (benchmarks/threshold.py): 0.5 marks something in most normal pictures.
     """
     return AGVASConfig(
         name="nano",
