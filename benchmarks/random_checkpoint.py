@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -42,17 +42,7 @@ def write_random_checkpoint(
         model = AGVAS(config, tokenizer)
     (folder / "config.json").write_text(config.to_json())
     tokenizer.save(str(folder / "tokenizer.json"))
-    prompt = model.prompt_encoder.encode()
-    assert prompt.draft is not None
-    spoken = [prompt.suffix[-1], *prompt.draft]
-    if len(set(spoken[:-1])) != len(spoken) - 1:
-        raise ValueError(f"{config.name}: expected an answer in which no token comes twice, got {spoken}; change the answer")
-    generator = torch.Generator().manual_seed(0)
-    embeddings = torch.randn(len(spoken) - 1, config.language.width, generator=generator)
-    rows = {
-        TABLE: dict(zip(spoken, embeddings * SPOKEN)),
-        HEAD: dict(zip(spoken[1:], embeddings / embeddings.norm(dim=1, keepdim=True))),
-    }
+    rows = spoken_rows(model)
     state = model.state_dict()
     header, offset = {}, 0
     for name, tensor in state.items():
@@ -72,10 +62,27 @@ def write_random_checkpoint(
             progress(file.tell(), offset)
 
 
-def _blocks(name: str, tensor: Tensor, residuals: int) -> Iterator[tuple[int, Tensor]]:
-    """(first row, values of some rows) of a tensor, in order."""
-    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-    shape = tensor.shape
+def spoken_rows(model: AGVAS) -> dict[str, dict[int, Tensor]]:
+    """Rows of the token table and of the head, by token, that make the language model say the fixed answer."""
+    prompt = model.prompt_encoder.encode()
+    assert prompt.draft is not None
+    spoken = [prompt.suffix[-1], *prompt.draft]
+    if len(set(spoken[:-1])) != len(spoken) - 1:
+        raise ValueError(f"{model.config.name}: expected an answer in which no token comes twice, got {spoken}; change the answer")
+    generator = torch.Generator().manual_seed(0)
+    embeddings = torch.randn(len(spoken) - 1, model.config.language.width, generator=generator)
+    return {
+        TABLE: dict(zip(spoken, embeddings * SPOKEN)),
+        HEAD: dict(zip(spoken[1:], embeddings / embeddings.norm(dim=1, keepdim=True))),
+    }
+
+
+def scale_of(name: str, shape: Sequence[int], residuals: int) -> tuple[float, float]:
+    """Mean and standard deviation of a tensor's values, as trained ones have them.
+
+    Args:
+        residuals: how often something is added to the residual stream.
+    """
     mean, scale = 0.0, 0.02
     if len(shape) >= 2 and name != TABLE and "pos" not in name and "queries" not in name:
         scale = math.prod(shape[1:]) ** -0.5
@@ -85,6 +92,14 @@ def _blocks(name: str, tensor: Tensor, residuals: int) -> Iterator[tuple[int, Te
         scale = 1.0
     if name.endswith(("o_proj.weight", "out_proj.weight", "down_proj.weight", "fc2.weight", "lin2.weight", "attn.proj.weight")):
         scale *= residuals**-0.5  # what is added to a residual stream, as trained models have it
+    return mean, scale
+
+
+def _blocks(name: str, tensor: Tensor, residuals: int) -> Iterator[tuple[int, Tensor]]:
+    """(first row, values of some rows) of a tensor, in order."""
+    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+    shape = tensor.shape
+    mean, scale = scale_of(name, shape, residuals)
     rows = max(1, WRITTEN_AT_ONCE // max(1, math.prod(shape[1:])))
     for first in range(0, shape[0], rows):
         count = min(rows, shape[0] - first)

@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 
 from engines.errors import EngineError, EngineFailed, EngineUnavailable, TensorMismatch
-from engines.spec import StageSpec, TensorSpec
+from engines.spec import Resident, StageSpec, TensorSpec
 
 ENGINES = ("onnxruntime", "openvino", "tensorrt", "tensorrt-rtx")
 INFERENCE_PRECISIONS = ("graph", "bf16", "int8")
@@ -53,7 +53,7 @@ class Engine(Protocol):
     spec: StageSpec
 
     def run(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Outputs by name.
+        """Outputs by name. One that its spec lets stay on the device may be a Resident, and may be fed as one.
 
         Raises:
             TensorMismatch: feeds that do not fit the stage.
@@ -93,6 +93,7 @@ __all__ = [
     "EngineFailed",
     "EngineOptions",
     "EngineUnavailable",
+    "Resident",
     "StageSpec",
     "TensorMismatch",
     "TensorSpec",

@@ -2,12 +2,17 @@
 
 onnxruntime-gpu lists CUDA as available where its libraries cannot be loaded and then computes on the CPU in silence, so the
 provider is checked after the session was made. On a GPU inputs and outputs are bound to memory there that is kept between calls of the
-same shapes, and a graph that runs on the GPU throughout is captured by onnxruntime into a CUDA graph. TensorRT through onnxruntime
-is not offered: engines are built by ourselves. Nothing of the GPU's part has been run on a GPU yet.
+same shapes, and a graph that runs on the GPU throughout is captured by onnxruntime into a CUDA graph. A stage that feeds itself (the
+language model's keys and values) grows with every call: its outputs stay on the GPU instead, and are fed back there. TensorRT through
+onnxruntime is not offered: engines are built by ourselves.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import io
+import math
 import threading
 from pathlib import Path
 from typing import Any
@@ -60,8 +65,13 @@ class OnnxRuntimeEngine:
         settings.log_severity_level = 3  # warnings about constant folding are of no use to a user
         provider, provider_options = _provider(options.device)
         self._captures = False
+        feeds_itself = any(output.stays for output in spec.outputs)
+        if provider == CUDA:
+            # Known sizes make shapes constants, which would otherwise be computed on the CPU, and no graph captured.
+            for name, size in spec.sizes:
+                settings.add_free_dimension_override_by_name(name, size)
         try:
-            if provider == CUDA:
+            if provider == CUDA and not feeds_itself:
                 try:
                     self._session = _session(graph, settings, provider, provider_options | {"enable_cuda_graph": "1"})
                     self._captures = True
@@ -78,7 +88,13 @@ class OnnxRuntimeEngine:
                 "check the driver and the CUDA libraries, or ask for device cpu"
             )
         self._outputs = [output.name for output in spec.outputs]
-        self._bound = _Bound(self._session, self._outputs, provider_options["device_id"], self._captures) if provider == CUDA else None
+        self._bound: _Bound | _Growing | None = None
+        if provider == CUDA:
+            number = provider_options["device_id"]
+            if feeds_itself:
+                self._bound = _Growing(self._session, spec, number)
+            else:
+                self._bound = _Bound(self._session, self._outputs, number, self._captures)
 
     def run(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         self.spec.check_inputs(feeds)
@@ -148,6 +164,45 @@ class _Bound:
         self._shapes[key] = binding, inputs, outputs, str(self._graphs)
 
 
+class _Growing:
+    """A stage whose outputs come back as inputs: those stay on the GPU, whatever their size, and nothing is kept between calls."""
+
+    def __init__(self, session: Any, spec: StageSpec, device: int) -> None:
+        self._session = session
+        self._spec = spec
+        self._device = device
+
+    def run(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        binding = self._session.io_binding()
+        for name, array in feeds.items():
+            if isinstance(array, _OnDevice):
+                binding.bind_ortvalue_input(name, array.value)
+            else:
+                binding.bind_cpu_input(name, np.ascontiguousarray(array))
+        for output in self._spec.outputs:
+            if output.stays:
+                binding.bind_output(output.name, DEVICE, self._device)
+            else:
+                binding.bind_output(output.name)
+        self._session.run_with_iobinding(binding)
+        results = zip(self._spec.outputs, binding.get_outputs(), strict=True)
+        return {output.name: _OnDevice(value) if output.stays else _own(value.numpy()) for output, value in results}  # type: ignore[misc]
+
+
+class _OnDevice:
+    """See engines.Resident."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+        self.shape: tuple[int, ...] = tuple(value.shape())
+        self.dtype = np.dtype(np.float32)  # of every float between stages
+        self.ndim = len(self.shape)
+        self.size = math.prod(self.shape)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return _own(self.value.numpy()).astype(dtype or self.dtype, copy=False)
+
+
 def version() -> str:
     """The installed version."""
     return str(onnxruntime.__version__)
@@ -170,7 +225,22 @@ def _provider(device: str) -> tuple[str, dict[str, Any]]:
             f"device {device} was asked for, but this onnxruntime has no CUDA provider; "
             'pip uninstall onnxruntime, then pip install "agvas[gpu]"'
         )
-    return CUDA, {"device_id": int(device.split(":")[1])}
+    _load_cuda_libraries()
+    return CUDA, {
+        "device_id": int(device.split(":")[1]),
+        # The graph states what is computed in: left alone, fp32 products would be rounded to TF32's 10 bits.
+        "use_tf32": "0",
+        # Left alone, the arena doubles: of a model of 16 GB half of the GPU's memory could be reserved for nothing.
+        "arena_extend_strategy": "kSameAsRequested",
+    }
+
+
+@functools.cache
+def _load_cuda_libraries() -> None:
+    """Those that pip installed beside onnxruntime-gpu (its extras cuda and cudnn), which the system's loader does not look for."""
+    if hasattr(onnxruntime, "preload_dlls"):  # from 1.21 on
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints; what is missing shows when the provider does not start
+            onnxruntime.preload_dlls()
 
 
 def _reason(error: Exception) -> str:

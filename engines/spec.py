@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -16,31 +17,63 @@ from engines.errors import TensorMismatch
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One named tensor: `shape` holds an int for a fixed axis and a letter for a symbolic one (equal letters, equal sizes)."""
+    """One named tensor: `shape` holds an int for a fixed axis and a letter for a symbolic one (equal letters, equal sizes).
+
+    `stays`: of an output that is mostly fed back or dropped, and too large to be fetched each time. An engine on a GPU may give a
+    `Resident` for it, and takes one as an input.
+    """
 
     name: str
     dtype: str
     shape: tuple[str | int, ...]
+    stays: bool = False
 
     def __str__(self) -> str:
         return f"{self.name} {self.dtype} [{', '.join(map(str, self.shape))}]"
 
 
+class Resident(Protocol):
+    """An output that stayed in the memory of its engine's device. Its values are fetched when they are asked for, and never change."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> np.dtype[Any]: ...
+
+    @property
+    def ndim(self) -> int: ...
+
+    @property
+    def size(self) -> int: ...
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray: ...
+
+
 @dataclass(frozen=True)
 class StageSpec:
-    """One graph: its name and its tensors in order."""
+    """One graph: its name and its tensors in order.
+
+    `sizes`: what the graph's own names of free axes are fixed at, where they are.
+    """
 
     name: str
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+    sizes: tuple[tuple[str, int], ...] = ()
 
-    def fixed(self, sizes: Mapping[str, int]) -> StageSpec:
-        """The same stage with these symbolic axes at these sizes: an engine may then plan for them, and refuses others."""
+    def fixed(self, sizes: Mapping[str, int], names: Mapping[str, str] | None = None) -> StageSpec:
+        """The same stage with these symbolic axes at these sizes: an engine may then plan for them, and refuses others.
+
+        Args:
+            names: what the graph calls these axes.
+        """
 
         def fix(spec: TensorSpec) -> TensorSpec:
             return replace(spec, shape=tuple(sizes.get(axis, axis) if isinstance(axis, str) else axis for axis in spec.shape))
 
-        return StageSpec(self.name, tuple(map(fix, self.inputs)), tuple(map(fix, self.outputs)))
+        named = tuple((names[axis], size) for axis, size in sizes.items() if names and axis in names)
+        return StageSpec(self.name, tuple(map(fix, self.inputs)), tuple(map(fix, self.outputs)), named)
 
     def check_inputs(self, feeds: Mapping[str, np.ndarray]) -> None:
         """Refuse feeds that are missing, unknown, of another dtype, rank or axis size.

@@ -29,6 +29,7 @@ from agvas.model import AGVAS
 from agvas.weights import LazyTensor
 from engines import EngineOptions
 from export.adapters import axis_sizes
+from export.cuda_fusion import fuse
 from export.estimate import TABLE, Estimate, available_memory, estimate
 from export.gate import MEASURED, GateBudget, Kept, by_sensitivity, search, sensitivities
 from export.integer_weights import round_inputs, store_integers
@@ -42,6 +43,7 @@ from export.stage_weights import all_weights, stage_weights
 from export.streamed_reference import measure_streamed
 from export.streamed_tensor import StreamedTensor
 from runtime.bundle import (
+    CUDA_FORM,
     EMBEDDINGS,
     GOLDEN,
     MANIFEST,
@@ -229,6 +231,14 @@ def _write_stage(folder: Path, stage: str, graph: ir.Model, settings: ExportSett
     if settings.stage_precision(stage) in LOW_TYPES:
         lower_precision(graph, settings.precision)
     write(graph, folder / stage, stage)
+    write_cuda_form(folder / stage, stage)
+
+
+def write_cuda_form(folder: Path, stage: str) -> None:
+    """Beside a stage's graph its form for onnxruntime on CUDA, over the same weights; none where nothing of it is fused."""
+    model = ir.load(folder / f"{stage}.onnx")
+    if fuse(model):
+        ir.save(model, folder / f"{stage}{CUDA_FORM}")
 
 
 def _decide(
@@ -293,9 +303,7 @@ def _verify(
     gates = limits(bundle, options)
     report, golden = measure(model, exported, engine, pictures, gates, GATES["fp32"], progress.advance, reference, twin)
     np.savez_compressed(folder / GOLDEN, **golden)  # type: ignore[arg-type]
-    kept_float = {
-        name: f"changed the anomaly map by {sensitivity[name]:.1e} on average when alone in integers" for name in kept.names
-    }
+    kept_float = {name: f"changed the anomaly map by {sensitivity[name]:.1e} on average when alone in integers" for name in kept.names}
     gate = {
         "limits": asdict(gates),
         "kept_float": kept_float,
@@ -386,9 +394,7 @@ def _check_output(output: Path) -> None:
         raise OutputError(f"{output} exists and is not a bundle; choose another --output, or remove it")
 
 
-def _check_needs(
-    settings: ExportSettings, needs: Estimate, memory: int | None, streamed: bool, pictures: int, progress: Progress
-) -> None:
+def _check_needs(settings: ExportSettings, needs: Estimate, memory: int | None, streamed: bool, pictures: int, progress: Progress) -> None:
     """Tell what the export will take, and refuse before the work, not after it, where disk or memory will not do."""
     existing = next(parent for parent in (settings.output.absolute(), *settings.output.absolute().parents) if parent.exists())
     free = shutil.disk_usage(existing).free + sum(path.stat().st_size for path in _kept(settings.output).rglob("*") if path.is_file())
@@ -422,9 +428,7 @@ def _key(settings: ExportSettings, opened: OpenedCheckpoint) -> str:
     folders = [opened.folder] + ([settings.calibration] if settings.calibration not in (None, RTN) else [])
     within = [path for folder in folders if folder is not None for path in sorted(folder.rglob("*")) if path.is_file()]
     # Of a checkpoint in parts the weights lie elsewhere.
-    files = [
-        (str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in dict.fromkeys([*within, *weight_files(opened.folder)])
-    ]
+    files = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in dict.fromkeys([*within, *weight_files(opened.folder)])]
     choices = (settings.precision, settings.lmm, settings.head, str(settings.calibration))
     return hashlib.sha256(repr((files, choices, [version(tool) for tool in TOOLS], CONTRACT_VERSION)).encode()).hexdigest()
 

@@ -23,7 +23,7 @@ from agvas.weights import LazyTensor, LazyTensors
 from export.adapters import ADAPTERS, example_inputs
 from export.passes import turn_weights
 from export.streamed_tensor import StreamedTensor
-from runtime.contract import STAGES
+from runtime.contract import AXIS_NAMES, STAGES
 
 OPSET = 20
 # Weights above this lie in a .data file beside the graph: a protobuf ends at 2 GB, and only a file of its own can be memory-mapped.
@@ -46,7 +46,7 @@ def export_stage(module: nn.Module, stage: str, sizes: dict[str, int], weights: 
     spec = STAGES[stage]
     device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
     inputs = tuple(tensor.to(device) for tensor in example_inputs(stage, sizes, FREE_AXES))
-    dimensions = {axis: torch.export.Dim(_dimension_name(axis)) for axis in FREE_AXES}
+    dimensions = {axis: torch.export.Dim(AXIS_NAMES[axis]) for axis in FREE_AXES}
     shapes = tuple({i: dimensions[axis] for i, axis in enumerate(tensor.shape) if axis in FREE_AXES} for tensor in spec.inputs)
     # Under the device's context: what a module makes while computing (arange) has to lie where its inputs do.
     with _quiet(), torch.no_grad(), sdpa_kernel([SDPBackend.MATH]), device:
@@ -99,10 +99,6 @@ def write(model: ir.Model, folder: Path, stage: str) -> None:
 def stage_module(model: nn.Module, stage: str) -> nn.Module:
     """The adapter of a stage around a model's own modules."""
     return ADAPTERS[stage](model).eval()
-
-
-def _dimension_name(axis: str) -> str:
-    return {"B": "batch", "N": "tokens", "K": "past", "R": "row_count"}[axis]
 
 
 @contextlib.contextmanager

@@ -28,6 +28,8 @@ OLDEST_SCHEMA = 1  # before quantisation: what it lacks has defaults
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
 EMBEDDINGS = "embeddings.npy"
+# What ends the name of a graph in onnxruntime's own operators, for its CUDA provider alone (export/cuda_fusion.py).
+CUDA_FORM = ".cuda.onnx"
 GOLDEN = "golden.npz"
 PARITY = "parity.json"
 UNFINISHED = "unfinished.json"  # stands in a folder that export is still at work on, whatever else is there
@@ -142,14 +144,23 @@ class Bundle:
             if name not in self.manifest.files:
                 raise BundleCorrupt(f"{manifest} does not list {name}, which every bundle has; export the bundle again")
 
-    def graph(self, stage: str) -> Path:
-        """The stage's .onnx file; its external data lies beside it."""
+    def graph(self, stage: str, engine: str = "", device: str = "cpu") -> Path:
+        """The stage's .onnx file; its external data lies beside it.
+
+        Args:
+            engine, device: that will run it: onnxruntime on CUDA is given the form of the graph with its own operators, where export
+                wrote one.
+        """
+        own = f"{stage}/{stage}{CUDA_FORM}"
+        if engine == "onnxruntime" and device != "cpu" and own in self.manifest.files:
+            return self.folder / own
         return self.folder / stage / f"{stage}.onnx"
 
     def graph_hash(self, stage: str) -> str:
         """One hash of a stage's graph and its data, from the manifest: what an engine built of them is filed under."""
         folder, files = f"{stage}/", self.manifest.files
-        return graph_hash({name[len(folder) :]: files[name].sha256 for name in files if name.startswith(f"{folder}{stage}.")})
+        own = [name for name in files if name.startswith(f"{folder}{stage}.") and not name.endswith(CUDA_FORM)]
+        return graph_hash({name[len(folder) :]: files[name].sha256 for name in own})
 
     def prompt_encoder(self) -> PromptEncoder:
         """The checkpoint's prompts over its tokenizer."""

@@ -13,6 +13,8 @@ from __future__ import annotations
 from engines.spec import StageSpec, TensorSpec
 
 CONTRACT_VERSION = 1
+# What graphs call the axes that a call may choose.
+AXIS_NAMES = {"B": "batch", "N": "tokens", "K": "past", "R": "row_count"}
 
 PIXEL_ENCODER = StageSpec(
     "pixel_encoder",
@@ -47,8 +49,8 @@ LANGUAGE = StageSpec(
     outputs=(
         TensorSpec("states", "float32", ("B", "R", "D")),
         TensorSpec("logits", "float32", ("B", "R", "V")),
-        TensorSpec("present_keys", "float32", ("L", "B", "H", "K+N", "C")),
-        TensorSpec("present_values", "float32", ("L", "B", "H", "K+N", "C")),
+        TensorSpec("present_keys", "float32", ("L", "B", "H", "K+N", "C"), stays=True),
+        TensorSpec("present_values", "float32", ("L", "B", "H", "K+N", "C"), stays=True),
     ),
 )
 MASK_DECODER = StageSpec(

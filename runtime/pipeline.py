@@ -16,20 +16,23 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, cast
 
 import numpy as np
 
-from engines.errors import EngineFailed
+from engines import EngineFailed, Resident
 from runtime import preprocess
 from runtime.contract import STAGES
 from runtime.preprocess import Frame, Preprocessing
 from runtime.prompts import Prompt, PromptEncoder
 from runtime.text_stream import TextStream
 
+# Keys or values: an array, or where an engine on a GPU keeps them.
+Past = np.ndarray | Resident
+
 
 class Stage(Protocol):
-    """One graph of the contract."""
+    """One graph of the contract. (What stays on a GPU is typed as the array that it can be made into.)"""
 
     def run(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]: ...
 
@@ -86,7 +89,7 @@ class Vision:
         self.frame = frame
         self.tensors = trace.tensors
         self._timings = trace.timings
-        self._past: tuple[np.ndarray, np.ndarray] | None = None
+        self._past: tuple[Past, Past] | None = None
         self._prefix = 0  # tokens
 
     def take_timings(self) -> dict[str, float]:
@@ -94,11 +97,11 @@ class Vision:
         timings, self._timings = self._timings, {}
         return dict(timings)
 
-    def keep(self, keys: np.ndarray, values: np.ndarray, tokens: int) -> None:
+    def keep(self, keys: Past, values: Past, tokens: int) -> None:
         """Remember a pass that began with the picture's own `tokens`; nothing is copied until a second answer asks for them."""
         self._prefix, self._past = tokens, (keys, values)
 
-    def past(self) -> tuple[np.ndarray, np.ndarray] | None:
+    def past(self) -> tuple[Past, Past] | None:
         """Keys and values [L, 1, H, K, C] of the tokens before the instruction; None before the first pass."""
         if self._past is None:
             return None
@@ -223,9 +226,7 @@ class Pipeline:
         trace.answer = tuple(answer)
         return np.concatenate(states)
 
-    def _language(
-        self, trace: Trace, embeddings: np.ndarray, keys: np.ndarray, values: np.ndarray, rows: np.ndarray
-    ) -> dict[str, np.ndarray]:
+    def _language(self, trace: Trace, embeddings: np.ndarray, keys: Past, values: Past, rows: np.ndarray) -> dict[str, np.ndarray]:
         start = keys.shape[3]
         positions = np.arange(start, start + embeddings.shape[1], dtype=np.int64)[None]
         output = self._stage(
@@ -233,8 +234,8 @@ class Pipeline:
             "language",
             input_embeddings=embeddings,
             positions=positions,
-            past_keys=keys,
-            past_values=values,
+            past_keys=cast(np.ndarray, keys),
+            past_values=cast(np.ndarray, values),
             rows=rows,
         )
         _check_logits(trace, output["logits"])
@@ -244,9 +245,14 @@ class Pipeline:
         return np.asarray(self.embeddings[list(ids)], np.float32)[None]
 
 
-def _cut(past: tuple[np.ndarray, np.ndarray], tokens: int) -> tuple[np.ndarray, np.ndarray]:
-    """The first `tokens` of keys and values [L, 1, H, K, C], contiguous; themselves, not copied, where they have no more."""
-    keys, values = (np.ascontiguousarray(array[:, :, :, :tokens]) for array in past)
+def _cut(past: tuple[Past, Past], tokens: int) -> tuple[Past, Past]:
+    """The first `tokens` of keys and values [L, 1, H, K, C], contiguous; themselves, not copied, where they have no more.
+
+    From a GPU they are fetched to be cut: after an answer that was not the expected one, and for a second question about a picture.
+    """
+    if past[0].shape[3] == tokens:
+        return past
+    keys, values = (np.ascontiguousarray(np.asarray(array)[:, :, :, :tokens]) for array in past)
     return keys, values
 
 

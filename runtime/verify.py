@@ -17,7 +17,7 @@ import numpy as np
 
 from engines import EngineFailed, EngineOptions, EngineUnavailable, open_engine
 from runtime.bundle import Bundle
-from runtime.contract import STAGES
+from runtime.contract import AXIS_NAMES, STAGES
 from runtime.errors import BundleCorrupt
 from runtime.images import read_image
 from runtime.one_at_a_time import Turn, TurnStage
@@ -63,13 +63,13 @@ def open_pipeline(bundle: Bundle, engine: str, options: EngineOptions) -> Pipeli
             "use precision graph, or export with --lmm int8 or gptq4"
         )
     # The chain sees one picture at a time, and an engine that knows plans for it.
-    specs = {name: spec.fixed({"B": 1}) for name, spec in STAGES.items()}
+    specs = {name: spec.fixed({"B": 1}, AXIS_NAMES) for name, spec in STAGES.items()}
     stages: dict[str, Stage]
     if options.low_memory:
         turn = Turn()
-        stages = {name: TurnStage(turn, bundle.graph(name), spec, engine, options) for name, spec in specs.items()}
+        stages = {name: TurnStage(turn, bundle.graph(name, engine, options.device), spec, engine, options) for name, spec in specs.items()}
     else:
-        stages = {name: open_engine(bundle.graph(name), spec, engine, options) for name, spec in specs.items()}
+        stages = {name: open_engine(bundle.graph(name, engine, options.device), spec, engine, options) for name, spec in specs.items()}
     return Pipeline(
         stages,
         manifest.preprocessing,

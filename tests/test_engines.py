@@ -198,18 +198,34 @@ def on_cpu_memory(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     return sessions
 
 
+ON_GPU = {"device_id": 0, "use_tf32": "0", "arena_extend_strategy": "kSameAsRequested"}
+
+
 def test_memory_bound_for_the_gpu_gives_the_same_numbers_whatever_the_order_of_shapes(
-    tiny_bundle: Path, on_cpu_memory: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+    tiny_bundle: Path, on_cpu_memory: list[dict[str, Any]]
 ) -> None:
-    bound = opened(tiny_bundle, LANGUAGE, device="cuda:0")
-    assert on_cpu_memory == [{"device_id": 0, "enable_cuda_graph": "1"}, {"device_id": 0}]
-    plain = opened(tiny_bundle, LANGUAGE, "openvino")
-    sizes = [(9, 0), (9, 0), (7, 3), (7, 3), (7, 3), (5, 2), (7, 3), (4, 1), (4, 1), (3, 1), (3, 1), (2, 1), (2, 1), (7, 3), (7, 3)]
-    for seed, (tokens, past) in enumerate(sizes):
-        feeds = feeds_for(tiny_bundle, "language", seed, B=1, N=tokens, K=past, R=2)
+    bound = opened(tiny_bundle, MASK_DECODER, device="cuda:0")
+    assert on_cpu_memory == [ON_GPU | {"enable_cuda_graph": "1"}, ON_GPU]
+    plain = opened(tiny_bundle, MASK_DECODER, "openvino")
+    for seed, batch in enumerate([1, 1, 1, 2, 2, 2, 1, 3, 3, 4, 4, 5, 5, 1, 1]):
+        feeds = feeds_for(tiny_bundle, "mask_decoder", seed, B=batch)
         assert_same(bound.run(feeds), plain.run(feeds))
-    kept = bound._bound._shapes  # type: ignore[attr-defined]
-    assert len(kept) == 4 and (1, 9, 24) not in {key[0] for key in kept}
+    assert len(bound._bound._shapes) == 4  # type: ignore[attr-defined]
+
+
+def test_keys_and_values_stay_on_the_gpu_and_are_fed_back_there(tiny_bundle: Path, on_cpu_memory: list[dict[str, Any]]) -> None:
+    growing, plain = opened(tiny_bundle, LANGUAGE, device="cuda:0"), opened(tiny_bundle, LANGUAGE, "openvino")
+    assert on_cpu_memory == [ON_GPU]  # nothing to capture in a graph that grows
+    first = feeds_for(tiny_bundle, "language", 0, B=1, N=9, K=0, R=2)
+    ours, wanted = growing.run(first), plain.run(first)
+    assert not isinstance(ours["present_keys"], np.ndarray) and isinstance(ours["states"], np.ndarray)
+    assert ours["present_keys"].shape == wanted["present_keys"].shape and ours["present_keys"].ndim == 5
+    assert_same({name: np.asarray(value) for name, value in ours.items()}, wanted)
+    second = feeds_for(tiny_bundle, "language", 1, B=1, N=4, K=9, R=2)
+    here = growing.run(second | {"past_keys": ours["present_keys"], "past_values": ours["present_values"]})
+    there = plain.run(second | {"past_keys": wanted["present_keys"], "past_values": wanted["present_values"]})
+    assert_same({name: np.asarray(value) for name, value in here.items()}, there)
+    np.testing.assert_array_equal(np.asarray(ours["present_keys"]), np.asarray(here["present_keys"])[:, :, :, :9])  # they never change
 
 
 def test_bound_memory_is_not_the_callers_and_threads_take_turns(tiny_bundle: Path, on_cpu_memory: list[dict[str, Any]]) -> None:
