@@ -27,12 +27,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from agvas.config import AGVASConfig, ov_7b
+from agvas.config import AGVASConfig, LanguageConfig, ov_7b, tiny
 from benchmarks.environment import environment
 from benchmarks.random_checkpoint import TABLE, scale_of, spoken_rows
 from runtime.bundle import CUDA_FORM, EMBEDDINGS
 from runtime.contract import AXIS_NAMES, STAGES
 
+SIZES = ("7b", "reduced", "small")
 LMMS = ("float", "gptq4")
 GROUP = 128
 # Of a tensor up to here, and of tables of positions, the values are the CPU generator's, the same everywhere: graphs hold some of them, or
@@ -49,8 +50,10 @@ GPU = "cuda:0"
 
 
 def config_of(size: str) -> AGVASConfig:
-    """The paper's model, or one of its widths with two layers of each kind."""
+    """The paper's model, one of its widths with two layers of each kind, or a small one, which shows that the command runs."""
     config = ov_7b()
+    if size == "small":
+        config = dataclasses.replace(tiny(), name="small", language=LanguageConfig(512, 128, 3, 4, 2, 256, max_positions=512))
     if size == "reduced":
         config = dataclasses.replace(
             config,
@@ -405,7 +408,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     tasks = parser.add_subparsers(dest="task", required=True)
     making = tasks.add_parser("prepare")
-    making.add_argument("--size", choices=("7b", "reduced"), default="7b")
+    making.add_argument("--size", choices=SIZES, default="7b")
     making.add_argument("--output", type=Path, required=True)
     measuring = tasks.add_parser("measure")
     measuring.add_argument("--graphs", type=Path, required=True)

@@ -86,7 +86,7 @@ def _map_of(pipeline: Pipeline, prompt: Any, image: np.ndarray) -> np.ndarray:
 
 
 def _static_shapes(bundle: Bundle, threads: int) -> tuple[Run, Run]:
-    def as_it_is(spec: StageSpec, sizes: Any) -> StageSpec:
+    def as_it_is(spec: StageSpec, sizes: Any, names: Any = None) -> StageSpec:
         return spec
 
     with mock.patch.object(StageSpec, "fixed", as_it_is):

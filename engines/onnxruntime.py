@@ -238,6 +238,8 @@ def _provider(device: str) -> tuple[str, dict[str, Any]]:
 @functools.cache
 def _load_cuda_libraries() -> None:
     """Those that pip installed beside onnxruntime-gpu (its extras cuda and cudnn), which the system's loader does not look for."""
+    # Since 1.31 each session warns that CUDA is no plug-in.
+    onnxruntime.set_default_logger_severity(3)
     if hasattr(onnxruntime, "preload_dlls"):  # from 1.21 on
         with contextlib.redirect_stdout(io.StringIO()):  # it prints; what is missing shows when the provider does not start
             onnxruntime.preload_dlls()

@@ -100,4 +100,6 @@ def _bits(name: str, shape: tuple[int, ...], stage: str, precision: str, lmm: st
         return LMM[lmm].bits + (16 if precision in LOW else 32) / group
     if (name == f"{HEAD}.weight" and head == "int8") or (linear and stage in ENCODERS and precision == "int8"):
         return 8
+    if precision == "bf16" and stage == "mask_decoder":
+        return 32
     return 16 if precision in LOW else 32

@@ -10,8 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from engines import EngineOptions
+from engines import EngineOptions, StageSpec
+from runtime import verify as verify_module
 from runtime.bundle import Bundle, FileRecord, Manifest, sha256_of
+from runtime.contract import STAGES
 from runtime.errors import BundleCorrupt
 from runtime.parity import GATES, Outcome, Parity, compare, relative_error
 from runtime.verify import Verification, gates_for, open_pipeline, summary, trace_count, verify
@@ -256,3 +258,16 @@ def test_the_coarsest_precision_of_graphs_and_engine_decides(
     manifest = Manifest.from_json(path.read_text())
     path.write_text(replace(manifest, precision=manifest.precision | stages).to_json())
     assert gates_for(Bundle(folder), EngineOptions(inference_precision=inference_precision)) == gates
+
+
+def test_the_map_is_drawn_in_the_graphs_precision_whatever_the_engine_is_asked_for(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, str] = {}
+
+    def opened(graph: Path, spec: StageSpec, engine: str, options: EngineOptions) -> None:
+        asked[spec.name] = options.inference_precision
+
+    monkeypatch.setattr(verify_module, "open_engine", opened)
+    open_pipeline(Bundle(tiny_bundle, check_hashes=False), "openvino", EngineOptions(inference_precision="bf16"))
+    assert asked == dict.fromkeys(STAGES, "bf16") | {"mask_decoder": "graph"}
