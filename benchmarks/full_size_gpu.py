@@ -30,7 +30,8 @@ import torch
 from agvas.config import AGVASConfig, LanguageConfig, ov_7b, tiny
 from benchmarks.environment import environment
 from benchmarks.random_checkpoint import TABLE, scale_of, spoken_rows
-from runtime.bundle import CUDA_FORM, EMBEDDINGS
+from engines.cache import CUDA_FORM
+from runtime.bundle import EMBEDDINGS
 from runtime.contract import AXIS_NAMES, STAGES
 
 SIZES = ("7b", "reduced", "small")

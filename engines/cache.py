@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import IO
 
 POLL_SECONDS = 0.2
+# What ends the name of a graph in onnxruntime's own operators, for its CUDA provider alone (export/cuda_fusion.py).
+CUDA_FORM = ".cuda.onnx"
 
 
 def cache_folder() -> Path:
@@ -26,8 +28,12 @@ def cache_folder() -> Path:
 
 
 def graph_hash(files: Mapping[str, str]) -> str:
-    """One hash of a graph from its files' names and sha256, so that other weights in the same graph are another graph."""
-    return hashlib.sha256("\n".join(f"{name} {files[name]}" for name in sorted(files)).encode()).hexdigest()
+    """One hash of a graph from its files' names and sha256, so that other weights in the same graph are another graph.
+
+    Its form in onnxruntime's own operators does not count: no engine is built of that.
+    """
+    counted = sorted(name for name in files if not name.endswith(CUDA_FORM))
+    return hashlib.sha256("\n".join(f"{name} {files[name]}" for name in counted).encode()).hexdigest()
 
 
 def write_whole(path: Path, content: bytes) -> None:

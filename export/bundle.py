@@ -28,6 +28,7 @@ from agvas.config import ROLES, AGVASConfig
 from agvas.model import AGVAS
 from agvas.weights import LazyTensor
 from engines import EngineOptions
+from engines.cache import CUDA_FORM
 from export.adapters import axis_sizes
 from export.cuda_fusion import fuse
 from export.estimate import TABLE, Estimate, available_memory, estimate
@@ -43,7 +44,6 @@ from export.stage_weights import all_weights, stage_weights
 from export.streamed_reference import measure_streamed
 from export.streamed_tensor import StreamedTensor
 from runtime.bundle import (
-    CUDA_FORM,
     EMBEDDINGS,
     GOLDEN,
     MANIFEST,

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from engines.cache import graph_hash
+from engines.cache import CUDA_FORM, graph_hash
 from runtime.contract import CONTRACT_VERSION, STAGES
 from runtime.errors import BundleCorrupt, BundleMissing, BundleVersionError
 from runtime.parity import GATES, Gates
@@ -28,8 +28,6 @@ OLDEST_SCHEMA = 1  # before quantisation: what it lacks has defaults
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
 EMBEDDINGS = "embeddings.npy"
-# What ends the name of a graph in onnxruntime's own operators, for its CUDA provider alone (export/cuda_fusion.py).
-CUDA_FORM = ".cuda.onnx"
 GOLDEN = "golden.npz"
 PARITY = "parity.json"
 UNFINISHED = "unfinished.json"  # stands in a folder that export is still at work on, whatever else is there
@@ -159,8 +157,7 @@ class Bundle:
     def graph_hash(self, stage: str) -> str:
         """One hash of a stage's graph and its data, from the manifest: what an engine built of them is filed under."""
         folder, files = f"{stage}/", self.manifest.files
-        own = [name for name in files if name.startswith(f"{folder}{stage}.") and not name.endswith(CUDA_FORM)]
-        return graph_hash({name[len(folder) :]: files[name].sha256 for name in own})
+        return graph_hash({name[len(folder) :]: files[name].sha256 for name in files if name.startswith(f"{folder}{stage}.")})
 
     def prompt_encoder(self) -> PromptEncoder:
         """The checkpoint's prompts over its tokenizer."""

@@ -16,6 +16,7 @@ import pytest
 from engines import EngineOptions
 from export import bisect as bisecting
 from export.bisect import Finding, bisect, search
+from export.bundle import write_cuda_form
 from export.onnx_writer import write
 from export.passes import lower_precision
 from runtime.bundle import Bundle, FileRecord, Manifest, sha256_of
@@ -101,6 +102,7 @@ def test_rounding_is_not_blamed_in_16_bit_but_a_break_is(tiny_bundle: Path, copy
         for path in (folder / stage).iterdir():
             path.unlink()
         write(model, folder / stage, stage)
+        write_cuda_form(folder / stage, stage)
     bundle = sealed(folder, precision=dict.fromkeys(Bundle(tiny_bundle).manifest.precision, "fp16"))
     finding, errors = bisect(bundle, "onnxruntime", EngineOptions())  # against its own graphs, raised to fp32
     assert finding is None and 1e-5 < errors["mask_decoder"] < 0.03

@@ -15,11 +15,12 @@ from onnx import TensorProto, helper
 
 from agvas import AGVAS
 from agvas.config import LanguageConfig
+from engines.cache import CUDA_FORM
 from export.adapters import axis_sizes, example_inputs
 from export.cuda_fusion import CONTRIB, fuse
 from export.onnx_writer import export_stage, stage_module, write
 from export.passes import lower_precision
-from runtime.bundle import CUDA_FORM, Bundle
+from runtime.bundle import Bundle
 from runtime.contract import STAGES
 
 FREE = {"B": 1, "N": 9, "K": 0, "R": 3}
