@@ -195,9 +195,7 @@ def _time_and_memory(result: Mapping[str, Any], path: Path) -> None:
         held = run["device_memory_bytes"] or run["peak_rss_bytes"]
         if held is None:
             continue
-        (point,) = axes.plot(run["p50_ms"], held / 1e9, "o")
-        place = (run["p50_ms"], held / 1e9)
-        axes.annotate(f"{name}\n{run['precision']}", place, xytext=(6, 4), textcoords="offset points", color=point.get_color())
+        axes.plot(run["p50_ms"], held / 1e9, "o", label=f"{name}, {run['precision']}")
     axes.plot(PAPER_SECONDS * 1e3, PAPER_GIGABYTES, "k*", markersize=12)
     axes.axvline(PAPER_SECONDS * 1e3, color="black", linestyle=":", alpha=0.5)
     axes.axhline(PAPER_GIGABYTES, color="black", linestyle=":", alpha=0.5)
@@ -207,6 +205,7 @@ def _time_and_memory(result: Mapping[str, Any], path: Path) -> None:
     axes.set_xlabel("milliseconds, median")
     axes.set_ylabel("GB at peak")
     axes.grid(alpha=0.3, which="both")
+    axes.legend(loc="center left")  # not at the points: candidates of one kind lie side by side
     _save(figure, path)
 
 
