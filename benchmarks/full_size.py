@@ -57,17 +57,11 @@ def checkpoint(work: Work) -> dict[str, Any]:
     import torch
 
     from agvas.config import ov_7b
-    from benchmarks.random_checkpoint import write_random_checkpoint
+    from benchmarks.random_checkpoint import reduced, write_random_checkpoint
 
     config, started = ov_7b(), time.monotonic()
     if work.size == "reduced":
-        config = dataclasses.replace(
-            config,
-            name="ov_7b_reduced",
-            pixel=dataclasses.replace(config.pixel, layers=2, global_layers=(1,)),
-            semantic=dataclasses.replace(config.semantic, layers=2),
-            language=dataclasses.replace(config.language, layers=2),
-        )
+        config = reduced(config)
     file = work.checkpoint / "model.safetensors"
     made = not file.exists()
     if made:

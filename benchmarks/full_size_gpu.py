@@ -2,6 +2,7 @@
 
     python -m benchmarks.full_size_gpu prepare --output graphs                            # anywhere: needs no GPU and no weights
     python -m benchmarks.full_size_gpu measure --graphs graphs --work DIR --output JSON   # on the GPU; 45 GB in DIR, /dev/shm for instance
+    python -m benchmarks.full_size_gpu profile --work DIR --output TEXT                   # there, afterwards
 
 What is prepared are the stages' graphs as agvas-export writes them, some MB, and a list of what each place in their weight files holds. The
 values are drawn on the GPU where they are measured, by name and seed, so nothing large travels. Weights have the scales of trained ones
@@ -29,7 +30,7 @@ import torch
 
 from agvas.config import AGVASConfig, LanguageConfig, ov_7b, tiny
 from benchmarks.environment import environment
-from benchmarks.random_checkpoint import TABLE, scale_of, spoken_rows
+from benchmarks.random_checkpoint import TABLE, reduced, scale_of, spoken_rows, tokenizer_of
 from engines.cache import CUDA_FORM
 from runtime.bundle import EMBEDDINGS
 from runtime.contract import AXIS_NAMES, STAGES
@@ -52,25 +53,9 @@ GPU = "cuda:0"
 
 def config_of(size: str) -> AGVASConfig:
     """The paper's model, one of its widths with two layers of each kind, or a small one, which shows that the command runs."""
-    config = ov_7b()
     if size == "small":
-        config = dataclasses.replace(tiny(), name="small", language=LanguageConfig(512, 128, 3, 4, 2, 256, max_positions=512))
-    if size == "reduced":
-        config = dataclasses.replace(
-            config,
-            name="ov_7b_reduced",
-            pixel=dataclasses.replace(config.pixel, layers=2, global_layers=(1,)),
-            semantic=dataclasses.replace(config.semantic, layers=2),
-            language=dataclasses.replace(config.language, layers=2),
-        )
-    return config
-
-
-def tokenizer_of(config: AGVASConfig) -> Any:
-    from agvas.tokenizer import train_tokenizer
-    from agvas.training.instructions import all_instructions
-
-    return train_tokenizer([*all_instructions(), config.prompts.answer], min(config.language.vocabulary, 4096))
+        return dataclasses.replace(tiny(), name="small", language=LanguageConfig(512, 128, 3, 4, 2, 256, max_positions=512))
+    return reduced(ov_7b()) if size == "reduced" else ov_7b()
 
 
 class Weights:
@@ -180,6 +165,7 @@ def fill(graphs: Path, work: Path, weights: Weights) -> float:
     import shutil
 
     started = time.monotonic()
+    shutil.copy(graphs / "size.json", work)
     for places in sorted(graphs.glob("*/*/*.json")):
         stage, folder = places.stem, work / places.parent.relative_to(graphs)
         folder.mkdir(parents=True, exist_ok=True)
@@ -321,6 +307,33 @@ def ours(kind: str, weights: Weights, work: Path, calls: int) -> dict[str, Any]:
     return told | {"load_seconds": round(load, 1), "answers_verified": all(verified), "relative_error": errors(kept, work)}
 
 
+def profile(work: Path, output: Path) -> None:
+    """Kernels of the 16-bit encoders and language stage by time on the GPU, milliseconds and calls a picture (torch.profiler)."""
+    import onnxruntime
+
+    from engines import EngineOptions
+    from engines.onnxruntime import OnnxRuntimeEngine
+    from export.adapters import axis_sizes, example_inputs
+
+    config, lines = config_of(json.loads((work / "size.json").read_text())["size"]), [f"onnxruntime {onnxruntime.__version__}"]
+    kinds = [torch.profiler.ProfilerActivity.CPU] + ([torch.profiler.ProfilerActivity.CUDA] if GPU != "cpu" else [])
+    free = {"B": 1, "N": min(1540, config.language.max_positions - 1), "K": 0, "R": 9}
+    for stage in ("pixel_encoder", "language", "semantic_encoder"):
+        path = work / LMMS[0] / stage / f"{stage}{CUDA_FORM}"
+        engine = OnnxRuntimeEngine(path, STAGES[stage].fixed({"B": 1}, AXIS_NAMES), EngineOptions(GPU))
+        inputs = example_inputs(stage, axis_sizes(config), free)
+        feeds = {tensor.name: value.numpy() for tensor, value in zip(STAGES[stage].inputs, inputs, strict=True)}
+        for _ in range(3):
+            engine.run(feeds)
+        with torch.profiler.profile(activities=kinds) as seen:
+            for _ in range(2):
+                engine.run(feeds)
+        events = sorted(seen.key_averages(), key=lambda event: -event.self_device_time_total)
+        lines += ["", f"{stage}: {sum(event.self_device_time_total for event in events) / 2e3:.1f} ms in all"]
+        lines += [f"{event.self_device_time_total / 2e3:8.3f} ms {event.count / 2:6.0f}  {event.key[:96]}" for event in events[:28]]
+    output.write_text("\n".join(lines) + "\n")
+
+
 def errors(kept: dict[str, np.ndarray], work: Path) -> dict[str, float]:
     """Of the first picture, against the fp32 reference."""
     from runtime.parity import relative_error
@@ -420,10 +433,17 @@ def main(arguments: list[str] | None = None) -> int:
     measuring.add_argument("--limit", type=float, help="seconds that one candidate may take; default: any")
     measuring.add_argument("--device", default=GPU, help="cpu tries the command out at the reduced size")
     measuring.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    showing = tasks.add_parser("profile", help="kernels by time, of what measure left in --work")
+    showing.add_argument("--work", type=Path, required=True)
+    showing.add_argument("--output", type=Path, required=True)
+    showing.add_argument("--device", default=GPU)
     options = parser.parse_args(arguments)
     GPU = getattr(options, "device", GPU)
     if options.task == "prepare":
         prepare(options.size, options.output)
+        return 0
+    if options.task == "profile":
+        profile(options.work, options.output)
         return 0
     if not options.child:
         return measure(options.graphs, options.work, options.output, options.candidates, options.calls, options.limit)

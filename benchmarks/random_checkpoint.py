@@ -7,6 +7,7 @@ nothing.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import zlib
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from agvas.config import AGVASConfig
@@ -37,7 +39,7 @@ def write_random_checkpoint(
         progress: told (bytes written, bytes in all).
     """
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = train_tokenizer([*all_instructions(), config.prompts.answer], min(config.language.vocabulary, 4096))
+    tokenizer = tokenizer_of(config)
     with torch.device("meta"):
         model = AGVAS(config, tokenizer)
     (folder / "config.json").write_text(config.to_json())
@@ -60,6 +62,22 @@ def write_random_checkpoint(
                         block[row - first] = values
                 file.write(block.to(dtype).view(torch.int16 if dtype.itemsize == 2 else torch.int32).numpy().data)
             progress(file.tell(), offset)
+
+
+def reduced(config: AGVASConfig) -> AGVASConfig:
+    """A model of the same widths with two layers of each kind."""
+    return dataclasses.replace(
+        config,
+        name=f"{config.name}_reduced",
+        pixel=dataclasses.replace(config.pixel, layers=2, global_layers=(1,)),
+        semantic=dataclasses.replace(config.semantic, layers=2),
+        language=dataclasses.replace(config.language, layers=2),
+    )
+
+
+def tokenizer_of(config: AGVASConfig) -> Tokenizer:
+    """A small one over the prompts' own words, which leaves the rest of the vocabulary unused."""
+    return train_tokenizer([*all_instructions(), config.prompts.answer], min(config.language.vocabulary, 4096))
 
 
 def spoken_rows(model: AGVAS) -> dict[str, dict[int, Tensor]]:

@@ -63,6 +63,7 @@ class _Fusion:
         self.constants: dict[tuple[str, bytes], ir.Value] = {}
         self.repeated: dict[tuple[object, ...], ir.Value] = {}
         self.lengths: tuple[ir.Value, ir.Value] | None = None
+        self.made = 0  # nodes, for their names
 
     # --- attention -------------------------------------------------------------------------------------------------------------------
 
@@ -100,6 +101,8 @@ class _Fusion:
         heads, width = query.shape[1], query.shape[3]
         if not isinstance(heads, int) or not isinstance(width, int):
             return
+        if masked and bias is not None:
+            return  # GroupQueryAttention takes no bias on CUDA
         if masked:
             self._grouped(query, key, value, result, scale, heads, width)
         elif self.every_type or query.dtype in HEADS_TYPES:
@@ -412,7 +415,8 @@ class _Fusion:
     ) -> ir.Value:
         node = ir.node(operator, list(inputs), attributes=attributes, domain=domain)  # type: ignore[arg-type]
         output = node.outputs[0]
-        output.name = f"fused_{operator.lower()}_{self._count('', 1)}"
+        self.made += 1
+        output.name = f"fused_{operator.lower()}_{self.made}"
         node.name = f"node_{output.name}"
         output.dtype = dtype
         output.shape = shape if isinstance(shape, ir.Shape) else ir.Shape(shape)  # type: ignore[arg-type]
@@ -428,14 +432,8 @@ class _Fusion:
             self.constants[key] = value
         return self.constants[key]
 
-    _made = 0
-
-    def _count(self, operator: str, step: int = 1) -> int:
-        if not operator:
-            self._made += step
-            return self._made
-        self.counts[operator] = self.counts.get(operator, 0) + step
-        return self.counts[operator]
+    def _count(self, operator: str) -> None:
+        self.counts[operator] = self.counts.get(operator, 0) + 1
 
 
 def _only_reader(value: ir.Value) -> ir.Node | None:

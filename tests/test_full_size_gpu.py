@@ -54,6 +54,14 @@ def test_every_form_gives_the_references_numbers_and_the_fixed_answer(graphs: Pa
         assert not (kind == "gptq4" and errors["anchor_states"] < 1e-2)
 
 
+def test_a_profile_names_each_stage(graphs: Path, weights: Weights, tmp_path: Path) -> None:
+    """On a CPU there are no kernels to see: the command's way is tried, its figures need a GPU."""
+    fill(graphs, tmp_path, weights)
+    assert main(["profile", "--work", str(tmp_path), "--output", str(tmp_path / "profile.txt"), "--device", "cpu"]) == 0
+    told = (tmp_path / "profile.txt").read_text().splitlines()
+    assert [line.split(":")[0] for line in told if line.endswith("in all")] == ["pixel_encoder", "language", "semantic_encoder"]
+
+
 def test_weights_are_the_same_wherever_they_are_drawn(weights: Weights) -> None:
     again = Weights(config_of("small"), "cpu")
     for name in list(weights.shapes)[::7]:
