@@ -11,6 +11,7 @@ import json
 from dataclasses import dataclass, replace
 from typing import Any
 
+from runtime.masking import MaskRule
 from runtime.preprocess import Preprocessing
 from runtime.prompts import Prompts
 
@@ -152,6 +153,7 @@ class MaskDecoderConfig:
     """Token refiner and AGMD (eq. 4-8, B.4); the decoder's width is the pixel encoder's output width.
 
     Attributes:
+        threshold, relative_threshold: how a mask is cut from a map, see runtime.masking; 0.5 and 1 are the paper's.
         roles: which anchors there are, in the order of the prompts' anchors: ROLES, or one of the ablations' parts of it.
     """
 
@@ -160,11 +162,17 @@ class MaskDecoderConfig:
     mlp_width: int
     fusion_weight: float = 0.5
     threshold: float = 0.5
+    relative_threshold: float = 1.0
     roles: tuple[str, ...] = ROLES
 
     def __post_init__(self) -> None:
         if self.roles not in (ROLES, ROLES[:2], ROLES[2:]):
             raise ValueError(f"mask_decoder.roles: expected {list(ROLES)}, the first two or the last of them, got {list(self.roles)}")
+        MaskRule(self.threshold, self.relative_threshold)
+
+    @property
+    def mask_rule(self) -> MaskRule:
+        return MaskRule(self.threshold, self.relative_threshold)
 
 
 @dataclass(frozen=True)

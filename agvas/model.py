@@ -52,7 +52,7 @@ class Segmented:
     """The reference's result on one image.
 
     Attributes:
-        mask: bool [H, W].
+        mask: bool [H, W], cut as the checkpoint says (runtime.masking).
         anomaly_map: float32 [H, W] in 0..1.
         score: the map's maximum; the image is anomalous when it exceeds the threshold, that is when the mask is not empty.
         text: the answer.
@@ -184,7 +184,7 @@ class AGVAS(nn.Module):
             anomaly_map = preprocess.restore(maps.anomaly_map[0].float().cpu().numpy(), frame)
             anchor_states = chosen.float().cpu().numpy()
         # Without anchors nothing was found, whatever the threshold: the map's zeros exceed none.
-        mask = anomaly_map > self.config.mask_decoder.threshold
+        mask = self.config.mask_decoder.mask_rule.mask(anomaly_map)
         score = float(anomaly_map.max())
         return Segmented(mask, anomaly_map, score, answer.text, ids, anchor_states, answer.anchor_groups, answer.truncated)
 

@@ -148,6 +148,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", help="cpu or cuda:N; with --bundle or --checkpoint")
     parser.add_argument("--inference-precision", help="graph or bf16, as agvas-segment has it; with --bundle")
     parser.add_argument("--threshold", type=float, metavar="P", help="instead of the model's own; with --bundle or --checkpoint")
+    parser.add_argument("--relative-threshold", type=float, metavar="R", help="likewise; 1: masks are what exceeds --threshold")
     parser.add_argument(
         "--fusion-weight", type=float, metavar="A", help="of the absolute map (eq. 8), instead of the model's own; with --checkpoint"
     )
@@ -235,6 +236,7 @@ def _run(arguments: argparse.Namespace, stack: ExitStack) -> tuple[dict[str, Any
         arguments.device,
         arguments.inference_precision,
         arguments.threshold,
+        arguments.relative_threshold,
         arguments.fusion_weight,
     )
     normal_text = None if arguments.normal_text is None else read_normal_text(arguments.normal_text)
@@ -248,7 +250,8 @@ def _run(arguments: argparse.Namespace, stack: ExitStack) -> tuple[dict[str, Any
     results = evaluate_datasets(datasets, predict, _tqdm, per_image, arguments.overlays)
     settings: dict[str, Any] = {"mode": None if source.baseline is not None else question.mode}
     settings |= {"instruction": question.instruction, "normal_text": question.normal_text}
-    settings |= {"threshold": source.threshold, "fusion_weight": source.fusion_weight, "limit": arguments.limit, "split": arguments.split}
+    settings |= {"threshold": source.threshold, "relative_threshold": source.relative_threshold, "fusion_weight": source.fusion_weight}
+    settings |= {"limit": arguments.limit, "split": arguments.split}
     facts = {"judged": dict(predict.judged), "settings": settings, "versions": versions()}
     results = [result | facts for result in results]
     if len(results) == 1:

@@ -18,6 +18,7 @@ import numpy as np
 
 from runtime import preprocess
 from runtime.errors import RequestError, choose
+from runtime.masking import MaskRule
 
 TORCH = ("torch", "torch-bf16", "torch-single-pass")
 PLAIN = "plain-onnx"
@@ -140,7 +141,7 @@ def _torch(candidate: Candidate) -> Opened:
         if output.logits[0].argmax(dim=-1).tolist() != list(prompt.draft):
             return None
         anomaly_map = preprocess.restore(output.maps.anomaly_map[0].cpu().numpy(), frame)
-        return Segmented(anomaly_map > np.float32(settings.mask_decoder.threshold), float(anomaly_map.max()))
+        return Segmented(settings.mask_decoder.mask_rule.mask(anomaly_map), float(anomaly_map.max()))
 
     size = sum(path.stat().st_size for path in checkpoint_folder(candidate.source).iterdir() if path.is_file())
     return Opened(segment, size, "bf16" if dtype == torch.bfloat16 else "fp32")
@@ -195,6 +196,7 @@ def _plain(candidate: Candidate) -> Opened:
     told = json.loads((folder / "plain.json").read_text())
     fields: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in told["preprocessing"].items()}
     settings = preprocess.Preprocessing(**fields)
+    rule = MaskRule(**told["mask_rule"])
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = candidate.threads
     if candidate.device == "cpu":
@@ -214,7 +216,7 @@ def _plain(candidate: Candidate) -> Opened:
             logits, small = session.run(["logits", "anomaly_map"], feeds)
         with _clocked(spent, "postprocess"):
             anomaly_map = preprocess.restore(small[0], frame)
-            mask, score = anomaly_map > np.float32(told["threshold"]), float(anomaly_map.max())
+            mask, score = rule.mask(anomaly_map), float(anomaly_map.max())
             if logits[0].argmax(axis=-1).tolist() != told["draft"]:  # another answer: a plain graph has no way to generate it
                 raise RequestError(f"{PLAIN}: the model says something else than the fixed answer on this picture; leave {PLAIN} out")
         return Segmented(mask, score, spent)

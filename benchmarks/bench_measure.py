@@ -321,7 +321,7 @@ def _reference_masks(
 
 def _golden_masks(bundle: Bundle) -> list[np.ndarray]:
     golden = bundle.golden()
-    return [golden_outcome(golden, index, bundle.manifest.threshold).mask for index in range(trace_count(golden))]
+    return [golden_outcome(golden, index, bundle.manifest.mask_rule).mask for index in range(trace_count(golden))]
 
 
 def _mask(path: Path) -> np.ndarray:

@@ -38,7 +38,7 @@ class Plain(nn.Module):
 
 
 def export_plain(checkpoint: str, folder: Path) -> None:
-    """Write plain.onnx and plain.json (what a caller must know: preprocessing, threshold, the answer's tokens) into `folder`.
+    """Write plain.onnx and plain.json (what a caller must know: preprocessing, how masks are cut, the answer's tokens) into `folder`.
 
     Raises:
         CheckpointError: see agvas.load.
@@ -68,7 +68,8 @@ def export_plain(checkpoint: str, folder: Path) -> None:
         )
     assert program is not None
     program.save(folder / "plain.onnx", external_data=True)
-    told = {"preprocessing": asdict(config.preprocessing), "threshold": config.mask_decoder.threshold, "draft": list(prompt.draft)}
+    rule = asdict(config.mask_decoder.mask_rule)
+    told = {"preprocessing": asdict(config.preprocessing), "mask_rule": rule, "draft": list(prompt.draft)}
     (folder / "plain.json").write_text(json.dumps(told) + "\n")
 
 

@@ -111,13 +111,13 @@ def judge(
     bundle: Bundle, engine: str, graphs: Mapping[str, Path], pictures: Sequence[np.ndarray], feeds: Feeds, threads: int
 ) -> dict[str, Any]:
     """Masks, outputs and time of the fp32 bundle's chain with these encoders in it, against itself."""
-    options, threshold = EngineOptions(threads=threads), bundle.manifest.threshold
+    options, rule = EngineOptions(threads=threads), bundle.manifest.mask_rule
     exact, changed = (open_pipeline(bundle, engine, options) for _ in range(2))
     ours: dict[str, Engine] = {stage: open_engine(graph, STAGES[stage], engine, options) for stage, graph in graphs.items()}
     changed.stages = dict(changed.stages) | ours
     parity = compare(
-        [run_outcome(changed, picture, threshold)[0] for picture in pictures],
-        [run_outcome(exact, picture, threshold)[0] for picture in pictures],
+        [run_outcome(changed, picture, rule)[0] for picture in pictures],
+        [run_outcome(exact, picture, rule)[0] for picture in pictures],
     )
     errors = {}
     for stage in ENCODERS:

@@ -25,7 +25,9 @@ __all__ = ["CONVENTIONS", "METRICS", "Observation", "Observer", "Predict", "Pred
 METRICS = ("ap", "f1_max", "aupro", "iou_anomalous", "empty_normal", "image_auroc")
 CONVENTIONS: dict[str, Any] = {
     "pixels": "pooled over a category's pictures, each at its own size; only the model's map is resized, to its picture",
-    "threshold": "the model's own, 0.5 for a baseline, unless --threshold says otherwise; a pixel is anomalous where the map exceeds it",
+    "threshold": "the model's own, 0.5 for a baseline, unless --threshold says otherwise: a "
+    "picture is anomalous where its map exceeds it; its mask holds "
+    "the pixels above the relative threshold times the map's maximum, or above the threshold where that is lower",
     "mean": "macro mean over categories; what is undefined for a category is left out",
     "image_score": "the anomaly map's maximum",
     "regions": "8-connected, for AUPRO",

@@ -67,7 +67,7 @@ def measure(checkpoint: str, folder: Path, count: int, engines: list[str], norma
             vision = pipeline.see(picture)
             for name, prompt in prompts.items():
                 trace = pipeline.answer(vision, prompt)
-                outcomes[name].append(outcome_of(trace, bundle.manifest.threshold))
+                outcomes[name].append(outcome_of(trace, bundle.manifest.mask_rule))
                 milliseconds[name].append(trace.timings["language"] / len(trace.answer))
                 confirmed[name] += trace.verified
         for name in questions:

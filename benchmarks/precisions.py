@@ -94,7 +94,7 @@ def _row(
         return row | {"error": str(error)}
     prompt = pipeline.prompts.encode()
     label = f"{row['bundle_precision']} {row['lmm']} {engine}/{options.inference_precision}"
-    ours = [outcome_of(pipeline.run(picture, prompt), bundle.manifest.threshold) for picture in tqdm(pictures, desc=label, unit="image")]
+    ours = [outcome_of(pipeline.run(picture, prompt), bundle.manifest.mask_rule) for picture in tqdm(pictures, desc=label, unit="image")]
     parity = compare(ours, reference)
     failures = limits(bundle, options).failures(parity)
     ratios = [_seconds(pipeline, pictures[i % len(pictures)]) / _seconds(baseline, pictures[i % len(pictures)]) for i in range(pairs)]

@@ -34,7 +34,7 @@ class Source:
     Attributes:
         engine, inference_precision: for a bundle; None means auto, and what Segmenter makes of None.
         device: for a bundle or checkpoint; None means cpu.
-        threshold: for a bundle or checkpoint, in 0..1; None means its own.
+        threshold, relative_threshold: for a bundle or checkpoint, in 0..1 (runtime.masking); None means its own.
         fusion_weight: for a checkpoint, the weight of the absolute map (eq. 8), in 0..1; None means its own. In a bundle it is built in.
     """
 
@@ -45,6 +45,7 @@ class Source:
     device: str | None = None
     inference_precision: str | None = None
     threshold: float | None = None
+    relative_threshold: float | None = None
     fusion_weight: float | None = None
 
     def __post_init__(self) -> None:
@@ -58,16 +59,19 @@ class Source:
             raise ValueError(f"inference precision: only a bundle has one, got {self.inference_precision}; leave --inference-precision out")
         if self.device is not None and self.baseline is not None:
             raise ValueError(f"device: a baseline runs on the CPU, got {self.device}; leave --device out")
-        if self.threshold is not None and self.baseline is not None:
-            raise ValueError(f"threshold: a baseline's is fixed, got {self.threshold}; leave --threshold out")
+        thresholds = {"threshold": self.threshold, "relative threshold": self.relative_threshold}
+        for name, value in thresholds.items():
+            if value is not None and self.baseline is not None:
+                raise ValueError(f"{name}: a baseline's is fixed, got {value}; leave --{name.replace(' ', '-')} out")
         if self.fusion_weight is not None and self.checkpoint is None:
             raise ValueError(
                 f"fusion weight: only a checkpoint's can be changed, got {self.fusion_weight}; "
                 "leave --fusion-weight out or give --checkpoint"
             )
-        for name, value in (("threshold", self.threshold), ("fusion weight", self.fusion_weight)):
+        for name, value in {**thresholds, "fusion weight": self.fusion_weight}.items():
             if value is not None and not 0 <= value <= 1:
-                raise ValueError(f"{name}: expected a number in 0..1, got {value}; 0.5 is the paper's")
+                usual = 1 if name == "relative threshold" else 0.5
+                raise ValueError(f"{name}: expected a number in 0..1, got {value}; {usual} is the paper's")
 
 
 @dataclass(frozen=True)
@@ -130,8 +134,9 @@ class Predictor:
 
     Attributes:
         judged: for the result's reader. Always there: kind (bundle, checkpoint or baseline), name (the folder's, without its path), engine,
-            inference_precision, device, threshold and fusion_weight as they were used; None where there is no such thing. Models have
-            theirs and a sha256, of the bundle's manifest or the checkpoint's weights; bundles precision and lmm as the manifest has them.
+            inference_precision, device, threshold, relative_threshold and fusion_weight as they were used; None where there is no such
+            thing. Models have theirs and a sha256, of the bundle's manifest or the checkpoint's weights; bundles precision and lmm as the
+            manifest has them.
     """
 
     predict: Predict
@@ -157,7 +162,11 @@ def open_predictor(source: Source, question: Question | None = None) -> Predicto
 def _bundle_predictor(source: Source, question: Question) -> Predictor:
     from runtime import Segmenter
 
-    settings: dict[str, Any] = {"inference_precision": source.inference_precision, "threshold": source.threshold}
+    settings: dict[str, Any] = {
+        "inference_precision": source.inference_precision,
+        "threshold": source.threshold,
+        "relative_threshold": source.relative_threshold,
+    }
     segmenter = Segmenter(source.bundle or "", engine=source.engine or "auto", device=source.device or "cpu", **settings)
     defaults = segmenter.bundle.manifest.prompts.instructions
 
@@ -175,7 +184,8 @@ def _bundle_predictor(source: Source, question: Question) -> Predictor:
         "engine": segmenter.engine,
         "inference_precision": segmenter.inference_precision,
         "device": segmenter.device,
-        "threshold": segmenter.threshold,
+        "threshold": segmenter.rule.threshold,
+        "relative_threshold": segmenter.rule.relative_threshold,
         "fusion_weight": manifest.fusion_weight,
     }
     return Predictor(predict, judged)
@@ -190,10 +200,9 @@ def _checkpoint_predictor(source: Source, question: Question) -> Predictor:
     model = agvas.load(source.checkpoint or "")
     if source.device is not None:
         model = model.to(source.device)
-    # The threshold is read from the config at every picture, the weight was copied from it when the decoder was made.
+    # The thresholds are read from the config at every picture, the weight was copied from it when the decoder was made.
     decoder = model.config.mask_decoder
-    if source.threshold is not None:
-        decoder = dataclasses.replace(decoder, threshold=source.threshold)
+    decoder = dataclasses.replace(decoder, **dataclasses.asdict(decoder.mask_rule.changed(source.threshold, source.relative_threshold)))
     if source.fusion_weight is not None:
         decoder = dataclasses.replace(decoder, fusion_weight=source.fusion_weight)
         model.mask_decoder.fusion_weight = source.fusion_weight
@@ -214,6 +223,7 @@ def _checkpoint_predictor(source: Source, question: Question) -> Predictor:
         "inference_precision": str(next(model.parameters()).dtype).removeprefix("torch."),
         "device": source.device or "cpu",
         "threshold": decoder.threshold,
+        "relative_threshold": decoder.relative_threshold,
         "fusion_weight": decoder.fusion_weight,
     }
     return Predictor(predict, judged)
@@ -240,4 +250,4 @@ def _baseline_predictor(baseline: str) -> Predictor:
         return Prediction(anomaly_map, anomaly_map > baselines.THRESHOLD, float(anomaly_map.max()))
 
     judged = {"kind": "baseline", "name": baseline, "threshold": baselines.THRESHOLD, "device": "cpu"}
-    return Predictor(predict, judged | dict.fromkeys(("engine", "inference_precision", "fusion_weight")))
+    return Predictor(predict, judged | dict.fromkeys(("engine", "inference_precision", "relative_threshold", "fusion_weight")))

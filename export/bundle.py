@@ -258,7 +258,7 @@ def _decide(
 ) -> tuple[Kept, dict[str, float]]:
     """Which layers stay float, and the sensitivities that chose them (none where none had to). The folder then holds the graphs so."""
     options, engine = EngineOptions(), verification_engine(settings.precision)
-    threshold = model.config.mask_decoder.threshold
+    rule = model.config.mask_decoder.mask_rule
 
     def put(names: Sequence[str]) -> Bundle:
         left = quantisation.without(names)
@@ -274,7 +274,7 @@ def _decide(
         pipeline = open_pipeline(bundle, engine, options)
         ours = []
         for picture in pictures:
-            ours.append(run_outcome(pipeline, picture, threshold)[0])
+            ours.append(run_outcome(pipeline, picture, rule)[0])
             progress.advance()
         return limits(bundle, options).failures(compare(ours, reference))
 
@@ -282,7 +282,7 @@ def _decide(
     if not failures:
         return Kept(trials=[(0, [])]), {}
     progress.begin("measure each layer's effect", len(quantisation.weights))
-    chosen = hardest(reference, threshold)[:MEASURED]
+    chosen = hardest(reference, rule)[:MEASURED]
     found = sensitivities(model, quantisation, [pictures[i] for i in chosen], [reference[i] for i in chosen], progress.advance)
     kept = search(by_sensitivity(found), trial, settings.budget, failures)
     put(kept.names)  # the last trial was not always the chosen one
@@ -363,6 +363,7 @@ def _manifest(config: AGVASConfig, settings: ExportSettings, quantisation: Quant
         preprocessing=config.preprocessing,
         prompts=config.prompts,
         threshold=config.mask_decoder.threshold,
+        relative_threshold=config.mask_decoder.relative_threshold,
         fusion_weight=config.mask_decoder.fusion_weight,
         sizes=axis_sizes(config),
         parity={} if settings.compare else {"passed": False, "compared": False},

@@ -20,6 +20,7 @@ from engines.spec import StageSpec
 from export.adapters import axis_sizes
 from export.onnx_writer import stage_module
 from runtime.contract import STAGES
+from runtime.masking import MaskRule
 from runtime.parity import Gates, Outcome, Parity, compare, finite, relative_error, worst
 from runtime.pipeline import Pipeline, Stage
 from runtime.verify import NOT_TRACED, outcome_of, run_outcome
@@ -27,7 +28,7 @@ from runtime.verify import NOT_TRACED, outcome_of, run_outcome
 # Pictures that go into the bundle: enough for a target to notice flipped masks; every stage's tensors, which are large, of a few.
 GOLDEN_PICTURES = 12
 TRACED_PICTURES = 3
-# Distance from the threshold, as a probability, within which 16-bit arithmetic moves a pixel from one side to the other.
+# Distance from where a mask begins, as a probability, within which 16-bit arithmetic moves a pixel from one side to the other.
 NEAR = 0.02
 
 
@@ -130,7 +131,7 @@ def measure(
     Returns:
         The report, and the golden traces for the bundle (the reference's tensors) of the pictures hardest to keep.
     """
-    threshold = model.config.mask_decoder.threshold
+    rule = model.config.mask_decoder.mask_rule
     stages = torch_stages(model)
     torch_chain = pipeline_over(model, stages)
     prompt = model.prompt_encoder.encode()
@@ -138,14 +139,14 @@ def measure(
     glue: list[Outcome] = []
     chain: list[Outcome] = []
     for image in images:
-        glue.append(outcome_of(torch_chain.run(image, prompt), threshold))
-        chain.append(run_outcome(exported, image, threshold)[0])
+        glue.append(outcome_of(torch_chain.run(image, prompt), rule))
+        chain.append(run_outcome(exported, image, rule)[0])
         progress()
     golden: dict[str, np.ndarray] = {}
     errors: dict[str, dict[str, float]] = {}
     quantisation: dict[str, dict[str, float]] = {}
     layers: dict[str, list[float]] = {}
-    chosen = hardest(reference, threshold)[:GOLDEN_PICTURES]
+    chosen = hardest(reference, rule)[:GOLDEN_PICTURES]
     for place, index in enumerate(chosen):
         image = images[index]
         tensors: Mapping[str, np.ndarray] = {}
@@ -181,16 +182,17 @@ def chain_failures(gates: Gates, parity: Parity) -> list[str]:
     return failures
 
 
-def hardest(reference: Sequence[Outcome], threshold: float) -> list[int]:
+def hardest(reference: Sequence[Outcome], rule: MaskRule) -> list[int]:
     """Indices of the pictures, those first whose masks an engine's rounding is most likely to change.
 
-    That is where many pixels for the mask's size lie near the threshold, or, of an empty mask, where the map comes closest to it. Two
+    That is where many pixels for the mask's size lie near its level, or, of an empty mask, where the map comes closest to it. Two
     pictures with a mask alternate with one without, as long as there are both.
     """
 
     def risk(outcome: Outcome) -> float:
-        near = np.count_nonzero(np.abs(outcome.anomaly_map - threshold) < NEAR)
-        return near / np.count_nonzero(outcome.mask) if outcome.mask.any() else float(outcome.anomaly_map.max())
+        score = float(outcome.anomaly_map.max())
+        near = np.count_nonzero(np.abs(outcome.anomaly_map - rule.level(score)) < NEAR)
+        return near / np.count_nonzero(outcome.mask) if outcome.mask.any() else score
 
     ranked = sorted(range(len(reference)), key=lambda index: -risk(reference[index]))
     found = [index for index in ranked if reference[index].mask.any()]

@@ -116,7 +116,7 @@ def measure_streamed(
         The report, and the golden traces for the bundle.
     """
     options = EngineOptions()
-    threshold = opened.config.mask_decoder.threshold
+    rule = opened.config.mask_decoder.mask_rule
     weights = all_weights(opened)
     stages = streamed_stages(opened, weights)
     # Of the fake-quantised reference the stages that hold integers; the others are the reference's own.
@@ -135,10 +135,10 @@ def measure_streamed(
     for place, image in enumerate(images):
         recorders = {name: RecordingStage(stage) for name, stage in stages.items()}
         trace = streamed_pipeline(opened, recorders, weights).run(image, prompt)
-        reference.append(outcome_of(trace, threshold))
+        reference.append(outcome_of(trace, rule))
         run = {name: RecordingStage(stage) for name, stage in exported_here.items()}
         exported.stages = run
-        chain.append(run_outcome(exported, image, threshold)[0])
+        chain.append(run_outcome(exported, image, rule)[0])
         if place < TRACED_PICTURES:
             feeds = {name: recorder.feeds for name, recorder in recorders.items() if recorder.feeds is not None}
             floats = {name: recorders[name].outputs for name in feeds}
@@ -151,7 +151,7 @@ def measure_streamed(
         traces.append(trace.tensors if place < TRACED_PICTURES else {})
         progress()
     parity = compare(chain, reference)
-    chosen = hardest(reference, threshold)[:GOLDEN_PICTURES]
+    chosen = hardest(reference, rule)[:GOLDEN_PICTURES]
     golden: dict[str, np.ndarray] = {}
     # Those with tensors first, as measure has them, too.
     for place, index in enumerate(sorted(chosen, key=lambda index: not traces[index])):

@@ -19,6 +19,7 @@ from tokenizers import Tokenizer
 from engines.cache import CUDA_FORM, graph_hash
 from runtime.contract import CONTRACT_VERSION, STAGES
 from runtime.errors import BundleCorrupt, BundleMissing, BundleVersionError
+from runtime.masking import MaskRule
 from runtime.parity import GATES, Gates
 from runtime.preprocess import Preprocessing
 from runtime.prompts import PromptEncoder, Prompts
@@ -50,7 +51,7 @@ class Manifest:
         precision: numeric type of the graphs' arithmetic by stage: fp32, fp16, bf16, or int8 (an encoder's linear layers in 8 bit, the
             rest of it fp32).
         lmm: how the language model's weights are stored: float, int8 or gptq4.
-        threshold: a pixel is anomalous where the map exceeds it; the default of a Segmenter, adjustable there.
+        threshold, relative_threshold: how a mask is cut from a map (runtime.masking); the defaults of a Segmenter, adjustable there.
         fusion_weight: share of the absolute map in the anomaly map (eq. 8), built into the graph and told here.
         sizes: size of each axis of the contract that this checkpoint fixes.
         parity: summary of parity.json, written by export.
@@ -76,6 +77,12 @@ class Manifest:
     tools: dict[str, str]
     gates: dict[str, Any] = dataclasses.field(default_factory=dict)
     quantisation: dict[str, Any] = dataclasses.field(default_factory=dict)
+    relative_threshold: float = 1.0
+
+    @property
+    def mask_rule(self) -> MaskRule:
+        """How masks are cut from maps."""
+        return MaskRule(self.threshold, self.relative_threshold)
 
     @property
     def integer_weights(self) -> bool:
@@ -100,9 +107,10 @@ class Manifest:
             fields["preprocessing"] = Preprocessing(**_tuples(fields["preprocessing"]))
             fields["prompts"] = Prompts(**_tuples(fields["prompts"]))
             fields["files"] = {path: FileRecord(**record) for path, record in fields["files"].items()}
-            fields["threshold"], fields["fusion_weight"] = float(fields["threshold"]), float(fields["fusion_weight"])
-            if not 0 <= fields["threshold"] <= 1:
-                raise ValueError(f"threshold {fields['threshold']} is no probability in 0..1")
+            for name in ("threshold", "relative_threshold", "fusion_weight"):
+                if name in fields:
+                    fields[name] = float(fields[name])
+            MaskRule(fields["threshold"], fields.get("relative_threshold", 1.0))
             Gates(**(fields.get("gates") or dataclasses.asdict(GATES["fp32"])))  # a misspelt one must not pass for none
             if missing := {"L", "H", "C"} - fields["sizes"].keys():
                 raise KeyError(f"sizes lacks {', '.join(sorted(missing))}")

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import numpy as np
 
 from engines import EngineFailed
+from runtime.masking import MaskRule
 from runtime.pipeline import Pipeline, Vision
 from runtime.prompts import DIRECT, Prompt
 from runtime.segmentation import Segmentation
@@ -25,7 +26,7 @@ class Inspection:
 
     Args:
         image: uint8 RGB [H, W, 3].
-        threshold: the masks are `anomaly_map > threshold`.
+        rule: how masks are cut from maps.
         engine: named in errors.
         vision: what the pipeline saw in it, where it has looked already.
 
@@ -33,9 +34,9 @@ class Inspection:
         EngineFailed: the engine could not compute.
     """
 
-    def __init__(self, pipeline: Pipeline, image: np.ndarray, threshold: float, engine: str, vision: Vision | None = None) -> None:
+    def __init__(self, pipeline: Pipeline, image: np.ndarray, rule: MaskRule, engine: str, vision: Vision | None = None) -> None:
         self.image = image
-        self.threshold = threshold
+        self.rule = rule
         self._engine = engine
         self._pipeline = pipeline
         self._vision = pipeline.see(image) if vision is None else vision
@@ -66,7 +67,7 @@ class Inspection:
                 "agvas-verify tells in which stage it begins. Use another engine, or a bundle of higher precision"
             )
         said = self._pipeline.prompts.read(trace.answer)
-        mask = trace.anomaly_map > np.float32(self.threshold)
+        mask = self.rule.mask(trace.anomaly_map)
         return Segmentation(
             mask=mask,
             anomaly_map=trace.anomaly_map,
@@ -78,7 +79,7 @@ class Inspection:
             answer_verified=trace.verified,
             anchor_groups=said.anchor_groups,
             truncated=said.truncated,
-            threshold=self.threshold,
+            rule=self.rule,
             timings=trace.timings,
             image=self.image,
         )

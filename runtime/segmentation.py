@@ -12,7 +12,6 @@ import os
 import uuid
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ import numpy as np
 from PIL import Image
 
 from runtime.errors import OutputError, RequestError
+from runtime.masking import MaskRule
 
 # How far outside [0, 1] a map may lie: resampling a float32 map adds a few units in its last place.
 _MAP_SLACK = 1e-4
@@ -42,7 +42,7 @@ class Segmentation:
         anchor_groups: how often the answer holds [NOR], [ANO] and [SEG], all three. The first group makes the map; without one there
             is no map, it is all zeros.
         truncated: the answer stopped at the length limit, not at its end.
-        threshold: the mask is `anomaly_map > threshold`.
+        rule: how the mask was cut from the map.
         timings: milliseconds by stage, and "total"; with several answers about one picture, the first one's include seeing it.
         image: uint8 RGB [H, W, 3] for `overlay`, by reference; None where it was not kept.
 
@@ -61,7 +61,7 @@ class Segmentation:
     answer_verified: bool
     anchor_groups: int
     truncated: bool
-    threshold: float
+    rule: MaskRule
     timings: dict[str, float]
     image: np.ndarray | None = field(default=None, repr=False)
 
@@ -126,21 +126,25 @@ class Segmentation:
             painted[self.mask & ~inner] = color
         return Image.fromarray(painted)
 
-    def with_threshold(self, threshold: float) -> Segmentation:
+    @property
+    def threshold(self) -> float:
+        """The picture is anomalous where its score exceeds it."""
+        return self.rule.threshold
+
+    def with_threshold(self, threshold: float | None = None, *, relative_threshold: float | None = None) -> Segmentation:
         """The same map judged by another threshold; score, text and timings stay.
 
         Without anchors the map is all zeros, so the mask stays empty at any threshold.
 
         Args:
-            threshold: 0..1; compared in float32, the map's precision.
+            threshold, relative_threshold: 0..1, see runtime.masking.MaskRule; None keeps the present one.
 
         Raises:
             RequestError: not a number in 0..1.
         """
-        if not (isinstance(threshold, Real) and 0 <= threshold <= 1):  # NaN is refused too
-            raise RequestError(f"threshold: expected a number in 0..1, got {threshold!r}; 0.5 is the usual start")
-        mask = self.anomaly_map > np.float32(threshold)
-        return replace(self, mask=mask, is_anomalous=bool(mask.any()), threshold=float(threshold))
+        rule = self.rule.changed(threshold, relative_threshold)
+        mask = rule.mask(self.anomaly_map)
+        return replace(self, mask=mask, is_anomalous=bool(mask.any()), rule=rule)
 
     def to_json(self, *, polygons: bool = False) -> dict[str, Any]:
         """What JSON can hold of this result, in the words of agvas-segment's line.
@@ -160,7 +164,8 @@ class Segmentation:
             "anchors_found": self.anchors_found,
             "anchor_groups": int(self.anchor_groups),
             "truncated": bool(self.truncated),
-            "threshold": float(self.threshold),
+            "threshold": float(self.rule.threshold),
+            "relative_threshold": float(self.rule.relative_threshold),
             "timings_ms": {stage: float(spent) for stage, spent in self.timings.items()},
         }
         if polygons:

@@ -37,7 +37,9 @@ class Segmenter:
         device: "cpu" or "cuda:N". Nothing else is used when it cannot be had.
         inference_precision: "graph" or "bf16" (engine "openvino"); None means "graph" for a named engine and either for `auto`.
         threads: CPU threads of one call; 0 leaves it to the engine.
-        threshold: in 0..1; None takes the bundle's.
+        threshold: a picture is anomalous where its map exceeds it, 0..1; None takes the bundle's.
+        relative_threshold: in an anomalous picture, the share of the map's maximum above which a pixel belongs to the mask, 0..1 (1: above
+            `threshold`); None takes the bundle's. See runtime.masking.MaskRule.
         pixel_limit: largest picture, in pixels.
         check_hashes: read every file of the bundle to compare its sha256 (about a second per GB).
         low_memory: one stage in memory at a time, for models whose stages together do not fit. Every picture opens every stage again;
@@ -49,6 +51,7 @@ class Segmenter:
         RequestError: a setting out of range.
 
     Attributes:
+        rule: how masks are cut from maps.
         engine: name of the engine in use.
         inference_precision: its precision.
         choice: why, when `auto` chose; None otherwise.
@@ -63,6 +66,7 @@ class Segmenter:
         inference_precision: str | None = None,
         threads: int = 0,
         threshold: float | None = None,
+        relative_threshold: float | None = None,
         pixel_limit: int = PIXEL_LIMIT,
         check_hashes: bool = True,
         low_memory: bool = False,
@@ -77,9 +81,7 @@ class Segmenter:
         if low_memory and engine == "auto":
             raise RequestError("low_memory: expected a named engine, got auto, which would hold all of them to compare; name onnxruntime")
         self.bundle = Bundle(Path(bundle), check_hashes=check_hashes)
-        self.threshold = self.bundle.manifest.threshold if threshold is None else threshold
-        if not isinstance(self.threshold, (int, float)) or not 0 <= self.threshold <= 1:
-            raise RequestError(f"threshold: expected a probability in 0..1, got {threshold!r}")
+        self.rule = self.bundle.manifest.mask_rule.changed(threshold, relative_threshold)
         self.pixel_limit = pixel_limit
         self.device = device
         self.choice: Choice | None = None
@@ -126,7 +128,7 @@ class Segmenter:
             EngineFailed: the engine could not compute.
         """
         rgb = as_rgb(image, pixel_limit=self.pixel_limit)
-        return Inspection(self._pipeline, rgb, self.threshold, f"{self.engine} ({self.inference_precision})")
+        return Inspection(self._pipeline, rgb, self.rule, f"{self.engine} ({self.inference_precision})")
 
     def stream(
         self,
@@ -163,7 +165,7 @@ class Segmenter:
 
         def look(read: tuple[np.ndarray, Prepared]) -> Inspection:
             rgb, prepared = read
-            return Inspection(self._pipeline, rgb, self.threshold, engine, self._pipeline.look(prepared))
+            return Inspection(self._pipeline, rgb, self.rule, engine, self._pipeline.look(prepared))
 
         def answer(inspection: Inspection) -> Segmentation:
             return inspection.answer(prompt)

@@ -20,6 +20,7 @@ from runtime.bundle import Bundle
 from runtime.contract import AXIS_NAMES, STAGES
 from runtime.errors import BundleCorrupt
 from runtime.images import read_image
+from runtime.masking import MaskRule
 from runtime.one_at_a_time import Turn, TurnStage
 from runtime.parity import GATES, Gates, Outcome, Parity, compare, finite, relative_error, worst
 from runtime.pipeline import Pipeline, Stage, Trace
@@ -91,19 +92,19 @@ def _options_of(stage: str, options: EngineOptions) -> EngineOptions:
     return replace(options, inference_precision="graph") if stage == "mask_decoder" else options
 
 
-def run_outcome(pipeline: Pipeline, image: np.ndarray, threshold: float) -> tuple[Outcome, dict[str, np.ndarray]]:
+def run_outcome(pipeline: Pipeline, image: np.ndarray, rule: MaskRule) -> tuple[Outcome, dict[str, np.ndarray]]:
     """Outcome of one picture and its tensors; where the engine fails, a map of NaN, which no gate lets pass, and no tensors."""
     try:
         trace = pipeline.run(image, pipeline.prompts.encode())
     except EngineFailed:
         return Outcome(np.zeros(image.shape[:2], bool), np.full(image.shape[:2], np.nan, np.float32), None, ()), {}
-    return outcome_of(trace, threshold), trace.tensors
+    return outcome_of(trace, rule), trace.tensors
 
 
-def outcome_of(trace: Trace, threshold: float) -> Outcome:
+def outcome_of(trace: Trace, rule: MaskRule) -> Outcome:
     """What parity compares of a pipeline's trace."""
     states = None if trace.anchor_states is None else trace.anchor_states[0]
-    return Outcome(trace.anomaly_map > threshold, trace.anomaly_map, states, trace.answer)
+    return Outcome(rule.mask(trace.anomaly_map), trace.anomaly_map, states, trace.answer)
 
 
 def gates_for(bundle: Bundle, options: EngineOptions) -> str:
@@ -146,13 +147,13 @@ def verify(bundle: Bundle, pipeline: Pipeline, options: EngineOptions, progress:
     """
     started = time.monotonic()
     golden = bundle.golden()
-    threshold = bundle.manifest.threshold
+    rule = bundle.manifest.mask_rule
     count = trace_count(golden)
     ours, reference, errors = [], [], dict[str, float]()
     for i in range(count):
-        outcome, tensors = run_outcome(pipeline, golden[f"{i}.image"], threshold)
+        outcome, tensors = run_outcome(pipeline, golden[f"{i}.image"], rule)
         ours.append(outcome)
-        reference.append(golden_outcome(golden, i, threshold))
+        reference.append(golden_outcome(golden, i, rule))
         for name, tensor in tensors.items():
             wanted = golden.get(f"{i}.tensor.{name}")
             if wanted is not None:
@@ -174,11 +175,11 @@ def trace_count(golden: dict[str, np.ndarray]) -> int:
     return count
 
 
-def golden_outcome(golden: dict[str, np.ndarray], index: int, threshold: float) -> Outcome:
+def golden_outcome(golden: dict[str, np.ndarray], index: int, rule: MaskRule) -> Outcome:
     """The reference's outcome of one trace."""
     anomaly_map = golden[f"{index}.map"]
     return Outcome(
-        anomaly_map > threshold,
+        rule.mask(anomaly_map),
         anomaly_map,
         golden.get(f"{index}.anchor_states"),
         tuple(golden[f"{index}.answer"].tolist()),
@@ -186,14 +187,14 @@ def golden_outcome(golden: dict[str, np.ndarray], index: int, threshold: float) 
 
 
 def compare_on_images(
-    pipeline: Pipeline, other: Pipeline, images: Sequence[Path], threshold: float, progress: Callable[[int, int], None] | None
+    pipeline: Pipeline, other: Pipeline, images: Sequence[Path], rule: MaskRule, progress: Callable[[int, int], None] | None
 ) -> Parity:
     """Agreement of two pipelines on a user's own pictures."""
     ours, reference = [], []
     for i, path in enumerate(images):
         image = read_image(path)
-        ours.append(run_outcome(pipeline, image, threshold)[0])
-        reference.append(run_outcome(other, image, threshold)[0])
+        ours.append(run_outcome(pipeline, image, rule)[0])
+        reference.append(run_outcome(other, image, rule)[0])
         if progress:
             progress(i + 1, len(images))
     return compare(ours, reference)

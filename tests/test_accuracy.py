@@ -27,6 +27,7 @@ from benchmarks.contact_sheet import ContactSheet
 from benchmarks.datasets import Judged
 from benchmarks.evaluation import Observation, Prediction, evaluate
 from benchmarks.predictors import Predictor, Question, Source, open_predictor, read_normal_text
+from runtime.masking import MaskRule
 
 HEIGHT, WIDTH = 11, 17
 HEADER = "image,mask,label,class,split"
@@ -307,7 +308,12 @@ INSTRUCTIONS = {"direct": "Segment.", "describe-then-segment-plus": "Describe."}
 @dataclass(frozen=True)
 class FakeDecoder:
     threshold: float = 0.5
+    relative_threshold: float = 1.0
     fusion_weight: float = 0.5
+
+    @property
+    def mask_rule(self) -> MaskRule:
+        return MaskRule(self.threshold, self.relative_threshold)
 
 
 @dataclass(frozen=True)
@@ -456,9 +462,9 @@ def test_a_real_model_is_asked_in_the_mode_it_has_and_says_which_it_lacks(
     given = [str(parts), "--checkpoint", str(tiny_checkpoint), "--limit", "1", "--json", "--csv", str(path)]
     assert main([*given, "--mode", "segment-then-explain"]) == 2
     assert "mode 'segment-then-explain' is not one this model was trained for" in capsys.readouterr().err
-    assert main([*given, "--threshold", "1", "--fusion-weight", "0.25"]) == 0
+    assert main([*given, "--threshold", "1", "--relative-threshold", "0.5", "--fusion-weight", "0.25"]) == 0
     settings = json.loads(capsys.readouterr().out.splitlines()[-1])["settings"]
-    assert (settings["threshold"], settings["fusion_weight"]) == (1, 0.25)
+    assert (settings["threshold"], settings["relative_threshold"], settings["fusion_weight"]) == (1, 0.5, 0.25)
     (row,) = rows_of(path)
     assert row["text"] == "Sure, it is [NOR][ANO][SEG]." and row["area"] == "0"
 
@@ -580,7 +586,7 @@ class FakeModel:
         manifest = SimpleNamespace(prompts=SimpleNamespace(instructions=INSTRUCTIONS), **told)
         self.bundle = SimpleNamespace(manifest=manifest, folder=given[0], id="0a")
         self.engine, self.inference_precision, self.device = "openvino", "bf16", settings.get("device")
-        self.threshold = 0.5 if settings.get("threshold") is None else settings["threshold"]
+        self.rule = MaskRule(0.5, 0.8).changed(settings.get("threshold"), settings.get("relative_threshold"))
         self.config, self.mask_decoder = FakeConfig(), SimpleNamespace(fusion_weight=0.5)
 
     def to(self, device: str) -> FakeModel:
@@ -618,11 +624,12 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[FakeModel]:
 
 def test_a_bundle_gets_the_settings_that_were_asked_for(opened: list[FakeModel]) -> None:
     open_predictor(Source(bundle=Path("b")))
-    open_predictor(Source(bundle=Path("b"), engine="openvino", device="cuda:1", inference_precision="bf16", threshold=0.2))
+    given = {"threshold": 0.2, "relative_threshold": 0.4}
+    open_predictor(Source(bundle=Path("b"), engine="openvino", device="cuda:1", inference_precision="bf16", **given))
     assert [model.given for model in opened] == [(Path("b"),)] * 2
     assert [model.settings for model in opened] == [
-        {"engine": "auto", "device": "cpu", "inference_precision": None, "threshold": None},
-        {"engine": "openvino", "device": "cuda:1", "inference_precision": "bf16", "threshold": 0.2},
+        {"engine": "auto", "device": "cpu", "inference_precision": None, "threshold": None, "relative_threshold": None},
+        {"engine": "openvino", "device": "cuda:1", "inference_precision": "bf16", **given},
     ]
 
 
@@ -631,7 +638,9 @@ def test_a_bundle_gets_the_settings_that_were_asked_for(opened: list[FakeModel])
     [
         ({"checkpoint": "nano", "inference_precision": "bf16"}, "only a bundle has one, got bf16"),
         ({"bundle": Path("b"), "fusion_weight": 0.3}, "only a checkpoint's"),
-        ({"baseline": "median", "threshold": 0.3}, "a baseline's is fixed"),
+        ({"baseline": "median", "threshold": 0.3}, "^threshold: a baseline's is fixed"),
+        ({"baseline": "median", "relative_threshold": 0.3}, "^relative threshold: a baseline's is fixed.*--relative-threshold"),
+        ({"bundle": Path("b"), "relative_threshold": -0.1}, "relative threshold: expected a number in 0..1, got -0.1; 1 is"),
         ({"baseline": "medium"}, "did you mean 'median'"),
         ({"checkpoint": "nano", "threshold": 1.5}, "threshold: expected a number in 0..1, got 1.5"),
         ({"checkpoint": "nano", "fusion_weight": -1.0}, "fusion weight: expected a number in 0..1"),
@@ -643,9 +652,9 @@ def test_a_setting_that_its_source_does_not_have_is_refused(settings: dict[str, 
 
 
 def test_a_checkpoints_threshold_and_fusion_weight_can_be_swept(opened: list[FakeModel]) -> None:
-    open_predictor(Source(checkpoint="nano", threshold=0.2, fusion_weight=0.9))
+    open_predictor(Source(checkpoint="nano", threshold=0.2, relative_threshold=0.4, fusion_weight=0.9))
     (model,) = opened
-    assert model.config.mask_decoder == FakeDecoder(threshold=0.2, fusion_weight=0.9)
+    assert model.config.mask_decoder == FakeDecoder(threshold=0.2, relative_threshold=0.4, fusion_weight=0.9)
     assert model.mask_decoder.fusion_weight == 0.9
 
 
@@ -663,6 +672,7 @@ def test_what_was_judged_is_told_with_the_settings_that_were_used_and_without_pa
         "inference_precision": "bf16",
         "device": "cpu",
         "threshold": 0.5,
+        "relative_threshold": 0.8,
         "fusion_weight": 0.5,
     }
     checkpoint = open_predictor(Source(checkpoint="nano", threshold=0.2)).judged
@@ -676,6 +686,7 @@ def test_what_was_judged_is_told_with_the_settings_that_were_used_and_without_pa
         "inference_precision": "float32",
         "device": "cpu",
         "threshold": 0.2,
+        "relative_threshold": 1.0,
         "fusion_weight": 0.5,
     }
     baseline = open_predictor(Source(baseline="median")).judged
@@ -686,6 +697,7 @@ def test_what_was_judged_is_told_with_the_settings_that_were_used_and_without_pa
         "inference_precision": None,
         "device": "cpu",
         "threshold": 0.5,
+        "relative_threshold": None,
         "fusion_weight": None,
     }
 

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 ALLOWED = {
     "engines": set(),
     "runtime": {"engines"},
-    "agvas": {"runtime.preprocess", "runtime.prompts"},
+    "agvas": {"runtime.masking", "runtime.preprocess", "runtime.prompts"},
     "calibration": {"agvas", "runtime"},
     "export": {"agvas", "calibration", "engines", "runtime"},
     "benchmarks": {"agvas", "calibration", "engines", "export", "runtime"},

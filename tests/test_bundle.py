@@ -112,7 +112,8 @@ def test_a_manifest_whose_part_lacks_a_field_names_it(
 
 def test_a_manifest_with_an_impossible_threshold_is_named(copy_of_bundle: Callable[[], Path]) -> None:
     folder = edit(copy_of_bundle(), lambda fields: fields.update(threshold=5))
-    assert f"{folder / 'manifest.json'} does not describe a bundle: threshold 5.0" in refusal(folder, BundleCorrupt)
+    said = refusal(folder, BundleCorrupt)
+    assert f"{folder / 'manifest.json'} does not describe a bundle: threshold: expected a number in 0..1, got 5.0" in said
 
 
 def test_prompts_that_contradict_themselves(copy_of_bundle: Callable[[], Path]) -> None:

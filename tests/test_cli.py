@@ -22,12 +22,13 @@ from engines import EngineFailed, EngineUnavailable
 from runtime import Inspection, Segmenter
 from runtime.cli import segment, verify
 from runtime.errors import OutputError
+from runtime.masking import MaskRule
 from runtime.parity import GATES, Gates
 from runtime.prompts import Prompt
 from runtime.segmentation import Segmentation
 
 SEGMENT_KEYS = {
-    *("image", "score", "is_anomalous", "mask", "area", "text", "answer_verified", "anchors_found", "threshold"),
+    *("image", "score", "is_anomalous", "mask", "area", "text", "answer_verified", "anchors_found", "threshold", "relative_threshold"),
     *("instruction", "mode", "anchor_groups", "truncated"),
     *("timings_ms", "engine", "inference_precision", "device"),
 }
@@ -120,7 +121,7 @@ def test_a_picture_without_a_map_is_neither_ok_nor_ng(
     def wordy(self: Inspection, prompt: Prompt) -> Segmentation:
         nothing, text = np.zeros((2, 3), np.float32), "I see\n\x1b[2Jnothing"
         return Segmentation(
-            nothing > 1, nothing, 0.0, False, text, prompt.instruction, prompt.mode, False, 0, True, 0.5, {"total": 1.0}
+            nothing > 1, nothing, 0.0, False, text, prompt.instruction, prompt.mode, False, 0, True, MaskRule(0.5), {"total": 1.0}
         )
 
     monkeypatch.setattr(Inspection, "answer", wordy)
@@ -258,6 +259,7 @@ def test_an_engine_that_fails_on_one_picture_goes_on_with_the_next(
         (("--instruction", "say [SEG]"), "control token"),
         (("--threshold", "1.5"), "0..1"),
         (("--threshold", "nan"), "0..1"),
+        (("--relative-threshold", "2"), "--relative-threshold: expected a number in 0..1, got 2.0"),
         (("--threads", "-1"), "--threads"),
         (("--pixel-limit", "0"), "--pixel-limit"),
         (("--overlay",), "--output"),

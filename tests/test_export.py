@@ -31,6 +31,7 @@ from runtime import Segmenter
 from runtime.bundle import Bundle
 from runtime.contract import STAGES
 from runtime.errors import BundleError, OutputError, ParityFailed
+from runtime.masking import MaskRule
 from runtime.parity import GATES, Gates, Outcome
 from runtime.verify import NOT_TRACED
 
@@ -366,8 +367,8 @@ def test_the_pictures_hardest_to_keep_come_first() -> None:
         outcome_with(30, 0),  # 4: safe
         outcome_with(4, 4),  # 5: half
     ]
-    assert hardest(outcomes, 0.5) == [2, 5, 3, 0, 4, 1]
-    assert hardest(outcomes[:1], 0.5) == [0] and hardest(outcomes[1:2], 0.5) == [0]
+    assert hardest(outcomes, MaskRule(0.5)) == [2, 5, 3, 0, 4, 1]
+    assert hardest(outcomes[:1], MaskRule(0.5)) == [0] and hardest(outcomes[1:2], MaskRule(0.5)) == [0]
 
 
 # What a bundle holds
@@ -413,7 +414,7 @@ def test_the_manifest_tells_what_was_exported_and_by_what(tiny_bundle: Path) -> 
     manifest, config = Bundle(tiny_bundle).manifest, tiny()
     assert (manifest.model, manifest.lmm, manifest.precision) == ("tiny", "float", dict.fromkeys(STAGES, "fp32"))
     assert manifest.prompts == config.prompts and manifest.preprocessing == config.preprocessing
-    assert (manifest.threshold, manifest.fusion_weight) == (config.mask_decoder.threshold, config.mask_decoder.fusion_weight)
+    assert (manifest.mask_rule, manifest.fusion_weight) == (config.mask_decoder.mask_rule, config.mask_decoder.fusion_weight)
     assert manifest.sizes == {
         "S": 56, "s": 45, "P": 32, "G": 7, "T": 9, "Ds": 14, "D": 24, "L": 3, "H": 2, "C": 4, "V": 512, "M": 28
     }  # fmt: skip

@@ -17,6 +17,7 @@ import pytest
 from PIL import Image
 
 from runtime.errors import AgvasError, OutputError, RequestError, choose
+from runtime.masking import MaskRule
 from runtime.segmentation import Segmentation
 
 HEIGHT, WIDTH = 5, 7
@@ -39,7 +40,7 @@ def segmentation(mask=None, **changes) -> Segmentation:
         "answer_verified": True,
         "anchor_groups": 1,
         "truncated": False,
-        "threshold": 0.5,
+        "rule": MaskRule(0.5),
         "timings": {"language": 12.5, "total": 20.0},
         "image": np.random.default_rng(0).integers(0, 256, (*mask.shape, 3), np.uint8),
     }
@@ -165,6 +166,15 @@ def test_another_threshold_judges_the_same_map_again():
     assert result.mask.any() and result.threshold == 0.5
 
 
+def test_a_relative_threshold_changes_what_a_mask_holds_and_not_the_verdict():
+    result = segmentation(anomaly_map=np.linspace(0.1, 0.9, HEIGHT * WIDTH, dtype=np.float32).reshape(HEIGHT, WIDTH))
+    grown = result.with_threshold(relative_threshold=0.4)
+    np.testing.assert_array_equal(grown.mask, result.anomaly_map > np.float32(0.36))
+    assert (grown.is_anomalous, grown.threshold, grown.rule.relative_threshold) == (True, 0.5, 0.4)
+    assert not grown.with_threshold(0.95).mask.any()
+    assert grown.with_threshold(0.6).rule == MaskRule(0.6, 0.4)
+
+
 def test_a_pixel_at_the_threshold_is_normal_also_when_the_threshold_is_no_float32():
     result = segmentation(anomaly_map=np.full((HEIGHT, WIDTH), 0.3, np.float32))
     assert not result.with_threshold(0.3).is_anomalous
@@ -177,7 +187,7 @@ def test_without_anchors_the_mask_stays_empty_at_any_threshold():
     assert not result.with_threshold(0).is_anomalous
 
 
-@pytest.mark.parametrize("threshold", [-0.1, 1.1, float("nan"), "0.5", None])
+@pytest.mark.parametrize("threshold", [-0.1, 1.1, float("nan"), "0.5", True])
 def test_a_threshold_that_is_no_probability_is_refused(threshold):
     with pytest.raises(RequestError, match=r"0\.\.1"):
         segmentation().with_threshold(threshold)
@@ -209,7 +219,7 @@ def test_arrays_that_do_not_belong_together_are_refused(changes, name):
 def test_a_result_cannot_be_changed_and_its_repr_holds_no_arrays():
     result = segmentation()
     with pytest.raises(FrozenInstanceError):
-        result.threshold = 0.1
+        result.score = 0.1
     assert "array" not in repr(result) and "score=0.9" in repr(result)
 
 
@@ -232,6 +242,7 @@ def test_json_holds_the_keys_of_the_command_line_and_only_plain_values():
         "anchor_groups": 1,
         "truncated": False,
         "threshold": 0.5,
+        "relative_threshold": 1.0,
         "timings_ms": {"total": 20.0},
     }
     record = json.loads(json.dumps(result.to_json(polygons=True)))

@@ -132,12 +132,12 @@ def test_the_threshold_is_the_bundles_unless_given(copy_of_bundle: Callable[[], 
 
 @pytest.mark.parametrize("threshold", [0, 1.0])
 def test_both_ends_are_thresholds(threshold: float, tiny_bundle: Path) -> None:
-    assert Segmenter(tiny_bundle, engine="onnxruntime", threshold=threshold).threshold == threshold
+    assert Segmenter(tiny_bundle, engine="onnxruntime", threshold=threshold).rule.threshold == threshold
 
 
 @pytest.mark.parametrize("threshold", [-0.01, 1.01, 50, float("nan"), float("inf"), "0.5"])
 def test_what_is_no_probability_is_no_threshold(threshold: Any, tiny_bundle: Path) -> None:
-    with pytest.raises(RequestError, match=r"threshold: expected a probability in 0\.\.1, got"):
+    with pytest.raises(RequestError, match=r"threshold: expected a number in 0\.\.1, got"):
         Segmenter(tiny_bundle, engine="onnxruntime", threshold=threshold)
 
 

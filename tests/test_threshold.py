@@ -11,19 +11,40 @@ import pytest
 from agvas import AGVAS
 from benchmarks import threshold
 from benchmarks.demo import FIRST_SEED
-from benchmarks.threshold import THRESHOLDS, photographs, procedural, proposed
+from benchmarks.threshold import RELATIVE, THRESHOLDS, Split, measured, photographs, procedural, proposed
+from runtime.masking import MaskRule
 
 
-def split(*ious: float) -> dict[str, list[float]]:
-    return {"iou": [*ious, *[0.0] * (len(THRESHOLDS) - len(ious))], "empty_normal": [0.0] * len(THRESHOLDS)}
+def rows(*values: float) -> list[float]:
+    return [*values, *[0.0] * (len(THRESHOLDS) - len(values))]
 
 
-def test_the_highest_threshold_that_keeps_enough_on_both_is_proposed() -> None:
-    splits = {"procedural": split(0.2, 0.3, 0.4, 0.36, 0.3), "photographs": split(0.1, 0.2, 0.19, 0.17, 0.2)}
-    assert proposed(splits, 0.85) == THRESHOLDS[3]  # 0.30 is too little on the first, and 0.17 just enough on the second
-    assert proposed(splits, 0.9) == THRESHOLDS[2]
-    with pytest.raises(ValueError, match="no threshold keeps 1.0 of the best IoU everywhere"):
-        proposed(splits, 1.0)
+def test_the_threshold_finds_most_and_spares_most_and_the_relative_one_fills_best_there() -> None:
+    elsewhere = [[1.0] * len(THRESHOLDS) for _ in RELATIVE]  # a good IoU at another threshold says nothing
+    one, two = ([row.copy() for row in elsewhere] for _ in range(2))
+    for place in range(len(RELATIVE)):  # one split's best is the last, the other's the first three: together the third
+        one[place][2], two[place][2] = 0.2 + 0.01 * place, 0.9 if place < 3 else 0.1
+    splits = [Split(rows(1, 0.9, 0.9), rows(0.1, 0.3, 0.6), one), Split(rows(0.9, 0.9, 0.7), rows(0.2, 0.4, 0.7), two)]
+    assert proposed(splits) == MaskRule(THRESHOLDS[2], RELATIVE[2])
+
+
+def test_of_equal_relative_thresholds_the_one_nearer_to_the_papers_is_taken() -> None:
+    same = Split(rows(1), rows(0), [[0.5] * len(THRESHOLDS) for _ in RELATIVE])
+    assert proposed([same]) == MaskRule(THRESHOLDS[0], 1.0)
+
+
+def test_what_a_rule_finds_is_counted_by_picture_and_its_masks_by_overlap() -> None:
+    """Two cells of 0.9 and 0.5 with a defect on both; a normal picture that reaches 0.62."""
+    truth, blank = np.array([[True, True, False, False]]), np.zeros((1, 4), bool)
+    maps = {1: np.array([[0.9, 0.5, 0.2, 0.1]], np.float32), 2: np.array([[0.62, 0.5, 0.2, 0.1]], np.float32)}
+    pictures = [(np.full((1, 4, 3), number, np.uint8), target) for number, target in ((1, truth), (2, blank))]
+    split = measured(pictures, lambda image: maps[int(image[0, 0, 0])])
+    assert split.found == [float(threshold < 0.9) for threshold in THRESHOLDS]
+    assert split.empty == [float(threshold > 0.62) for threshold in THRESHOLDS]
+    at = THRESHOLDS.index(0.7)
+    assert split.iou[RELATIVE.index(0.5)][at] == 1.0  # above 0.45
+    assert split.iou[RELATIVE.index(0.6)][at] == split.iou[RELATIVE.index(1.0)][at] == 0.5  # above 0.54, above 0.7
+    assert split.iou[RELATIVE.index(0.2)][at] == round(2 / 3, 4)  # above 0.18
 
 
 def test_both_kinds_of_pictures_have_defects_and_normals_and_come_again_alike() -> None:
@@ -41,9 +62,11 @@ def test_no_seed_is_the_demos_or_a_trainings() -> None:
 def test_the_command_tells_both_curves(tmp_path: Path, tiny_model: AGVAS, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(threshold, "load", lambda _: tiny_model)
     output = tmp_path / "threshold.json"
-    assert threshold.main(["--procedural", "6", "--photographs", "1", "--keep", "0", "--output", str(output)]) == 0
+    assert threshold.main(["--procedural", "6", "--photographs", "1", "--output", str(output)]) == 0
     result = json.loads(output.read_text())
-    assert result["proposed"] == THRESHOLDS[-1]  # any share of the best will do
+    MaskRule(**result["proposed"])
+    assert set(result["splits"]) == {"procedural", "photographs"}
     for curves in result["splits"].values():
-        assert len(curves["iou"]) == len(curves["empty_normal"]) == len(result["thresholds"])
-        assert curves["empty_normal"] == sorted(curves["empty_normal"])
+        assert len(curves["found"]) == len(curves["empty"]) == len(result["thresholds"])
+        assert curves["empty"] == sorted(curves["empty"]) and curves["found"] == sorted(curves["found"], reverse=True)
+        assert np.shape(curves["iou"]) == (len(result["relative_thresholds"]), len(result["thresholds"]))

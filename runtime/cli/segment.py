@@ -155,7 +155,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--normal-state", metavar="TEXT", help=f"for --mode {PLUS}: a sentence on what a normal object looks like")
     add("--max-new-tokens", type=int, metavar="N", help="longest answer in tokens (default: the bundle's limit, also the most)")
-    add("--threshold", type=float, metavar="P", help="a pixel is anomalous above it, 0..1 (default: the bundle's)")
+    add("--threshold", type=float, metavar="P", help="a picture is anomalous where its map exceeds it, 0..1 (default: the bundle's)")
+    add(
+        "--relative-threshold",
+        type=float,
+        metavar="R",
+        help="an anomalous picture's mask is what lies above R times its map's maximum, 0..1; 1: above --threshold (default: the bundle's)",
+    )
     add("--pixel-limit", type=int, default=PIXEL_LIMIT, metavar="N", help=f"largest picture (default {PIXEL_LIMIT})")
     add("--recursive", action="store_true", help="look into subfolders too")
     add("--output", metavar="DIR", help="write <stem>_mask.png (0 and 255) there, in place of older files")
@@ -187,6 +193,7 @@ def _run(arguments: argparse.Namespace) -> int:
         threads=options.threads,
         low_memory=options.low_memory,
         threshold=arguments.threshold,
+        relative_threshold=arguments.relative_threshold,
         pixel_limit=arguments.pixel_limit,
     )
     if segmenter.choice is not None:
@@ -226,8 +233,10 @@ def _check(arguments: argparse.Namespace) -> None:
         raise RequestError("--overlay: expected --output DIR beside it, got none; say where to write the overlays")
     if arguments.polygons and not arguments.json:
         raise RequestError("--polygons: expected --json beside it, got none; outlines are given in JSON only")
-    if arguments.threshold is not None and not 0 <= arguments.threshold <= 1:
-        raise RequestError(f"--threshold: expected a probability in 0..1, got {arguments.threshold}")
+    for option in ("threshold", "relative_threshold"):
+        given = getattr(arguments, option)
+        if given is not None and not 0 <= given <= 1:
+            raise RequestError(f"--{option.replace('_', '-')}: expected a number in 0..1, got {given}")
     if arguments.pixel_limit < 1:
         raise RequestError(f"--pixel-limit: expected at least 1, got {arguments.pixel_limit}")
 

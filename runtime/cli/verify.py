@@ -134,7 +134,7 @@ def verify_bundle(
     if against is not None:
         other, other_engine, other_options = against
         shown = _labelled(progress, "pictures")
-        parity = compare_on_images(pipeline, other, pictures, bundle.manifest.threshold, shown)
+        parity = compare_on_images(pipeline, other, pictures, bundle.manifest.mask_rule, shown)
         failures = limits(bundle, options).failures(parity)
         report["images_parity"] = {
             **parity.to_json(),
