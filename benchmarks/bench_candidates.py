@@ -1,4 +1,4 @@
-"""What is timed against what: a bundle on an engine, the PyTorch reference in three ways, and a plain ONNX export of it.
+"""What is timed against what: a bundle on an engine, the PyTorch reference in four ways, and a plain ONNX export of it.
 
 Each is one function from a picture to its mask and score, opened in the process that will be measured; nothing is shared between them
 but the pictures. The reference is the code in agvas/, as it stands. It times nothing itself but the stages inside a call.
@@ -20,7 +20,9 @@ from runtime import preprocess
 from runtime.errors import RequestError, choose
 from runtime.masking import MaskRule
 
-TORCH = ("torch", "torch-bf16", "torch-single-pass")
+GENERATING = ("torch", "torch-bf16")
+SINGLE_PASS = ("torch-single-pass", "torch-bf16-single-pass")
+TORCH = (*GENERATING, *SINGLE_PASS)
 PLAIN = "plain-onnx"
 BUNDLE = "bundle"
 KINDS = (BUNDLE, *TORCH, PLAIN)
@@ -114,17 +116,17 @@ def _torch(candidate: Candidate) -> Opened:
     from agvas.checkpoint import checkpoint_folder
 
     torch.set_num_threads(candidate.threads)
-    dtype = torch.bfloat16 if candidate.kind == "torch-bf16" else torch.float32
+    dtype = torch.bfloat16 if "bf16" in candidate.kind else torch.float32
     model = load(candidate.source, dtype).to(candidate.device)
     settings = model.config
     prompt = model.prompt_encoder.encode()
-    if candidate.kind == "torch-single-pass" and prompt.draft is None:
-        raise RequestError("torch-single-pass: the checkpoint has no fixed answer to verify in one pass; leave it out")
+    if candidate.kind in SINGLE_PASS and prompt.draft is None:
+        raise RequestError(f"{candidate.kind}: the checkpoint has no fixed answer to verify in one pass; leave it out")
     clock = _ModuleClock(model, candidate.device)
 
     def segment(image: np.ndarray) -> Segmented:
         clock.spent.clear()
-        result = one_pass(image) if candidate.kind == "torch-single-pass" else None
+        result = one_pass(image) if candidate.kind in SINGLE_PASS else None
         if result is None:
             reference = model.segment(image)
             result = Segmented(reference.mask, reference.score)
@@ -136,11 +138,11 @@ def _torch(candidate: Candidate) -> Opened:
         """The fixed answer as a draft, verified; None where the model would have said something else."""
         assert prompt.draft is not None
         pixel_image, semantic_image, frame = preprocess.encoder_images(image, settings.preprocessing)
-        batch = [torch.from_numpy(array).to(candidate.device).unsqueeze(0) for array in (pixel_image, semantic_image)]
+        batch = [torch.from_numpy(array).to(candidate.device, dtype).unsqueeze(0) for array in (pixel_image, semantic_image)]
         output = model(*batch, [prompt], [prompt.draft])
         if output.logits[0].argmax(dim=-1).tolist() != list(prompt.draft):
             return None
-        anomaly_map = preprocess.restore(output.maps.anomaly_map[0].cpu().numpy(), frame)
+        anomaly_map = preprocess.restore(output.maps.anomaly_map[0].float().cpu().numpy(), frame)
         return Segmented(settings.mask_decoder.mask_rule.mask(anomaly_map), float(anomaly_map.max()))
 
     size = sum(path.stat().st_size for path in checkpoint_folder(candidate.source).iterdir() if path.is_file())

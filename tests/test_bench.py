@@ -55,7 +55,8 @@ def measured(tiny_bundle: Path, tiny_checkpoint: Path, tmp_path_factory: pytest.
     for index in range(3):
         Image.fromarray(picture(index, 40 + index, 60)).save(folder / "parts" / f"{index}.png")
     arguments = ["--bundle", str(tiny_bundle), "--engine", "onnxruntime", "--threads", "1", "--checkpoint", str(tiny_checkpoint)]
-    arguments += ["--against", "torch", "--against", "torch-single-pass", "--against", str(tiny_bundle)]
+    arguments += ["--against", "torch", "--against", "torch-single-pass", "--against", "torch-bf16-single-pass"]
+    arguments += ["--against", str(tiny_bundle)]
     arguments += ["--images", str(folder / "parts"), "--quick", "--queries", "4", "--fps", "1000000", "--json", str(folder / "run.json")]
     assert bench.main(arguments) == 0
     return folder / "run.json"
@@ -63,20 +64,21 @@ def measured(tiny_bundle: Path, tiny_checkpoint: Path, tmp_path_factory: pytest.
 
 def test_every_candidate_has_times_memory_and_masks_of_the_same_run(measured: Path) -> None:
     told = json.loads(measured.read_text())
-    assert list(told["runs"]) == ["ours", "torch", "torch-single-pass", "tiny-fp32"]
+    assert list(told["runs"]) == ["ours", "torch", "torch-single-pass", "torch-bf16-single-pass", "tiny-fp32"]
     for name, run in told["runs"].items():
         assert 0 < run["p50_ms"] <= run["p90_ms"] <= run["p99_ms"] <= run["max_ms"], name
         assert len(run["samples"]["ms"]) == run["queries"] == 4
         assert run["peak_rss_bytes"] > 20e6 and run["bytes"] > 0 and run["load_ms"] > 0
         assert run["first_result_ms"] > run["load_ms"]
-        assert run["judged"] == 3 and run["mask_iou_mean"] > 0.99 and run["flips"] == 0 and run["unsteady"] == 0
+        assert run["judged"] == 3 and run["flips"] == 0 and run["unsteady"] == 0
+        assert run["mask_iou_mean"] > (0.9 if "bf16" in name else 0.99)
         assert run["device_memory_bytes"] is None and "CPU" in run["device_memory_reason"]
         assert run["deadline"]["missed_alone"] == 1  # a microsecond for each frame
     assert set(STAGES) <= set(told["runs"]["ours"]["stages_ms"])
     assert set(STAGES) == set(told["runs"]["torch"]["stages_ms"]), "the reference's parts are told, too"
     assert told["runs"]["ours"]["stream_fps"] > 0 and told["runs"]["torch"]["stream_fps"] is None
     assert told["runs"]["torch"]["peak_rss_bytes"] > told["runs"]["ours"]["peak_rss_bytes"], "each process has its own memory"
-    assert set(told["ratios"]) == {"torch/ours", "torch-single-pass/ours", "tiny-fp32/ours"}
+    assert set(told["ratios"]) == {"torch/ours", "torch-single-pass/ours", "torch-bf16-single-pass/ours", "tiny-fp32/ours"}
     assert told["mask_iou_mean"] == told["runs"]["ours"]["mask_iou_mean"]
     assert told["pictures"] == {"source": "parts", "count": 3, "sizes": [[40, 60], [41, 60], [42, 60]]}
     assert not told["full"] and told["environment"]["threads"] == 1 and len(told["environment"]["bundle"]) == 64
