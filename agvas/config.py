@@ -1,7 +1,7 @@
 """What an AG-VAS checkpoint is: the sizes of its parts, its prompts and its preprocessing, kept as config.json.
 
-Frozen dataclasses passed whole. Named sizes stand at the end: `ov_7b` is the paper's model, `nano` the one this package ships,
-`tiny` the one its tests use. No weights here.
+Frozen dataclasses passed whole. Named sizes stand at the end: `ov_7b` is the paper's model, `llava_13b` its other base, `nano` the one
+this package ships, `tiny` the one its tests use. No weights here.
 """
 
 from __future__ import annotations
@@ -280,6 +280,24 @@ def ov_7b() -> AGVASConfig:
     )
 
 
+def llava_13b() -> AGVASConfig:
+    """The paper's other base: LLaVA-1.5-13B (CLIP ViT-L/14 at 336 pixels, Vicuna-13B) and SAM ViT-H."""
+    return AGVASConfig(
+        name="llava_13b",
+        pixel=ov_7b().pixel,
+        semantic=SemanticEncoderConfig(336, 14, 1024, 23, 16, 4096, kind="clip"),
+        language=LanguageConfig(32064, 5120, 40, 40, 40, 13824, 10_000.0, 1e-5, 4096, kind="llama"),
+        spam=ov_7b().spam,
+        mask_decoder=ov_7b().mask_decoder,
+        preprocessing=replace(
+            _preprocessing(1024, 336),
+            semantic_mean=(122.7709383, 116.7460125, 104.09373615),
+            semantic_std=(68.5005327, 66.6321579, 70.32316305),
+        ),
+        prompts=published_prompts("llama"),
+    )
+
+
 def nano() -> AGVASConfig:
     """The model this package ships, trained on procedural defects (agvas/training) in all four modes.
 
@@ -311,7 +329,7 @@ def tiny(**prompt_changes: Any) -> AGVASConfig:
     )
 
 
-NAMED = {"ov_7b": ov_7b, "nano": nano, "tiny": tiny}
+NAMED = {"ov_7b": ov_7b, "llava_13b": llava_13b, "nano": nano, "tiny": tiny}
 # Tables 3 and 1: without [SEG], without [NOR] and [ANO], without SPAM; [SEG] alone without SPAM, as LISA.
 ABLATIONS = ("no-seg", "no-relative", "no-spam", "single-anchor")
 

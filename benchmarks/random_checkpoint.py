@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 from torch import Tensor
 
 from agvas.config import AGVASConfig
@@ -23,6 +23,7 @@ from agvas.model import AGVAS
 from agvas.tokenizer import train_tokenizer
 from agvas.training.instructions import all_instructions
 
+VICUNA = ("<s>", "</s>")
 TABLE, HEAD = "language.model.embed_tokens.weight", "language.lm_head.weight"
 # Standard deviation of the answer's embeddings: about what all layers together add to a token.
 SPOKEN = 0.5
@@ -77,7 +78,10 @@ def reduced(config: AGVASConfig) -> AGVASConfig:
 
 def tokenizer_of(config: AGVASConfig) -> Tokenizer:
     """A small one over the prompts' own words, which leaves the rest of the vocabulary unused."""
-    return train_tokenizer([*all_instructions(), config.prompts.answer], min(config.language.vocabulary, 4096))
+    tokenizer = train_tokenizer([*all_instructions(), config.prompts.answer], min(config.language.vocabulary, 4096) - len(VICUNA))
+    if config.language.kind == "llama":
+        tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in VICUNA])
+    return tokenizer
 
 
 def spoken_rows(model: AGVAS) -> dict[str, dict[int, Tensor]]:
