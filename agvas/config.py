@@ -301,7 +301,7 @@ def llava_13b() -> AGVASConfig:
 def nano() -> AGVASConfig:
     """The model this package ships, trained on procedural defects (agvas/training) in all four modes.
 
-    Its threshold is judged on drawn defects (benchmarks/threshold.py): 0.5 marks something in most normal pictures.
+    Its thresholds are judged on drawn defects (benchmarks/threshold.py): 0.5 marks something in most normal pictures.
     """
     return AGVASConfig(
         name="nano",
@@ -309,7 +309,7 @@ def nano() -> AGVASConfig:
         semantic=SemanticEncoderConfig(160, 16, 128, 4, 4, 384),
         language=LanguageConfig(768, 160, 4, 5, 1, 448, max_positions=2048),
         spam=SPAMConfig(width=128, heads=4),
-        mask_decoder=MaskDecoderConfig(layers=2, heads=4, mlp_width=256, threshold=0.7),
+        mask_decoder=MaskDecoderConfig(layers=2, heads=4, mlp_width=256, threshold=0.85, relative_threshold=0.45),
         preprocessing=_preprocessing(512, 160),
         prompts=_prompts(instructions=INSTRUCTIONS, max_new_tokens=96),
     )
