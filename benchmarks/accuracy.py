@@ -32,6 +32,7 @@ _HEADS = {
     "f1_max": "F1-max",
     "aupro": "AUPRO",
     "iou_anomalous": "IoU anomalous",
+    "found_anomalous": "found anomalous",
     "empty_normal": "empty normal",
     "image_auroc": "image AUROC",
 }

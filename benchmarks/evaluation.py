@@ -22,7 +22,7 @@ from benchmarks.metrics import AUPRO_LIMIT, PixelScores, image_auroc, intersecti
 
 __all__ = ["CONVENTIONS", "METRICS", "Observation", "Observer", "Predict", "Prediction", "Progress", "evaluate", "mean_metrics"]
 
-METRICS = ("ap", "f1_max", "aupro", "iou_anomalous", "empty_normal", "image_auroc")
+METRICS = ("ap", "f1_max", "aupro", "iou_anomalous", "found_anomalous", "empty_normal", "image_auroc")
 CONVENTIONS: dict[str, Any] = {
     "pixels": "pooled over a category's pictures, each at its own size; only the model's map is resized, to its picture",
     "threshold": "the model's own, 0.5 for a baseline, unless --threshold says otherwise: a "
@@ -71,10 +71,11 @@ Observer = Callable[[Observation], None]
 def evaluate(items: Iterable[Judged], predict: Predict, progress: Progress = iter, observers: Sequence[Observer] = ()) -> dict[str, Any]:
     """{"categories": {name: metrics}, "mean": metrics} of what predict says about each picture.
 
-    Metrics are fractions, or None where they are undefined: ap, f1_max, aupro and iou_anomalous without anomalous pictures, empty_normal
-    without normal ones, image_auroc without both, aupro also without normal pixels. Beside them stand the counts images and normal_images,
-    and ap_error and aupro_error, the most by which binning can have moved the two (see PixelScores). The mean is over categories, ignoring
-    None; its counts are sums, its errors the largest. Pictures of which nothing is known count as images only.
+    Metrics are fractions, or None where they are undefined: ap, f1_max, aupro, iou_anomalous and found_anomalous (the share with a mask
+    that is not empty, wherever it lies) without anomalous pictures, empty_normal without normal ones, image_auroc without both, aupro also
+    without normal pixels. Beside them stand the counts images and normal_images, and ap_error and aupro_error, the most by which binning
+    can have moved the two (see PixelScores). The mean is over categories, ignoring None; its counts are sums, its errors the largest.
+    Pictures of which nothing is known count as images only.
 
     `progress` wraps the sequence of items, as tqdm does; they are taken category by category, so that one category's pixels are held at a
     time. Raises DatasetError for a bad mask and ValueError, naming the picture, for a bad prediction.
@@ -94,6 +95,7 @@ def evaluate(items: Iterable[Judged], predict: Predict, progress: Progress = ite
 def _evaluate_category(items: Iterable[Judged], predict: Predict, observers: Sequence[Observer]) -> dict[str, Any]:
     pixels = PixelScores(regions=True)
     overlaps: list[float] = []  # of the anomalous pictures
+    found: list[bool] = []
     empty: list[bool] = []  # of the normal pictures
     scores: list[float] = []
     anomalous: list[bool] = []
@@ -111,6 +113,7 @@ def _evaluate_category(items: Iterable[Judged], predict: Predict, observers: Seq
             if item.is_anomalous:
                 iou = intersection_over_union(prediction.mask, truth)
                 overlaps.append(iou)
+                found.append(not is_empty(prediction.mask))
             else:
                 empty.append(is_empty(prediction.mask))
             scores.append(prediction.score)
@@ -123,6 +126,7 @@ def _evaluate_category(items: Iterable[Judged], predict: Predict, observers: Seq
         "f1_max": pixels.f1_max(),
         "aupro": aupro,
         "iou_anomalous": _mean(overlaps),
+        "found_anomalous": _mean(found),
         "empty_normal": _mean(empty),
         "image_auroc": image_auroc(scores, anomalous),
         "images": images,

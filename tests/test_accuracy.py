@@ -92,7 +92,7 @@ def test_predicting_nothing_scores_the_share_of_pixels_and_empties_every_normal(
     share = 80 / (4 * 187)  # pooled over the category, normal images included
     assert bolt["ap"] == pytest.approx(share)
     assert bolt["f1_max"] == pytest.approx(2 * share / (1 + share))
-    assert (bolt["iou_anomalous"], bolt["empty_normal"], bolt["image_auroc"]) == (0.0, 1.0, 0.5)
+    assert (bolt["iou_anomalous"], bolt["found_anomalous"], bolt["empty_normal"], bolt["image_auroc"]) == (0.0, 0.0, 1.0, 0.5)
 
 
 def test_pixels_are_pooled_over_images_before_they_are_ranked(tmp_path: Path) -> None:
@@ -118,7 +118,18 @@ def test_iou_is_a_mean_over_anomalous_images_and_not_over_pixels(tmp_path: Path)
 
     metrics = evaluate(items, predict)["categories"]["set"]
     assert metrics["iou_anomalous"] == pytest.approx((1 + 40 / 187) / 2)
-    assert metrics["empty_normal"] == 0.0
+    assert (metrics["found_anomalous"], metrics["empty_normal"]) == (1.0, 0.0)
+
+
+def test_found_is_a_share_of_the_anomalous_pictures_wherever_the_mask_lies(tmp_path: Path) -> None:
+    items = read_manifest(write_dataset(tmp_path / "set", ("a", 1, "", ""), ("b", 1, "", ""), ("c", 1, "", ""), ("d", 0, "", "")))
+
+    def predict(item: Judged) -> Prediction:
+        mask = np.zeros((HEIGHT, WIDTH), bool) if item.image.name == "b.png" else ~truth()
+        return Prediction(truth().astype(np.float32), mask, 0.0)
+
+    metrics = evaluate(items, predict)["categories"]["set"]
+    assert (metrics["iou_anomalous"], metrics["found_anomalous"]) == (0.0, pytest.approx(2 / 3))
 
 
 def test_undefined_metrics_are_none_and_left_out_of_the_mean(parts: Path) -> None:
@@ -129,7 +140,7 @@ def test_undefined_metrics_are_none_and_left_out_of_the_mean(parts: Path) -> Non
     assert result["mean"]["images"] == 5
     normals = [item for item in read_manifest(parts) if not item.is_anomalous]
     bolt = evaluate(normals, perfect)["categories"]["bolt"]
-    assert bolt["ap"] is bolt["f1_max"] is bolt["iou_anomalous"] is bolt["ap_error"] is None
+    assert bolt["ap"] is bolt["f1_max"] is bolt["iou_anomalous"] is bolt["found_anomalous"] is bolt["ap_error"] is None
     assert bolt["empty_normal"] == 1.0
 
 
