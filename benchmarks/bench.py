@@ -191,7 +191,9 @@ def without_samples(result: Mapping[str, Any]) -> dict[str, Any]:
 def _read(path: Path) -> dict[str, Any]:
     try:
         told = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise RequestError(f"{path}: expected what agvas-bench --json wrote, got {error.strerror}; check the path") from error
+    except ValueError as error:
         raise RequestError(f"{path}: expected what agvas-bench --json wrote, got {error}; measure again") from error
     if not isinstance(told, dict) or not {"runs", "environment"} <= told.keys():
         raise RequestError(f"{path}: expected what agvas-bench --json wrote, got other JSON; measure again")

@@ -101,6 +101,10 @@ def run_demo(output: Path, count: int, photos: Sequence[str]) -> int:
         if not verified["passed"]:
             print(f"demo: verification failed: {'; '.join(verified['failures'])}", file=sys.stderr)
             return 1
+        progress.step_aside()
+        parity = verified["parity"]
+        agreed = f"mask IoU {parity['mask_iou_mean']:.4f}, {parity['flips']} flips on {parity['images']} golden pictures"
+        print(f"   passed: {agreed}", file=sys.stderr)
         print("3. pictures", file=sys.stderr)
         pictures = make_pictures(output / "pictures", count)
         unreadable = []

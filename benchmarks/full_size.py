@@ -285,7 +285,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Exit code 0 when every part was done and every target held, 1 when one did not."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="7b-reduced")
-    parser.add_argument("--work", type=Path, required=True, help="where checkpoint and bundles go: 26 GB free, or 43 with --keep")
+    parser.add_argument("--work", type=Path, required=True, help="where checkpoint and bundles go: 35 GB free, or 43 with --keep")
     parser.add_argument("--checkpoint", type=Path, help="a checkpoint folder to take in place of a random one")
     parser.add_argument("--precision", choices=("fp16", "bf16"), default="fp16", help="of the 16-bit export (default fp16)")
     parser.add_argument("--head", choices=("float", "int8"), default="float", help="of the 4-bit export (default float)")

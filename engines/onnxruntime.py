@@ -222,8 +222,8 @@ def _provider(device: str) -> tuple[str, dict[str, Any]]:
         return "CPUExecutionProvider", {}
     if CUDA not in onnxruntime.get_available_providers():
         raise EngineUnavailable(
-            f"device {device} was asked for, but this onnxruntime has no CUDA provider; "
-            'pip uninstall onnxruntime, then pip install "agvas[gpu]"'
+            f"device {device} was asked for, but this onnxruntime has no CUDA provider; on a machine with an NVIDIA GPU, "
+            'pip install "agvas[gpu]" in an environment of its own; without one, leave the device out to run on the CPU'
         )
     _load_cuda_libraries()
     return CUDA, {

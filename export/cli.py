@@ -91,11 +91,14 @@ def _export(options: argparse.Namespace, started: float) -> int:
     from export.bundle import ExportSettings, export_bundle
     from export.gate import GateBudget
     from export.progress import Progress
+    from runtime.bundle import MANIFEST
     from runtime.cli.common import json_line
     from runtime.footprint import footprints
     from runtime.verify import peak_rss_bytes
 
     progress = Progress()
+    if (Path(options.output) / MANIFEST).is_file():
+        progress.note(f"{options.output} holds a bundle, which the new one will replace once it is whole")
     settings = ExportSettings(
         options.checkpoint,
         options.precision,

@@ -30,7 +30,8 @@ def main(arguments: list[str] | None = None) -> int:
     if needs:
         print("  exporting takes about (memory: at least, and with the reference whole in it):")
     for name, need in needs.items():
-        memory = f"{_bytes(need['export_memory'])} to {_bytes(need['whole_memory'])}"
+        least, whole = need["export_memory"], need["whole_memory"]
+        memory = _bytes(least) if whole <= least else f"{_bytes(least)} to {_bytes(whole)}"
         print(f"    {name:14} {_bytes(need['disk']):>8} of disk, {memory} of memory, {need['export_seconds'] / 60:.0f} min")
     if options.json:
         print(json.dumps(found.to_json() | {"needs": needs}))

@@ -133,7 +133,10 @@ class Bundle:
         self.folder = Path(folder)
         manifest = self.folder / MANIFEST
         if not self.folder.is_dir():
-            raise BundleMissing(f"{self.folder} is not a folder; give the folder that agvas-export wrote")
+            how = "give the folder that agvas-export wrote"
+            if str(folder) == "nano":
+                how = "nano is a checkpoint: agvas-export --checkpoint nano --output bundle makes a bundle of it"
+            raise BundleMissing(f"{self.folder} is not a folder; {how}")
         if not manifest.is_file():
             raise BundleMissing(f"{self.folder} has no {MANIFEST}: it is not a bundle, or its export was interrupted; run agvas-export")
         if not unfinished and (self.folder / UNFINISHED).exists():

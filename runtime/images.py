@@ -7,7 +7,7 @@ production run are never scaled differently. A picture whose grey levels would h
   is refused; of one that is only cut short, Pillow warns and gives what it could read.
 - 1-bit and grey: 0..255, repeated in three channels.
 - 16-bit grey (I;16, and I, which Pillow uses for 16-bit PGM): `sample >> 8`, the full 16-bit range to 8 bits. 12-bit
-  camera data in a 16-bit container comes out dark: scale it before. 16-bit colour: the same, to a level, by Pillow.
+  camera data in a 16-bit container comes out dark, with a warning: scale it before. 16-bit colour: the same, to a level, by Pillow.
 - Alpha (RGBA, LA, PA, transparency of a palette or PNG): dropped. The stored colours are what the camera saw;
   compositing would paint over them with a colour of our choosing, and inspection pictures carry an opaque alpha anyway.
 - Palette: its colours. CMYK, YCbCr, HSV: Pillow's conversion; ICC profiles are not applied.
@@ -27,6 +27,7 @@ import glob
 import os
 import stat
 import threading
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -52,6 +53,7 @@ _DECODERS: tuple[tuple[bytes, type[ImageFile.ImageFile]], ...] = (
 )
 _FORMATS = "PNG, JPEG, BMP, TIFF or PNM"
 
+DIM_BELOW = 1 << 14  # 16-bit samples that all lie below it are likely a 12-bit camera's
 _SIXTEEN_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 _PALETTE_MODES = ("P", "PA")
 _EIGHT_BIT_MODES = ("1", "L", "LA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV")
@@ -278,6 +280,13 @@ def _eight_bits(image: Image.Image, name: str) -> np.ndarray:
         raise ImageError(
             f"{name}: expected 16-bit samples 0..65535, got {samples.min()}..{samples.max()} in 32-bit integers; "
             "scale them to 0..255 by a rule of yours and save the picture as 8-bit"
+        )
+    if 0 < int(samples.max()) < DIM_BELOW:
+        # The same words for every picture, so that Python shows them once and no line's log fills.
+        warnings.warn(
+            f"the samples of a 16-bit picture all lie below {DIM_BELOW}: such pictures are judged as dark ones; "
+            "if the camera has 12 bits or so, scale its samples to 0..65535 before",
+            stacklevel=2,
         )
     return (samples >> 8).astype(np.uint8)
 

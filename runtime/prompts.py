@@ -141,13 +141,13 @@ class PromptEncoder:
         if not text:
             raise RequestError("the instruction is empty; leave it out to use the mode's default, or write a sentence")
         if normal_state is not None and mode != PLUS:
-            raise RequestError(f"normal_state: only mode {PLUS} takes it, got mode {mode}; leave it out or ask in that mode")
+            raise RequestError(f"normal_state (--normal-state): only mode {PLUS} takes it, got mode {mode}; leave it out, or ask in that")
         if normal_state is not None:
             text = with_normal_state(text, normal_state)
         elif mode == PLUS and instruction is None:
             raise RequestError(
-                f"normal_state: mode {PLUS} needs a sentence on what a normal object looks like, got none; give it, or ask in "
-                "mode describe-then-segment"
+                f"normal_state (--normal-state): mode {PLUS} needs a sentence on what a normal object looks like, got none; give it, or "
+                "ask in mode describe-then-segment"
             )
         ids = self._ids(text)
         special = {token.content for token in self._tokenizer.get_added_tokens_decoder().values()}

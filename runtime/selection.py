@@ -94,7 +94,8 @@ def choose_engine(bundle: Bundle, options: EngineOptions, precision: str | None 
         best = pipeline, Choice(engine, computes_in, milliseconds, rejected)  # the slower pipeline is freed here
     if best is None:
         reasons = " | ".join(f"{name}: {reason}" for name, reason in rejected.items())
-        raise EngineUnavailable(f"no engine on device {options.device} can run this bundle: {reasons}")
+        instead = "" if options.device == "cpu" else "; without an NVIDIA GPU, leave the device out to run on the CPU"
+        raise EngineUnavailable(f"no engine on device {options.device} can run this bundle: {reasons}{instead}")
     _write(cache, best[1])
     return best
 

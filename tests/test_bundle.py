@@ -76,6 +76,7 @@ def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
 
 def test_a_file_in_place_of_the_folder(tiny_bundle: Path) -> None:
     assert "manifest.json is not a folder" in refusal(tiny_bundle / "manifest.json", BundleMissing)
+    assert "nano is a checkpoint: agvas-export --checkpoint nano" in refusal(Path("nano"), BundleMissing)
 
 
 def test_a_folder_without_manifest_was_not_exported_to_its_end(copy_of_bundle: Callable[[], Path]) -> None:

@@ -115,6 +115,14 @@ def test_in_words_a_line_has_verdict_score_area_time_and_path(run_segment: Any, 
     assert run_segment(photos / "one.png", "--threshold", "1")[1][0].startswith("OK ")
 
 
+def test_a_dim_16_bit_picture_is_judged_with_a_warning(run_segment: Any, tmp_path: Path) -> None:
+    for name in ("a.png", "b.png"):
+        Image.fromarray(np.full((40, 50), 4095, np.uint16)).save(tmp_path / name)
+    code, lines, errors = run_segment(tmp_path / "a.png", tmp_path / "b.png")
+    assert code == 0 and len(lines) == 2
+    assert errors.count("agvas-segment: warning: the samples of a 16-bit picture all lie below 16384") == 1 and "12 bits" in errors
+
+
 def test_a_picture_without_a_map_is_neither_ok_nor_ng(
     run_segment: Any, photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -125,8 +133,8 @@ def test_a_picture_without_a_map_is_neither_ok_nor_ng(
         )
 
     monkeypatch.setattr(Inspection, "answer", wordy)
-    _, lines, errors = run_segment(photos / "one.png")
-    assert lines[0].startswith("??")
+    code, lines, errors = run_segment(photos / "one.png")
+    assert code == 1 and lines[0].startswith("??")  # a line that reads exit codes must not let the part pass
     assert lines[1].strip() == "I see \ufffd[2Jnothing … (cut at the length limit)"  # a terminal obeys no model
     assert "1 ??" in errors
 

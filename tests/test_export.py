@@ -378,7 +378,8 @@ def test_a_second_export_replaces_the_first_and_tells_its_numbers(
     run: Run, ready_graphs: list[str], tiny_checkpoint: Path, older_bundle: Path, pictures: Path
 ) -> None:
     arguments = ("--checkpoint", tiny_checkpoint, "--output", older_bundle, "--images", pictures, "--json")
-    code, lines, _ = run(*arguments)
+    code, lines, said = run(*arguments)
+    assert f"{older_bundle} holds a bundle, which the new one will replace" in said
     assert code == 0 and ready_graphs == list(STAGES)
     told, bundle = json.loads(lines[-1]), Bundle(older_bundle)
     assert {"bundle", "passed", "parity", "bytes", "peak_rss_bytes", "seconds"} <= told.keys()

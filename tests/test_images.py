@@ -24,6 +24,7 @@ def _warnings_are_errors():
     # A production log must not fill with Pillow's warnings, and none may stand for an error.
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", "the samples of a 16-bit picture")  # ours, once: it has a test of its own
         yield
 
 
@@ -113,6 +114,18 @@ def test_16_bit_grey_is_scaled_by_its_full_range_whatever_values_it_holds(tmp_pa
     # Older Pillow writes PGM only from mode I.
     Image.fromarray(samples.astype(np.int32) if suffix == "pgm" else samples).save(tmp_path / f"part.{suffix}")
     same(read_image(tmp_path / f"part.{suffix}"), grey_of(samples >> 8))
+
+
+def test_16_bit_samples_of_a_12_bit_camera_are_warned_of(tmp_path):
+    path = tmp_path / "part.png"
+    Image.fromarray(np.full((HEIGHT, WIDTH), 4095, np.uint16)).save(path)
+    with pytest.warns(UserWarning, match="samples of a 16-bit picture all lie below 16384"):
+        read_image(path)
+    for fine in (0, 1 << 14, 65535):  # nothing at all is black, whatever the bits
+        Image.fromarray(np.full((HEIGHT, WIDTH), fine, np.uint16)).save(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            read_image(path)
 
 
 def test_big_endian_16_bit_and_mode_i_follow_the_same_rule():

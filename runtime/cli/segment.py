@@ -5,7 +5,7 @@ a program can read stdout line by line while the run goes on. A picture is looke
 cannot be segmented is reported and the run goes on; a result that cannot be written stops it, since the next one could not be written
 either.
 
-Exit codes: 0 every picture was segmented, 1 some were not, 2 nothing could be done or a result could not be written,
+Exit codes: 0 every picture has a verdict, 1 some have none, 2 nothing could be done or a result could not be written,
 130 interrupted.
 """
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -34,7 +35,8 @@ _OF_ONE_PICTURE = (EngineError, ValueError, MemoryError)
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
-        return _run(arguments)
+        with warnings.catch_warnings():  # _run shows them as notes
+            return _run(arguments)
     except KeyboardInterrupt:
         print("agvas-segment: interrupted; what was written so far is whole and stays", file=sys.stderr)
         return 130
@@ -137,8 +139,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="agvas-segment",
         description="Segment anomalies in pictures with an exported AG-VAS. One line on stdout for each picture and instruction.",
-        epilog="Exit codes: 0 every picture was segmented; 1 some were not; 2 nothing could be done, or a result could "
-        "not be written; 130 interrupted. A line begins with OK, NG, or ?? where the model gave no map. Pictures of "
+        epilog="Exit codes: 0 every picture has a verdict; 1 some have none (not read, or no map); 2 nothing could be done, or a "
+        "result could not be written; 130 interrupted. A line begins with OK, NG, or ?? where the model gave no map. Pictures of "
         "the same name in different folders get their folders' names in front: crack__000_mask.png, "
         "good__000_mask.png. With several instructions their numbers stand behind: 000__1_mask.png, 000__2_mask.png.",
         allow_abbrev=False,
@@ -183,6 +185,8 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.output is not None:
         _prepare(arguments.output)  # before the model is opened, which can take minutes
     note = (lambda line: None) if arguments.quiet else (lambda line: print(f"agvas-segment: {line}", file=sys.stderr))
+    warnings.simplefilter("once", UserWarning)
+    warnings.showwarning = lambda message, *_: note(f"warning: {message}")
     if arguments.engine == AUTO:
         note(f"opening {arguments.bundle}; on a new machine, engine auto first measures the engines that are installed")
     segmenter = Segmenter(
@@ -224,7 +228,7 @@ def _run(arguments: argparse.Namespace) -> int:
             progress("answers" if several else "pictures", done, len(pictures) * len(instructions))
     where = "" if arguments.output is None else f"; masks in {arguments.output}"
     note(", ".join(f"{count} {verdict}" for verdict, count in sorted(verdicts.items()) if count) + where)
-    return 1 if verdicts["failed"] else 0
+    return 1 if verdicts["failed"] or verdicts["??"] else 0
 
 
 def _check(arguments: argparse.Namespace) -> None:
