@@ -137,7 +137,7 @@ def measure(request: Request, show: Show) -> dict[str, Any]:
         "ratio_spreads": spreads,
         "mask_iou_mean": runs[OURS]["mask_iou_mean"],
         "flips": runs[OURS]["flips"],
-        "reference": f"torch fp32 with generate, {reference}" if reference else "the bundle's golden traces",
+        "reference": f"torch fp32 with generate, {Path(reference).name}" if reference else "the bundle's golden traces",
         "model": bundle.manifest.model,
         "pictures": {"source": source, "count": len(pictures), "sizes": sizes[:8]},
         "effort": asdict(request.effort),
@@ -156,7 +156,7 @@ def _reference(request: Request, bundle: Bundle) -> str | None:
     if (asked or request.checkpoint) and not has_torch:
         named = f"--against {', '.join(asked)}" if asked else "--checkpoint"
         raise RequestError(f'{named}: needs PyTorch, which is not installed; pip install "agvas[export]", or leave it out')
-    return checkpoint if has_torch else None
+    return _absolute(checkpoint) if checkpoint and has_torch else None
 
 
 def _candidates(request: Request, work: Path, show: Show) -> list[Candidate]:
@@ -164,7 +164,7 @@ def _candidates(request: Request, work: Path, show: Show) -> list[Candidate]:
     common: dict[str, Any] = {"device": request.device, "threads": request.threads}
     found = [_bundle_candidate(OURS, request.bundle, request, common)]
     for asked in request.against:
-        checkpoint = request.checkpoint or "nano"
+        checkpoint = _absolute(request.checkpoint or "nano")
         if asked in TORCH:
             found.append(Candidate(asked, asked, checkpoint, **common))
         elif asked == PLAIN:
@@ -179,6 +179,11 @@ def _candidates(request: Request, work: Path, show: Show) -> list[Candidate]:
             taken = {candidate.name for candidate in found}
             found.append(_bundle_candidate(name if name not in taken else f"{name} {len(found)}", Path(asked), request, common))
     return found
+
+
+def _absolute(checkpoint: str) -> str:
+    """As the processes that measure find it, which do not run where this one does; "nano" is a name."""
+    return checkpoint if checkpoint == "nano" else str(Path(checkpoint).absolute())
 
 
 def _bundle_candidate(name: str, folder: Path, request: Request, common: Mapping[str, Any]) -> Candidate:

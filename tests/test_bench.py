@@ -84,6 +84,15 @@ def test_every_candidate_has_times_memory_and_masks_of_the_same_run(measured: Pa
     assert not told["full"] and told["environment"]["threads"] == 1 and len(told["environment"]["bundle"]) == 64
 
 
+def test_a_checkpoint_may_be_named_by_a_relative_path(
+    tiny_bundle: Path, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tiny_checkpoint.parent)
+    arguments = ["--bundle", str(tiny_bundle), "--engine", "onnxruntime", "--threads", "1", "--checkpoint", tiny_checkpoint.name]
+    assert bench.main([*arguments, "--against", "torch", "--quick", "--queries", "1"]) == 0
+    assert last_line(capsys)["reference"] == f"torch fp32 with generate, {tiny_checkpoint.name}"
+
+
 def test_the_stages_and_the_gap_make_the_whole(measured: Path) -> None:
     run = json.loads(measured.read_text())["runs"]["ours"]
     for index, whole in enumerate(run["samples"]["ms"]):
