@@ -20,9 +20,8 @@ from runtime import preprocess
 from runtime.errors import RequestError, choose
 from runtime.masking import MaskRule
 
-GENERATING = ("torch", "torch-bf16")
 SINGLE_PASS = ("torch-single-pass", "torch-bf16-single-pass")
-TORCH = (*GENERATING, *SINGLE_PASS)
+TORCH = ("torch", "torch-bf16", *SINGLE_PASS)
 PLAIN = "plain-onnx"
 BUNDLE = "bundle"
 KINDS = (BUNDLE, *TORCH, PLAIN)
