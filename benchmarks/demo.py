@@ -200,15 +200,17 @@ def measure_latency(segmenter: Segmenter, images: Sequence[npt.NDArray[np.uint8]
 
 
 def contact_sheet(pictures: Sequence[DemoPicture], results: Sequence[Segmentation], records: Sequence[dict[str, Any]]) -> Image.Image:
-    """A row for each picture: the picture, what the model found in it, where the defect was drawn."""
-    sheet = Image.new("RGB", (3 * _CELL, len(pictures) * (_CELL + _LABEL)), "white")
+    """A row for each picture: the picture, its anomaly map (white where it is 1), what is marked, where the defect was drawn."""
+    sheet = Image.new("RGB", (4 * _CELL, len(pictures) * (_CELL + _LABEL)), "white")
     draw = ImageDraw.Draw(sheet)
     for row, (picture, result, record) in enumerate(zip(pictures, results, records, strict=True)):
         top = row * (_CELL + _LABEL)
         iou = f", IoU with the truth {record['true_iou']:.2f}" if "true_iou" in record else ""
-        labels = (picture.path.name, f"{_verdict(record)} {result.score:.2f}{iou}", _truth_in_words(picture))
+        labels = (picture.path.name, f"highest {result.score:.2f}", f"{_verdict(record)}{iou}", _truth_in_words(picture))
+        heat = Image.fromarray((result.anomaly_map * 255).round().astype(np.uint8))
         truth = None if picture.truth is None else Image.fromarray(picture.truth)
-        for column, (cell, label) in enumerate(zip((Image.fromarray(picture.image), result.overlay(), truth), labels, strict=True)):
+        cells = (Image.fromarray(picture.image), heat, result.overlay(), truth)
+        for column, (cell, label) in enumerate(zip(cells, labels, strict=True)):
             draw.text((column * _CELL + 4, top + 4), label.encode("ascii", "replace").decode()[:40], fill="black")
             if cell is not None:
                 small = cell.convert("RGB")
