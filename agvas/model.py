@@ -137,6 +137,11 @@ class AGVAS(nn.Module):
             features: what `encode` gave for these images, where it was kept; the images are then not looked at.
         """
         vision = self.align(self.encode(pixel_image, semantic_image) if features is None else features)
+        logits, anchor_states = self.read(vision, prompts, answers)
+        return ForwardOutput(logits, anchor_states, self.mask_decoder(anchor_states, vision.pixel_embeddings))
+
+    def read(self, vision: Vision, prompts: Sequence[Prompt], answers: Sequence[tuple[int, ...]]) -> tuple[Tensor, Tensor]:
+        """The language model's part of `forward`: logits [B, A, V] and anchor states [B, K, D], as in ForwardOutput."""
         embeddings = self.input_embeddings(vision, prompts, answers)
         states = self.language.model(inputs_embeds=embeddings).last_hidden_state  # [B, N, D]
         before = embeddings.shape[1] - max(len(prompt.suffix + answer) for prompt, answer in zip(prompts, answers, strict=True))
@@ -148,7 +153,7 @@ class AGVAS(nn.Module):
         nowhere = (0,) * len(self.prompt_encoder.anchor_ids)
         anchors = torch.tensor([self.prompt_encoder.find_anchors(answer) or nowhere for answer in answers], device=states.device)
         anchor_states = states[batch, first[:, None] + anchors + self.prompt_encoder.state_shift]  # [B, K, D]
-        return ForwardOutput(logits, anchor_states, self.mask_decoder(anchor_states, vision.pixel_embeddings))
+        return logits, anchor_states
 
     @torch.inference_mode()
     def segment(

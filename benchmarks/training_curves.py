@@ -19,7 +19,11 @@ from PIL import Image, ImageDraw, ImageFont
 
 from benchmarks.environment import environment
 
-PHASES = {"pretraining": "pretraining/log.jsonl", "tuning": "log.jsonl"}
+PHASES = {
+    "pixel pretraining": "pretraining/log.jsonl",
+    "language pretraining": "language-pretraining/log.jsonl",
+    "tuning": "log.jsonl",
+}
 NOT_LOSSES = ("step", "seconds", "images_per_second", "processes", "norm", "rate")
 WIDTH, HEIGHT, MARGIN = 640, 260, 42
 COLOURS = ((31, 119, 180), (214, 39, 40), (44, 160, 44))

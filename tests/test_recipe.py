@@ -1,4 +1,4 @@
-"""nano's recipe at tiny size: two phases that hand over, resume, seeds and ablations, and agvas-train's own door."""
+"""nano's recipe at tiny size: three phases that hand over, resume, seeds and ablations, and agvas-train's own door."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from agvas import AGVAS, CheckpointError, load
-from agvas.config import ABLATIONS, ANCHORS, nano, tiny
+from agvas.config import ABLATIONS, ANCHORS, AGVASConfig, nano, tiny
 from agvas.training import cli, recipe
 from agvas.training.batch import Batch, collate
+from agvas.training.language_pretraining import LanguagePretraining
 from agvas.training.losses import anchor_losses
 from agvas.training.pool import PoolSettings, ProceduralSource, SamplePool
 from agvas.training.pretraining import PixelPretraining, hand_over
-from agvas.training.recipe import FROZEN, Recipe, new_model, pieces_config, train_from_nothing
+from agvas.training.recipe import FROZEN, Recipe, new_model, pieces_config, semantic_config, train_from_nothing
 from export.bundle import ExportSettings, export_bundle
 from export.progress import Progress
 
@@ -36,6 +37,7 @@ SMALL = replace(
     pretraining=replace(
         BASE.pretraining, loop=replace(BASE.pretraining.loop, steps=4, global_batch=2, micro_batch=2, warmup_steps=2, save_every=2)
     ),
+    language=replace(BASE.language, loop=replace(BASE.language.loop, steps=2, global_batch=2, micro_batch=2, warmup_steps=1)),
     tuning=replace(BASE.tuning, loop=replace(BASE.tuning.loop, steps=3, global_batch=2, micro_batch=2, warmup_steps=2, save_every=2)),
 )
 
@@ -61,8 +63,8 @@ def trained(small_pool: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple
     return train_from_nothing(SMALL, folder, workers=0).state_dict(), folder
 
 
-@pytest.mark.parametrize("calls", [3, 6])
-def test_a_run_stopped_in_either_phase_ends_where_an_uninterrupted_one_does(
+@pytest.mark.parametrize("calls", [3, 5, 8])
+def test_a_run_stopped_in_any_phase_ends_where_an_uninterrupted_one_does(
     run_folder: Path, trained: tuple[dict[str, Tensor], Path], monkeypatch: pytest.MonkeyPatch, calls: int
 ) -> None:
     made = 0
@@ -119,6 +121,39 @@ def test_a_stem_learns_alone_before_the_vit_behind_it() -> None:
     moved = {name for name, parameter in model.named_parameters() if id(parameter) in learned and name.startswith("pixel_encoder.")}
     stem = {name for name, _ in model.named_parameters() if name.startswith("pixel_encoder.patch_embed.")}
     assert moved == {name for name in stem if not name.startswith(FROZEN)}
+
+
+def test_language_pretraining_moves_what_reads_and_writes_alone() -> None:
+    model = new_model("tiny", 0)
+    learned = {id(parameter) for parameter in LanguagePretraining(model).learned()}
+    moved = {name for name, parameter in model.named_parameters() if id(parameter) in learned}
+    assert moved == {name for name, _ in model.named_parameters() if name.startswith(("semantic_encoder.", "language."))}
+
+
+@pytest.mark.parametrize("config", [tiny(), nano()])
+def test_language_pretraining_looks_at_the_same_semantic_images_and_at_hardly_any_pixels(config: AGVASConfig, small_pool: Path) -> None:
+    model = new_model(config.name, 0)
+    source = ProceduralSource(SamplePool(small_pool, SMALL.pool), 56, 0.5, modes=SMALL.language.modes)
+    samples = [source.sample(0, 0, index) for index in range(3)]
+    whole, small = (collate(samples, each, model.prompt_encoder) for each in (config, semantic_config(config)))
+    assert torch.equal(small.semantic_image, whole.semantic_image)
+    assert small.answers == whole.answers
+    assert small.pixel_image.shape[-1] == 4 * config.pixel.patch_size
+
+
+def test_language_pretraining_lowers_the_loss_of_the_answers(small_pool: Path) -> None:
+    model = new_model("tiny", 0)
+    second = LanguagePretraining(model)
+    source = ProceduralSource(SamplePool(small_pool, SMALL.pool), 56, 0.5, modes=SMALL.language.modes)
+    batch = collate([source.sample(0, 0, index) for index in range(4)], semantic_config(model.config), model.prompt_encoder)
+    optimizer = torch.optim.AdamW(second.learned(), lr=3e-3)
+    losses = []
+    for step in range(30):
+        losses.append(second(batch, step)["text"])
+        optimizer.zero_grad()
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[-1] < 0.5 * losses[0]
 
 
 def test_tuning_begins_with_the_maps_that_pretraining_ended_with(small_pool: Path) -> None:

@@ -33,7 +33,7 @@ def test_curves_are_means_over_a_twentieth_of_the_run(tmp_path: Path) -> None:
     phases = json.loads(output.read_text())["phases"]
     assert phases["tuning"]["steps"] == 391 and phases["tuning"]["images_per_second"] == 9.0
     assert phases["tuning"]["losses"]["mask"] == [[20 * n + 10, 1.0] for n in range(20)]
-    assert phases["pretraining"]["losses"]["mask"][0] == [10, pytest.approx(3.95)]
+    assert phases["pixel pretraining"]["losses"]["mask"][0] == [10, pytest.approx(3.95)]
     assert phases["tuning"]["losses"].keys() == {"text", "mask"}
     drawn = np.asarray(Image.open(output.with_suffix(".png")))
     assert drawn.shape == (260, 1280, 3)

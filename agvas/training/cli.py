@@ -63,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--feature-cache", type=Path, metavar="DIR", help="keep what the frozen encoders say of each picture")
     where = f"folder of states, logs and checkpoint (default {OUTPUT}, with --checkpoint {TUNING_OUTPUT})"
     parser.add_argument("--output", type=Path, metavar="DIR", help=where)
-    parser.add_argument("--steps", type=int, help="optimiser steps (of each of the two phases with --config)")
+    parser.add_argument("--steps", type=int, help="optimiser steps (of each of the three phases with --config)")
     parser.add_argument("--batch", type=int, help="samples an optimiser step learns from, over all processes")
     parser.add_argument("--micro-batch", type=int, help="samples a process computes with at a time")
     parser.add_argument("--samples", type=int, help="procedural samples in the pool, with --config")
@@ -83,8 +83,12 @@ def _from_nothing(options: argparse.Namespace) -> Path | None:
 
     recipe = Recipe(config=options.config or "nano", ablation=options.ablation).with_seed(options.seed or 0)
     recipe = recipe.shortened(options.steps, options.steps, options.samples)
-    pretraining = replace(recipe.pretraining, loop=_changed_loop(recipe.pretraining.loop, options))
-    recipe = replace(recipe, pretraining=pretraining, tuning=replace(recipe.tuning, loop=_changed_loop(recipe.tuning.loop, options)))
+    recipe = replace(
+        recipe,
+        pretraining=replace(recipe.pretraining, loop=_changed_loop(recipe.pretraining.loop, options)),
+        language=replace(recipe.language, loop=_changed_loop(recipe.language.loop, options)),
+        tuning=replace(recipe.tuning, loop=_changed_loop(recipe.tuning.loop, options)),
+    )
     train_from_nothing(recipe, options.output, options.device, options.workers)
     return options.output / "checkpoint" if is_main_process() else None
 

@@ -1,4 +1,4 @@
-"""How nano is made from nothing: procedural samples, pixel pretraining, then the whole model under the paper's objective.
+"""How nano is made from nothing: procedural samples, pixel and language pretraining, then the whole model under the paper's objective.
 
 It stands for what the 7B gets from SAM, SigLIP and LLaVA-OneVision before AG-VAS is trained, at a size that two CPU cores train in well
 under an hour. Every number is a field; the folder is resumable at any time.
@@ -18,6 +18,7 @@ from agvas.training.adaptation import TrainedParts
 from agvas.training.batch import collate
 from agvas.training.descriptions import all_sentences
 from agvas.training.instructions import all_instructions
+from agvas.training.language_pretraining import LanguagePretraining, LanguagePretrainingSettings
 from agvas.training.loop import LoopSettings, is_main_process, keep_settings, main_process_first, run
 from agvas.training.losses import MaskLossWeights
 from agvas.training.objective import ObjectiveSettings
@@ -47,6 +48,7 @@ class Recipe:
     pool: PoolSettings = PoolSettings()
     plain_share: float = 0.6
     pretraining: PretrainingSettings = field(default_factory=PretrainingSettings)
+    language: LanguagePretrainingSettings = field(default_factory=LanguagePretrainingSettings)
     tuning: TuningSettings = field(
         default_factory=lambda: TuningSettings(
             LoopSettings(
@@ -78,13 +80,17 @@ class Recipe:
             self,
             seed=seed,
             pretraining=replace(self.pretraining, loop=replace(self.pretraining.loop, seed=seed)),
+            language=replace(self.language, loop=replace(self.language.loop, seed=seed)),
             tuning=replace(self.tuning, loop=replace(self.tuning.loop, seed=seed)),
         )
 
     def shortened(self, pretraining_steps: int | None, tuning_steps: int | None, samples: int | None) -> Recipe:
-        """With other numbers of steps and samples (None: as they are); what falls at a share of a run keeps its share."""
-        pretraining, tuning, pool = self.pretraining, self.tuning, self.pool
+        """With other numbers of steps and samples (None: as they are); what falls at a share of a run keeps its share, and so does the
+        language pretraining of both."""
+        pretraining, language, tuning, pool = self.pretraining, self.language, self.tuning, self.pool
         if pretraining_steps is not None:
+            words = max(1, round(language.loop.steps * pretraining_steps / pretraining.loop.steps))
+            language = replace(language, loop=replace(language.loop, steps=words))
             until = round(pretraining.plain_until * pretraining_steps / pretraining.loop.steps)
             pretraining = replace(pretraining, plain_until=until, loop=replace(pretraining.loop, steps=pretraining_steps))
         if tuning_steps is not None:
@@ -94,7 +100,7 @@ class Recipe:
             )
         if samples is not None:
             pool = replace(pool, samples=samples, plain=samples * pool.plain // pool.samples)
-        return replace(self, pretraining=pretraining, tuning=tuning, pool=pool)
+        return replace(self, pretraining=pretraining, language=language, tuning=tuning, pool=pool)
 
 
 def train_from_nothing(recipe: Recipe, folder: Path, device: str = "cpu", workers: int = 2) -> AGVAS:
@@ -132,6 +138,18 @@ def train_from_nothing(recipe: Recipe, folder: Path, device: str = "cpu", worker
         "pixel pretraining",
     )
     hand_over(first.kernel, model)
+    words = recipe.language
+    config = semantic_config(model.config)
+    run(
+        second := LanguagePretraining(model),
+        second.groups(),
+        ProceduralSource(pool, model.config.preprocessing.pixel_size, recipe.plain_share, modes=words.modes, anchors=anchors),
+        lambda samples: collate(samples, config, model.prompt_encoder),
+        words.loop,
+        folder / "language-pretraining",
+        device,
+        "language pretraining",
+    )
     source = ProceduralSource(pool, model.config.preprocessing.pixel_size, recipe.plain_share, modes=recipe.modes, anchors=anchors)
     return tune(model, source, recipe.tuning, folder, device, dtype=torch.float16)
 
@@ -170,6 +188,14 @@ def pieces_config(config: AGVASConfig, side: int | None) -> AGVASConfig:
         return config
     if side % config.pixel.patch_size or side > config.pixel.image_size:
         raise ValueError(f"side: expected a multiple of {config.pixel.patch_size} up to {config.pixel.image_size} pixels, got {side}")
+    return replace(
+        config, pixel=replace(config.pixel, image_size=side), preprocessing=replace(config.preprocessing, pixel_size=side)
+    )
+
+
+def semantic_config(config: AGVASConfig) -> AGVASConfig:
+    """The config whose batches hold the smallest pixel images, for a phase that does not look at them."""
+    side = 4 * config.pixel.patch_size  # what a stem takes
     return replace(
         config, pixel=replace(config.pixel, image_size=side), preprocessing=replace(config.preprocessing, pixel_size=side)
     )
