@@ -43,12 +43,14 @@ class Choice:
     Attributes:
         milliseconds: median time of the first golden picture when it was measured.
         rejected: reason by candidate.
+        remembered: from an earlier measurement on this machine, not made now.
     """
 
     engine: str
     inference_precision: str
     milliseconds: float
     rejected: dict[str, str]
+    remembered: bool = False
 
 
 def choose_engine(bundle: Bundle, options: EngineOptions, precision: str | None = None) -> tuple[Pipeline, Choice]:
@@ -67,7 +69,7 @@ def choose_engine(bundle: Bundle, options: EngineOptions, precision: str | None 
         except EngineError:
             pass  # what was chosen then cannot be opened now: measure again
         else:
-            return pipeline, known
+            return pipeline, replace(known, remembered=True)
     candidates = candidates_for(bundle, options.device)
     best: tuple[Pipeline, Choice] | None = None
     rejected: dict[str, str] = {}

@@ -143,7 +143,9 @@ def test_auto_says_on_stderr_which_engine_it_chose_and_quiet_keeps_it_silent(run
     code, (line,), errors = run_segment(photos / "one.png", "--json", engine="auto")
     assert code == 0
     assert f"engine {json.loads(line)['engine']}, precision {json.loads(line)['inference_precision']}" in errors
-    assert "chosen by auto" in errors
+    assert "chosen by auto" in errors and "  not " in errors
+    errors = run_segment(photos / "one.png", engine="auto")[2]
+    assert "when it was measured" in errors and "  not " not in errors, "why not the others is told once"
     code, lines, errors = run_segment(photos, "--quiet", engine="auto")
     assert (code, len(lines), errors) == (0, 3, "")
 

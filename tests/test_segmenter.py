@@ -315,7 +315,8 @@ def test_auto_remembers_its_choice_and_measures_again_only_when_something_change
     assert measured == 1
     second = Segmenter(tiny_bundle)
     assert len(verified) == measured, "it measured again"
-    assert second.choice == first.choice and second.engine == first.engine
+    assert first.choice is not None and not first.choice.remembered
+    assert second.choice == replace(first.choice, remembered=True) and second.engine == first.engine
     assert_same(second(picture()), first(picture()))
     Segmenter(tiny_bundle, threads=1)
     assert len(verified) == 2 * measured, "other threads, another choice"

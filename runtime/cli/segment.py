@@ -202,8 +202,9 @@ def _run(arguments: argparse.Namespace) -> int:
     )
     if segmenter.choice is not None:
         chosen = replace(options, inference_precision=segmenter.inference_precision)
-        note(f"{describe(segmenter.engine, chosen)}, chosen by auto: {segmenter.choice.milliseconds:.1f} ms a picture")
-        for name, reason in segmenter.choice.rejected.items():
+        when = " when it was measured" if segmenter.choice.remembered else ""
+        note(f"{describe(segmenter.engine, chosen)}, chosen by auto: {segmenter.choice.milliseconds:.1f} ms a picture{when}")
+        for name, reason in () if segmenter.choice.remembered else segmenter.choice.rejected.items():
             note(f"  not {name}: {reason}")
     verdicts: Counter[str] = Counter(failed=len(failed))
     instructions = arguments.instruction or [None]
