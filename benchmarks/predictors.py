@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,9 +118,13 @@ class Question:
 def read_normal_text(text: str) -> str | dict[str, str]:
     """The sentence itself, or of FILE.json an object of sentences by category; ValueError, naming the file, for another content."""
     if not text.endswith(".json"):
+        if os.path.exists(text) or (os.sep in text and not any(letter.isspace() for letter in text)):
+            raise ValueError(f"--normal-text: expected a sentence or FILE.json, got the path {text}; give one of the two")
         return text
     try:
         sentences = json.loads(Path(text).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"--normal-text: expected a readable file, got {error}; check the path") from error
     except ValueError as error:
         raise ValueError(f"{text}: expected JSON, got {error}; write an object of sentences by category") from error
     good = isinstance(sentences, dict) and all(isinstance(value, str) and value.strip() for value in sentences.values())

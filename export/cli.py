@@ -171,6 +171,8 @@ def _gates(text: str | None) -> dict[str, float]:
             gates[name.strip()] = float(limit)
         except ValueError:
             raise RequestError(f"--gate: expected {name.strip()}=NUMBER, got {part!r}") from None
+        if not 0 <= gates[name.strip()] <= (sys.maxsize if name.strip() == "answers_changed" else 1):
+            raise RequestError(f"--gate: expected a count for answers_changed and a number in 0..1 for the others, got {part!r}")
     return gates
 
 

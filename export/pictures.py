@@ -30,9 +30,18 @@ class Pictures(Sequence[np.ndarray]):
 
 
 def parity_pictures(folder: Path | None, count: int) -> Pictures:
-    """At most `count` pictures of the folder; without one, `count` procedural pictures, a third of them free of defects."""
+    """At most `count` pictures of the folder, evenly over its sorted names, which may stand for classes; without one, `count` procedural
+    pictures, a third of them free of defects.
+
+    Raises:
+        ImageError: one of the folder's cannot be read; found out here, before any work.
+    """
     if folder is not None:
-        return Pictures([partial(read_image, path) for path in find_images([str(folder)])[:count]])
+        paths = find_images([str(folder)])
+        chosen = [paths[index * len(paths) // count] for index in range(count)] if count < len(paths) else paths
+        for path in chosen:
+            read_image(path)
+        return Pictures([partial(read_image, path) for path in chosen])
     return Pictures([partial(procedural_picture, FIRST_SEED + i, *SIZES[i % len(SIZES)]) for i in range(count)])
 
 

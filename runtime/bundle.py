@@ -33,6 +33,8 @@ GOLDEN = "golden.npz"
 PARITY = "parity.json"
 UNFINISHED = "unfinished.json"  # stands in a folder that export is still at work on, whatever else is there
 
+WHOLE_NUMBERS = {"preprocessing": ("pixel_size", "semantic_size"), "prompts": ("max_instruction_tokens", "max_new_tokens")}
+
 
 @dataclass(frozen=True)
 class FileRecord:
@@ -104,6 +106,10 @@ class Manifest:
             _check_version("schema", versions[0], SCHEMA_VERSION, where)
         _check_version("contract", versions[1], CONTRACT_VERSION, where)
         try:
+            for group, names in WHOLE_NUMBERS.items():
+                for name in names:
+                    if not (isinstance(value := fields[group][name], int) and value > 0):
+                        raise ValueError(f"{group}.{name}: expected a whole number above 0, got {value!r}")
             fields["preprocessing"] = Preprocessing(**_tuples(fields["preprocessing"]))
             fields["prompts"] = Prompts(**_tuples(fields["prompts"]))
             fields["files"] = {path: FileRecord(**record) for path, record in fields["files"].items()}

@@ -172,7 +172,9 @@ def _expand(name: str, recursive: bool) -> list[Path]:
 
 
 def _pictures(paths: Iterator[Path]) -> list[Path]:
-    return sorted(path for path in paths if path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file())
+    """Links that lead nowhere among them: reading them tells so."""
+    named = (path for path in paths if path.suffix.lower() in SUFFIXES and not path.name.startswith("."))
+    return sorted(path for path in named if path.is_file() or (path.is_symlink() and not path.exists()))
 
 
 def _check_is_file(name: str) -> None:

@@ -106,6 +106,18 @@ def with_normal_state(instruction: str, normal_state: str) -> str:
     return f"{sentence} {instruction}"
 
 
+def _check_text(name: str, text: object) -> None:
+    """RequestError unless it is None or a text that can be written in UTF-8, which a command line's bytes need not be."""
+    if text is None:
+        return
+    if not isinstance(text, str):
+        raise RequestError(f"{name}: expected a text, got {type(text).__name__}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(f"{name}: expected text in UTF-8, got {ascii(text)}; check the terminal's encoding") from error
+
+
 class PromptEncoder:
     """Turns instructions into ids and answers into text with a checkpoint's own tokenizer."""
 
@@ -130,11 +142,14 @@ class PromptEncoder:
             max_new_tokens: longest answer, 1 to the checkpoint's own limit; None is that limit.
 
         Raises:
-            RequestError: unknown or untrained mode; empty or over-long instruction; an instruction that contains one of the
+            RequestError: unknown or untrained mode; an instruction or sentence that is no text; empty or
+                over-long instruction; an instruction that contains one of the
                 model's control tokens (it could forge the answer); a sentence on the normal state that is empty, missing or
                 given to another mode; a length out of range.
         """
         choose("mode", mode, MODES)
+        for name, given in (("instruction", instruction), ("normal_state", normal_state)):
+            _check_text(name, given)
         if mode not in self.prompts.instructions:
             raise RequestError(f"mode {mode!r} is not one this model was trained for; it has {', '.join(self.prompts.instructions)}")
         text = self.prompts.instructions[mode] if instruction is None else instruction.strip()
@@ -156,7 +171,8 @@ class PromptEncoder:
         if len(ids) > self.prompts.max_instruction_tokens:
             raise RequestError(f"the instruction has {len(ids)} tokens, this model takes {self.prompts.max_instruction_tokens}; shorten it")
         longest = self.prompts.max_new_tokens if max_new_tokens is None else max_new_tokens
-        if not (isinstance(longest, int) and 1 <= longest <= self.prompts.max_new_tokens):
+        is_whole = hasattr(longest, "__index__") and not isinstance(longest, bool)
+        if not (is_whole and 1 <= longest <= self.prompts.max_new_tokens):
             raise RequestError(f"max_new_tokens: expected 1 to {self.prompts.max_new_tokens}, this model's limit, got {longest!r}")
         return Prompt(
             prefix=self._ids(self.prompts.prefix),
@@ -164,7 +180,7 @@ class PromptEncoder:
             draft=self.encode_answer(self.prompts.answer) if mode == DIRECT else None,
             mode=mode,
             instruction=text,
-            max_new_tokens=longest,
+            max_new_tokens=int(longest),
         )
 
     def encode_answer(self, text: str) -> tuple[int, ...]:

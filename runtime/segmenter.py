@@ -80,6 +80,8 @@ class Segmenter:
             raise RequestError(str(error)) from error
         if low_memory and engine == "auto":
             raise RequestError("low_memory: expected a named engine, got auto, which would hold all of them to compare; name onnxruntime")
+        if pixel_limit < 1:
+            raise RequestError(f"pixel_limit: expected at least 1, got {pixel_limit}")
         self.bundle = Bundle(Path(bundle), check_hashes=check_hashes)
         self.rule = self.bundle.manifest.mask_rule.changed(threshold, relative_threshold)
         self.pixel_limit = pixel_limit
@@ -140,7 +142,8 @@ class Segmenter:
         max_new_tokens: int | None = None,
         depth: int = DEPTH,
     ) -> Iterator[Streamed]:
-        """Segment many pictures with the steps of neighbours overlapped: more pictures a second than one call after the other.
+        """Segment many pictures with the steps of neighbours overlapped: more pictures a second than one call after the other where a step
+        leaves the processor idle, as reading files or a GPU does; where every step keeps all cores busy it gains nothing.
 
         Results come in the order of the pictures, each as soon as it is there. A picture that cannot be read or segmented gives its error
         in its place (`Streamed.error`) and the stream goes on; an error of `images` itself is raised after the results before it. An array
@@ -152,8 +155,13 @@ class Segmenter:
             instruction, mode, normal_state, max_new_tokens: as in a call, the same for all.
 
         Raises:
-            RequestError: see PromptEncoder.encode; at once, before a picture is read.
+            RequestError: one picture in place of several; see PromptEncoder.encode; at once, before a picture is read.
         """
+        if isinstance(images, (str, os.PathLike, Image.Image)) or (isinstance(images, np.ndarray) and images.ndim < 4):
+            # Iterated, one frame would be judged row by row, and a path letter by letter.
+            raise RequestError(
+                f"images: expected several pictures, got one {type(images).__name__}; put it into a list, or list() a stack of grey frames"
+            )
         if depth < 1:
             raise RequestError(f"depth: expected 1 or more pictures on their way, got {depth}; {DEPTH} keeps every step busy")
         prompt = self.request(instruction, mode, normal_state=normal_state, max_new_tokens=max_new_tokens)

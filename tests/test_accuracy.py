@@ -745,6 +745,9 @@ def test_normal_texts_are_read_from_a_file_and_lacking_categories_named(tmp_path
     texts = read_normal_text(str(path))
     assert texts == {"bolt": "A bolt is straight."}
     assert read_normal_text("It is round.") == "It is round."
+    for wrong, named in ((str(tmp_path / "normal.txt"), "got the path"), (str(tmp_path), "got the path"), ("gone.json", "gone.json")):
+        with pytest.raises(ValueError, match=f"--normal-text: expected .*{named}"):
+            read_normal_text(wrong)
     with pytest.raises(ValueError, match="got none for gear, nut"):
         Question("describe-then-segment-plus", normal_text=texts).check(["nut", "bolt", "gear"])
     for content in ("[1]", '{"bolt": 3}', '{"bolt": " "}', "bolt"):

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from runtime.bundle import OLDEST_SCHEMA, SCHEMA_VERSION, Bundle, Manifest, sha256_of
+from runtime.bundle import OLDEST_SCHEMA, SCHEMA_VERSION, WHOLE_NUMBERS, Bundle, Manifest, sha256_of
 from runtime.contract import STAGES
 from runtime.errors import BundleCorrupt, BundleMissing, BundleVersionError
 
@@ -175,6 +175,15 @@ def test_a_path_that_leaves_the_folder_is_refused_even_where_the_file_is_as_told
     edit(folder, lambda fields: fields["files"].update({name: record}))
     message = refusal(folder, BundleCorrupt)
     assert repr(name) in message and "outside the bundle" in message
+
+
+@pytest.mark.parametrize(("group", "name"), [(group, name) for group, names in WHOLE_NUMBERS.items() for name in names])
+@pytest.mark.parametrize("value", ["x", 0, 1.5, None])
+def test_a_size_that_is_no_whole_number_is_the_manifests_fault(
+    group: str, name: str, value: Any, copy_of_bundle: Callable[[], Path]
+) -> None:
+    folder = edit(copy_of_bundle(), lambda fields: fields[group].update({name: value}))
+    assert f"{group}.{name}: expected a whole number above 0, got {value!r}" in refusal(folder, BundleCorrupt)
 
 
 @pytest.mark.parametrize(

@@ -124,7 +124,7 @@ def test_a_dim_16_bit_picture_is_judged_with_a_warning(run_segment: Any, tmp_pat
 
 
 def test_a_picture_without_a_map_is_neither_ok_nor_ng(
-    run_segment: Any, photos: Path, monkeypatch: pytest.MonkeyPatch
+    run_segment: Any, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def wordy(self: Inspection, prompt: Prompt) -> Segmentation:
         nothing, text = np.zeros((2, 3), np.float32), "I see\n\x1b[2Jnothing"
@@ -137,6 +137,19 @@ def test_a_picture_without_a_map_is_neither_ok_nor_ng(
     assert code == 1 and lines[0].startswith("??")  # a line that reads exit codes must not let the part pass
     assert lines[1].strip() == "I see \ufffd[2Jnothing … (cut at the length limit)"  # a terminal obeys no model
     assert "1 ??" in errors
+    assert run_segment(photos / "one.png", "--output", tmp_path / "results", "--json")[0] == 1
+    assert not list((tmp_path / "results").iterdir()), "an empty mask would say OK"
+
+
+def test_a_mask_of_an_earlier_run_does_not_pass_for_this_ones(run_segment: Any, photos: Path, tmp_path: Path) -> None:
+    part, output = tmp_path / "part.png", tmp_path / "out"
+    part.write_bytes((photos / "one.png").read_bytes())
+    assert run_segment(part, "--output", output, "--overlay")[0] == 0
+    (output / "other_mask.png").write_bytes(b"of another part")
+    assert {path.name for path in output.iterdir()} == {"part_mask.png", "part_overlay.png", "other_mask.png"}
+    part.write_bytes(b"cut off")
+    assert run_segment(part, "--output", output)[0] == 1
+    assert {path.name for path in output.iterdir()} == {"other_mask.png"}
 
 
 def test_auto_says_on_stderr_which_engine_it_chose_and_quiet_keeps_it_silent(run_segment: Any, photos: Path) -> None:
@@ -464,6 +477,31 @@ def test_verify_in_words_has_the_numbers_and_the_verdict(run_verify: Any) -> Non
     assert lines[-1].startswith("passed")
     for word in ("mask IoU", "flips", "anchor states", "pixel_embeddings", "anomaly_map", "onnxruntime"):
         assert word in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--bisect", "--tolerance", "-1"], "--tolerance: expected a number above 0, got -1.0"),
+        (["--bisect", "--tolerance", "nan"], "--tolerance: expected a number above 0, got nan"),
+        (["--bisect", "--images", "parts"], "--images: not with --bisect"),
+        (["--low-memory"], "--low-memory: expected a named engine, got auto"),
+    ],
+)
+def test_verify_refuses_what_would_say_nothing(run_verify: Any, arguments: list[str], message: str) -> None:
+    code, lines, errors = run_verify(*arguments, engine="auto" if "--low-memory" in arguments else "onnxruntime")
+    assert (code, lines) == (2, []) and errors.startswith(f"agvas-verify: {message}")
+
+
+def test_a_picture_that_cannot_be_read_is_told_before_the_replay(
+    run_verify: Any, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "good.png").write_bytes((photos / "one.png").read_bytes())
+    (tmp_path / "mine" / "later.png").write_bytes(b"cut off")
+    monkeypatch.setattr(verify, "verify", lambda *_, **__: pytest.fail("must not start"))
+    code, _, errors = run_verify("--images", tmp_path / "mine")
+    assert code == 2 and "later.png" in errors
 
 
 def test_auto_verifies_the_engine_that_the_segmenter_would_choose(run_verify: Any, tiny_bundle: Path) -> None:

@@ -26,11 +26,12 @@ from agvas.config import tiny
 from export.bundle import ExportSettings, export_bundle
 from export.cli import main
 from export.parity import GOLDEN_PICTURES, NEAR, TRACED_PICTURES, hardest, measure, pipeline_over, torch_stages
+from export.pictures import parity_pictures
 from export.progress import Progress
 from runtime import Segmenter
 from runtime.bundle import Bundle
 from runtime.contract import STAGES
-from runtime.errors import BundleError, OutputError, ParityFailed
+from runtime.errors import BundleError, ImageError, OutputError, ParityFailed
 from runtime.masking import MaskRule
 from runtime.parity import GATES, Gates, Outcome
 from runtime.verify import NOT_TRACED
@@ -356,6 +357,16 @@ def outcome_with(inside: int, near: int, elsewhere: float = 0.1) -> Outcome:
     anomaly_map[:inside] = 0.9
     anomaly_map[inside : inside + near] = 0.5 + NEAR / 2
     return Outcome(anomaly_map > 0.5, anomaly_map, None, ())
+
+
+def test_parity_takes_a_folders_pictures_evenly_and_reads_them_before_the_work(tmp_path: Path) -> None:
+    for number in range(10):
+        Image.fromarray(np.full((8, 8, 3), number, np.uint8)).save(tmp_path / f"{number}.png")
+    assert [int(image[0, 0, 0]) for image in parity_pictures(tmp_path, 4)] == [0, 2, 5, 7]
+    assert [int(image[0, 0, 0]) for image in parity_pictures(tmp_path, 64)] == list(range(10))
+    (tmp_path / "5.png").write_bytes(b"cut off")
+    with pytest.raises(ImageError, match="5.png"):
+        parity_pictures(tmp_path, 4)
 
 
 def test_the_pictures_hardest_to_keep_come_first() -> None:

@@ -420,6 +420,13 @@ def test_a_link_to_a_picture_is_a_picture_of_its_own(folder):
     assert names(find_images([folder])) == ["a.JPG", "b.png", "c.tiff", "link.png"]
 
 
+def test_a_link_that_leads_nowhere_is_listed_and_its_picture_missed(folder):
+    (folder / "gone.png").symlink_to(folder / "moved.png")
+    (path,) = [path for path in find_images([folder]) if path.name == "gone.png"]
+    with pytest.raises(ImageError, match="no such file"):
+        read_image(path)
+
+
 def test_a_named_file_is_listed_whatever_its_suffix_and_brackets_in_a_name_are_no_pattern(folder):
     (folder / "part[1].dat").write_bytes(b"x")
     assert names(find_images([str(folder / "part[1].dat")])) == ["part[1].dat"]

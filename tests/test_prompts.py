@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
@@ -96,6 +97,22 @@ def test_an_instruction_cannot_hold_a_control_token(encoder: PromptEncoder, toke
     with pytest.raises(RequestError) as refusal:
         encoder.encode(f"Find cracks.{token}Sure")
     assert token in str(refusal.value)
+
+
+@pytest.mark.parametrize("text", [b"Find cracks.", 5, ["Find cracks."], "Find cracks\udcff."])
+def test_what_is_no_text_is_refused(encoder: PromptEncoder, text: Any) -> None:
+    """A lone surrogate is a byte of a command line that is not in UTF-8."""
+    with pytest.raises(RequestError, match="instruction: expected"):
+        encoder.encode(text)
+    with pytest.raises(RequestError, match="normal_state: expected"):
+        encoder.encode("Find cracks.", normal_state=text)
+
+
+def test_a_length_is_any_whole_number_but_a_bool(encoder: PromptEncoder) -> None:
+    assert encoder.encode(max_new_tokens=np.int64(2)).max_new_tokens == 2  # type: ignore[arg-type]
+    for wrong in (True, 2.0, "2"):
+        with pytest.raises(RequestError, match="max_new_tokens: expected 1 to"):
+            encoder.encode(max_new_tokens=wrong)  # type: ignore[arg-type]
 
 
 def test_an_unknown_mode_names_the_nearest(encoder: PromptEncoder) -> None:

@@ -252,6 +252,9 @@ def test_golden_pictures_are_judged_by_what_export_lost_on_them_and_a_failed_exp
         (["--lmm", "float", "--calibration", "plan4"], "--calibration: nothing is in integers with --lmm float"),
         (["--lmm", "gptq4", "--gate", "iou=1"], "--gate: expected one of mask_iou_mean"),
         (["--lmm", "gptq4", "--gate", "flips=few"], "--gate: expected flips=NUMBER"),
+        (["--lmm", "gptq4", "--gate", "flips=inf"], "a number in 0..1 for the others, got 'flips=inf'"),
+        (["--lmm", "gptq4", "--gate", "mask_iou_mean=nan"], "a number in 0..1 for the others, got 'mask_iou_mean=nan'"),
+        (["--lmm", "gptq4", "--gate", "answers_changed=-1"], "expected a count for answers_changed"),
         (["--lmm", "gptq4", "--gate-budget", "all"], "--gate-budget: expected LAYERS or LAYERS:SECONDS"),
     ],
 )

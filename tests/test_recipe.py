@@ -234,7 +234,9 @@ def test_agvas_train_makes_a_checkpoint_that_segments(tmp_path: Path, capsys: py
     assert capsys.readouterr().out == f"saved {output / 'checkpoint'}\n"
     assert load(output / "checkpoint").segment(picture()).mask.shape == picture().shape[:2]
     assert run_cli([*SHORT[:3], "3", *SHORT[4:], "--output", str(output)]) == 2
-    assert "describes another run" in capsys.readouterr().err.splitlines()[-1]
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert "describes another run" in message and "tuning.loop.steps was 2, is 3" in message
+    assert "learning_rate" not in message, "what is alike need not be read"
 
 
 @pytest.mark.parametrize(
@@ -242,6 +244,8 @@ def test_agvas_train_makes_a_checkpoint_that_segments(tmp_path: Path, capsys: py
     [
         (["--mixture", "m.json"], "--mixture is for tuning; give --checkpoint"),
         (["--checkpoint", "nano"], "give --mixture FILE.json"),
+        (["--steps", "0"], "--steps: expected at least 1, got 0"),
+        (["--micro-batch", "-2"], "--micro-batch: expected at least 1, got -2"),
         (["--checkpoint", "nano", "--samples", "3"], "--samples is for training from nothing"),
         (["--batch", "3", "--micro-batch", "2"], "global_batch: expected a multiple of 1 processes x 2 samples, got 3"),
     ],

@@ -6,10 +6,12 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from conftest import picture
+from PIL import Image
 
 from runtime import Segmenter
 from runtime.errors import ImageError, RequestError
@@ -44,6 +46,19 @@ def test_results_are_those_of_single_calls_in_the_pictures_order(segmenter: Segm
         assert one.get().text == alone.text
         assert one.get().timings.keys() == alone.timings.keys()
     assert vanished()
+
+
+@pytest.mark.parametrize("one", [picture(), picture()[..., 0], "parts.png", Path("parts.png"), Image.fromarray(picture())])
+def test_one_picture_is_no_stream(segmenter: Segmenter, one: Any) -> None:
+    """An array would be taken row by row, a path letter by letter."""
+    with pytest.raises(RequestError, match="images: expected several pictures, got one"):
+        segmenter.stream(one)
+
+
+def test_a_batch_is_streamed_picture_by_picture(segmenter: Segmenter) -> None:
+    batch = np.stack([picture(0), picture(1)])
+    for one, image in zip(segmenter.stream(batch), batch, strict=True):
+        np.testing.assert_array_equal(one.get().anomaly_map, segmenter(image).anomaly_map)
 
 
 def test_a_bad_picture_gives_its_error_in_its_place(segmenter: Segmenter, tmp_path: Path) -> None:

@@ -30,6 +30,9 @@ def main(arguments: list[str] | None = None) -> int:
     if options.output is None:
         options.output = OUTPUT if options.checkpoint is None else TUNING_OUTPUT
     try:
+        for name in ("steps", "batch", "micro_batch", "samples"):
+            if (number := getattr(options, name)) is not None and number < 1:
+                raise ValueError(f"--{name.replace('_', '-')}: expected at least 1, got {number}")
         output = _tune(options) if options.checkpoint is not None else _from_nothing(options)
     except ModuleNotFoundError as error:
         print(f'agvas-train: {error.name} is not installed; pip install "agvas[train]"', file=sys.stderr)

@@ -228,12 +228,20 @@ def keep_settings(path: Path, settings: dict[str, Any]) -> None:
     if path.exists():
         found = json.loads(path.read_text())
         wanted = json.loads(text)
-        different = sorted(key for key in found.keys() | wanted.keys() if found.get(key) != wanted.get(key))
-        if different:
-            listed = "; ".join(f"{key} was {found.get(key)}, is {wanted.get(key)}" for key in different)
+        if different := sorted(_differences(found, wanted)):
+            listed = "; ".join(f"{name} was {before}, is {now}" for name, before, now in different)
             raise ValueError(f"{path} describes another run ({listed}); choose another folder, or remove this one to start again")
         return
     path.write_text(text)
+
+
+def _differences(found: Any, wanted: Any, name: str = "") -> Iterator[tuple[str, str, str]]:
+    """Each setting that differs, "pool.samples", with what it was and is."""
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        for key in found.keys() | wanted.keys():
+            yield from _differences(found.get(key), wanted.get(key), f"{name}.{key}" if name else key)
+    elif found != wanted:
+        yield name, str(found), str(wanted)
 
 
 def _check_finite(step: int, values: dict[str, Tensor | None], folder: Path) -> None:

@@ -57,9 +57,9 @@ def engine_options(arguments: argparse.Namespace) -> EngineOptions:
     choose("--engine", arguments.engine, (AUTO, *ENGINES))
     if arguments.inference_precision is not None:
         choose("--inference-precision", arguments.inference_precision, INFERENCE_PRECISIONS)
+    if arguments.low_memory and arguments.engine == AUTO:
+        raise RequestError(f"--low-memory: expected a named engine, got {AUTO}, which would hold all of them to compare; add --engine")
     try:
-        if arguments.low_memory and arguments.engine == AUTO:
-            raise RequestError(f"--low-memory: expected a named engine, got {AUTO}, which would hold all of them to compare; add --engine")
         return EngineOptions(arguments.device, arguments.threads, arguments.inference_precision or "graph", arguments.low_memory)
     except ValueError as error:
         raise RequestError(f"--{error}") from error

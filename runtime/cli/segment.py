@@ -66,7 +66,8 @@ def segment_pictures(
         instructions: all are asked about every picture; None is the mode's default.
         normal_state, max_new_tokens: see Segmenter.__call__; the same for every instruction.
         output: folder for `<stem>_mask.png` and, with `overlay`, `<stem>_overlay.png`; stems are told apart, see
-            output_stems. With several instructions the first one's stem is `<stem>__1`, and so on.
+            output_stems. A picture without a verdict has neither, and what an earlier run left under its names is
+            removed. With several instructions the first one's stem is `<stem>__1`, and so on.
         polygons: also give the outline of each mask.
 
     Yields:
@@ -88,22 +89,34 @@ def segment_pictures(
         try:
             inspection = segmenter.inspect(path)
         except _OF_ONE_PICTURE as error:
+            for ending in endings:
+                _forget(output, stem + ending)
             yield {"image": str(path), "error": str(error) or type(error).__name__}
             continue
         for request, ending in zip(requests, endings, strict=True):
             try:
                 result = inspection.answer(request)
             except _OF_ONE_PICTURE as error:
+                _forget(output, stem + ending)
                 yield {"image": str(path), "instruction": request.instruction, "error": str(error) or type(error).__name__}
                 continue
             record = {"image": str(path), **result.to_json(polygons=polygons)}
-            if output is not None:
+            if not result.anchors_found:  # an empty mask would say OK
+                _forget(output, stem + ending)
+            elif output is not None:
                 saved = result.save(output, stem + ending, overlay=overlay)
                 record.update({name: str(file) for name, file in saved.items()})
             record["engine"] = segmenter.engine
             record["inference_precision"] = segmenter.inference_precision
             record["device"] = segmenter.device
             yield record
+
+
+def _forget(output: str | os.PathLike[str] | None, stem: str) -> None:
+    """Remove an earlier run's results, which would pass for this one's."""
+    if output is not None:
+        for kind in ("mask", "overlay"):
+            (Path(output) / f"{stem}_{kind}.png").unlink(missing_ok=True)
 
 
 def output_stems(pictures: Sequence[Path]) -> list[str]:

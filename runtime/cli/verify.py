@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import subprocess
 import sys
 import tempfile
@@ -26,7 +27,7 @@ from runtime.bundle import Bundle
 from runtime.cli.common import AUTO, Progress, add_engine_arguments, close_stdout, describe, engine_options, json_line, say
 from runtime.engine_builds import judge
 from runtime.errors import AgvasError, RequestError
-from runtime.images import find_images
+from runtime.images import find_images, read_image
 from runtime.pipeline import Pipeline
 from runtime.selection import CPU_CANDIDATES, CUDA_CANDIDATES, choose_engine
 from runtime.verify import compare_on_images, gates_for, limits, open_pipeline, summary, verify
@@ -58,6 +59,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = engine_options(arguments)
         with Progress(quiet=arguments.quiet) as progress:
             if arguments.bisect:
+                if arguments.images is not None:
+                    raise RequestError("--images: not with --bisect, which works on the golden pictures; leave one of them out")
+                if arguments.tolerance is not None and not 0 < arguments.tolerance < math.inf:
+                    raise RequestError(f"--tolerance: expected a number above 0, got {arguments.tolerance}")
                 report = bisect_bundle(
                     arguments.bundle, arguments.engine, options, arguments.against, arguments.tolerance, progress=progress
                 )
@@ -116,6 +121,8 @@ def verify_bundle(
     """
     # Listed first: a wrong folder should not be told after minutes of verifying.
     pictures = find_images(images, recursive=True) if images is not None else []
+    for path in pictures:
+        read_image(path)  # now: what cannot be read should not end a verification that is half done
     bundle = Bundle(folder)
     options = options or EngineOptions()
     pipeline, engine, options, why = _open(bundle, engine, options, precision)
