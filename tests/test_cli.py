@@ -376,12 +376,13 @@ def test_stems_stay_apart_whatever_the_names_are() -> None:
     assert len({stem.casefold() for stem in stems}) == len(stems)
 
 
-def test_a_result_never_overwrites_a_picture(run_segment: Any, photos: Path) -> None:
-    truth = save_picture(photos / "one_mask.png", 9)
+@pytest.mark.parametrize("kind", segment.KINDS)
+def test_a_result_never_overwrites_or_removes_a_picture(run_segment: Any, photos: Path, kind: str) -> None:
+    truth = save_picture(photos / f"one_{kind}.png", 9)
     before = truth.read_bytes()
     code, _, errors = run_segment(photos, "--output", photos)
     assert code == 2
-    assert "one_mask.png" in errors
+    assert f"one_{kind}.png" in errors
     assert truth.read_bytes() == before
 
 

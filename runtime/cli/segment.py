@@ -31,6 +31,8 @@ from runtime.segmenter import Segmenter
 # What leaves the next picture a chance; ImageError and a map with NaN are ValueErrors.
 _OF_ONE_PICTURE = (EngineError, ValueError, MemoryError)
 
+KINDS = ("mask", "overlay")  # of a picture's results, behind its stem
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
@@ -84,7 +86,7 @@ def segment_pictures(
     stems = output_stems(pictures)
     if output is not None:
         every = [stem + ending for stem in stems for ending in endings]
-        _spare_inputs(pictures, every, Path(output), ("mask", "overlay") if overlay else ("mask",))
+        _spare_inputs(pictures, every, Path(output))
     for path, stem in zip(pictures, stems, strict=True):
         try:
             inspection = segmenter.inspect(path)
@@ -115,7 +117,7 @@ def segment_pictures(
 def _forget(output: str | os.PathLike[str] | None, stem: str) -> None:
     """Remove an earlier run's results, which would pass for this one's."""
     if output is not None:
-        for kind in ("mask", "overlay"):
+        for kind in KINDS:
             (Path(output) / f"{stem}_{kind}.png").unlink(missing_ok=True)
 
 
@@ -343,12 +345,12 @@ def _with_folders(paths: Sequence[Path]) -> list[str]:
     return names
 
 
-def _spare_inputs(pictures: Sequence[Path], stems: Sequence[str], output: Path, kinds: Sequence[str]) -> None:
-    """Refuse to overwrite a picture by a result: x.png and x_mask.png side by side, segmented into their own folder."""
+def _spare_inputs(pictures: Sequence[Path], stems: Sequence[str], output: Path) -> None:
+    """Refuse to overwrite or remove a picture as a result: x.png and x_mask.png side by side, segmented into their own folder."""
     given = {Path(os.path.realpath(path.parent)) / path.name: path for path in pictures}
     folder = Path(os.path.realpath(output))
     for stem in stems:
-        for kind in kinds:
+        for kind in KINDS:
             if (path := given.get(folder / f"{stem}_{kind}.png")) is not None:
                 raise RequestError(
                     f"--output {output}: expected a folder of its own, got one where the picture {path} would be "
