@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from agvas import AGVAS
+from agvas import AGVAS, load
+from agvas.config import nano
 from benchmarks import threshold
 from benchmarks.demo import FIRST_SEED
 from benchmarks.threshold import RELATIVE, THRESHOLDS, Split, measured, photographs, procedural, proposed
@@ -64,6 +65,14 @@ def test_both_kinds_of_pictures_have_defects_and_normals_and_come_again_alike() 
 
 def test_no_seed_is_the_demos_or_a_trainings() -> None:
     assert threshold.PHOTOGRAPH_SEED - FIRST_SEED > 40 * 1000 and 1_000_000 + 10_000_000 < threshold.PROCEDURAL_SEED < 8_000_000_000
+
+
+def test_nanos_rule_is_what_was_proposed_for_it_and_what_the_readme_says() -> None:
+    root = Path(threshold.__file__).parents[1]
+    rule = nano().mask_decoder.mask_rule
+    assert MaskRule(**json.loads((root / "benchmarks" / "results" / "threshold_nano.json").read_text())["proposed"]) == rule
+    assert load("nano").config.mask_decoder.mask_rule == rule
+    assert f"With nano's {rule.threshold} and {rule.relative_threshold}," in (root / "README.md").read_text()
 
 
 def test_the_command_tells_both_curves(tmp_path: Path, tiny_model: AGVAS, monkeypatch: pytest.MonkeyPatch) -> None:
