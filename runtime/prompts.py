@@ -142,10 +142,9 @@ class PromptEncoder:
             max_new_tokens: longest answer, 1 to the checkpoint's own limit; None is that limit.
 
         Raises:
-            RequestError: unknown or untrained mode; an instruction or sentence that is no text; empty or
-                over-long instruction; an instruction that contains one of the
-                model's control tokens (it could forge the answer); a sentence on the normal state that is empty, missing or
-                given to another mode; a length out of range.
+            RequestError: unknown or untrained mode; an instruction or sentence that is no text; an empty or over-long instruction, or one
+                that contains one of the model's control tokens (it could forge the answer); a sentence on the normal state that is empty,
+                missing or given to another mode; a length out of range.
         """
         choose("mode", mode, MODES)
         for name, given in (("instruction", instruction), ("normal_state", normal_state)):

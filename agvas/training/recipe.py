@@ -188,14 +188,15 @@ def pieces_config(config: AGVASConfig, side: int | None) -> AGVASConfig:
         return config
     if side % config.pixel.patch_size or side > config.pixel.image_size:
         raise ValueError(f"side: expected a multiple of {config.pixel.patch_size} up to {config.pixel.image_size} pixels, got {side}")
-    return replace(
-        config, pixel=replace(config.pixel, image_size=side), preprocessing=replace(config.preprocessing, pixel_size=side)
-    )
+    return _with_pixels(config, side)
 
 
 def semantic_config(config: AGVASConfig) -> AGVASConfig:
-    """The config whose batches hold the smallest pixel images, for a phase that does not look at them."""
-    side = 4 * config.pixel.patch_size  # what a stem takes
+    """The config whose batches hold the smallest pixel images that a stem takes, for a phase that does not look at them."""
+    return _with_pixels(config, 4 * config.pixel.patch_size)
+
+
+def _with_pixels(config: AGVASConfig, side: int) -> AGVASConfig:
     return replace(
         config, pixel=replace(config.pixel, image_size=side), preprocessing=replace(config.preprocessing, pixel_size=side)
     )
