@@ -189,9 +189,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     from engines.errors import EngineError
     from runtime.errors import AgvasError
 
+    tables: list[PerImageTable] = []
     try:
         with ExitStack() as stack:
-            summary, results = _run(arguments, stack)
+            summary, results = _run(arguments, stack, tables)
         print(table(results, arguments.paper))
         if arguments.json:
             for line in results if len(results) == 1 else [*results, summary]:
@@ -203,17 +204,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f'agvas-eval: {package} is not installed; pip install "agvas[{_EXTRAS.get(package, "train")}]"', file=sys.stderr)
         return 2
     except (ValueError, OSError, ImportError, EngineError, AgvasError) as error:
-        print(f"agvas-eval: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"agvas-eval: {' '.join(str(error).split())}{_kept(tables)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        kept = f"; the images judged so far are in {arguments.csv}" if arguments.csv is not None and arguments.csv.exists() else ""
-        print(f"agvas-eval: interrupted{kept}", file=sys.stderr)
+        print(f"agvas-eval: interrupted{_kept(tables)}", file=sys.stderr)
         return 130
     return 0
 
 
-def _run(arguments: argparse.Namespace, stack: ExitStack) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """(what --output writes, each data set's result); files are opened on `stack`.
+def _kept(tables: Sequence[PerImageTable]) -> str:
+    """Where the lines of a run are that did not end."""
+    return "".join(f"; the images judged so far are in {table.partial}" for table in tables if table.partial.exists())
+
+
+def _run(arguments: argparse.Namespace, stack: ExitStack, tables: list[PerImageTable]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """(what --output writes, each data set's result); files are opened on `stack`, the table of images goes to `tables`, too.
 
     With every result stands who was `judged`, with what was used, the `settings` as they were asked for (None is the model's own, or where
     there is no such thing) and `versions`; no paths, so that results made elsewhere compare.
@@ -247,8 +252,9 @@ def _run(arguments: argparse.Namespace, stack: ExitStack) -> tuple[dict[str, Any
     predict = open_predictor(source, question)
     if arguments.overlays is not None:
         arguments.overlays.mkdir(parents=True, exist_ok=True)
-    per_image = None if arguments.csv is None else stack.enter_context(PerImageTable(arguments.csv))
-    results = evaluate_datasets(datasets, predict, _tqdm, per_image, arguments.overlays)
+    if arguments.csv is not None:
+        tables.append(stack.enter_context(PerImageTable(arguments.csv)))
+    results = evaluate_datasets(datasets, predict, _tqdm, tables[0] if tables else None, arguments.overlays)
     settings: dict[str, Any] = {"mode": None if source.baseline is not None else question.mode}
     settings |= {"instruction": question.instruction, "normal_text": question.normal_text}
     settings |= {"threshold": source.threshold, "relative_threshold": source.relative_threshold, "fusion_weight": source.fusion_weight}

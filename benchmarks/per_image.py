@@ -1,7 +1,7 @@
 """The table of single pictures that agvas-eval writes: a CSV line for each, as soon as it is judged.
 
-Every line is handed to the system at once, so an evaluation that is interrupted keeps what it has done. A file that exists is not
-overwritten: it may be what an interrupted evaluation left.
+Every line is handed to the system at once, so an evaluation that is interrupted keeps what it has done, under the file's name with
+`.partial` behind; the next run's lines take their place. A whole table is never overwritten.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ COLUMNS = ("dataset", "image", "label", "category", "kind", "score", "area", "io
 
 
 class PerImageTable:
-    """A CSV file open for writing; use it with `with`. An empty cell means unknown or undefined.
+    """A CSV file open for writing, complete when its `with` ends well. An empty cell means unknown or undefined.
 
     label is 1 for anomalous, 0 for normal; area counts the predicted mask's pixels; iou and ap are of this picture alone; image is its path
     below the data set's folder.
@@ -29,11 +29,10 @@ class PerImageTable:
 
     def __init__(self, path: Path) -> None:
         """ValueError where the file exists."""
-        try:
-            self._file = path.open("x", newline="", encoding="utf-8")
-        except FileExistsError as error:
-            raise ValueError(f"--csv: expected a new file, got {path}, which exists; move it away or give another name") from error
-        self._path, self.lines = path, 0
+        if path.exists():
+            raise ValueError(f"--csv: expected a new file, got {path}, which exists; move it away or give another name")
+        self._path, self.partial, self.lines = path, path.with_name(path.name + ".partial"), 0
+        self._file = self.partial.open("w", newline="", encoding="utf-8")
         self._writer = csv.writer(self._file)
         self._writer.writerow(COLUMNS)
         self._file.flush()
@@ -42,10 +41,12 @@ class PerImageTable:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        """Closes the file, and removes it where no line was written: a run that failed at once leaves nothing in the next one's way."""
+        """Gives a whole table its name; what an error or an interruption cut off stays `partial`, unless it holds no line."""
         self._file.close()
-        if self.lines == 0:
-            self._path.unlink(missing_ok=True)
+        if kind is None:
+            os.replace(self.partial, self._path)
+        elif self.lines == 0:
+            self.partial.unlink(missing_ok=True)
 
     def write(self, dataset: str, root: Path, seen: Observation) -> None:
         item = seen.item

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import signal
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 WEIGHTS = ("float", "int8", "gptq4")
@@ -15,7 +20,7 @@ GATE_NAMES = ("mask_iou_mean", "mask_iou_min", "flips", "map_max_abs", "answers_
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit code 0 when the bundle passed, 1 when parity failed, 2 when it could not be made."""
+    """Exit code 0 when the bundle passed, 1 when parity failed, 2 when it could not be made, 130 when it was interrupted or terminated."""
     parser = argparse.ArgumentParser(prog="agvas-export", description=__doc__)
     parser.add_argument("--checkpoint", default="nano", help="nano (shipped) or a checkpoint folder (default nano)")
     parser.add_argument(
@@ -56,6 +61,28 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--force", action="store_true", help="go on where memory or disk will not do by the estimate")
     parser.add_argument("--json", action="store_true", help="last line of stdout as JSON")
     options = parser.parse_args(arguments)
+    with _terminated_as_interrupted():
+        return _main(options)
+
+
+@contextlib.contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """SIGTERM (of a service manager, a container's stop) ends the block as Ctrl-C does, so that no half-written folder is left."""
+    if threading.current_thread() is not threading.main_thread():  # where no handler can be set
+        yield
+        return
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _main(options: argparse.Namespace) -> int:
     started = time.monotonic()
     from engines import EngineError
     from runtime.errors import AgvasError, ParityFailed, RequestError, choose

@@ -28,6 +28,7 @@ import os
 import stat
 import threading
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,7 +41,10 @@ from runtime.errors import ImageError
 # Pillow's own warning threshold, 256 MiB of RGB: a bomb is refused, a 60-megapixel camera is not.
 PIXEL_LIMIT = 89_478_485
 
-SUFFIXES = (".bmp", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff")
+SUFFIXES = (".bmp", ".jfif", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff")
+
+# Pictures too, by suffix, that are not read: a folder's are left out, and a warning tells how many.
+UNREAD_SUFFIXES = (".avif", ".gif", ".heic", ".heif", ".jp2", ".jxl", ".webp")
 
 # Decoders by signature, called directly: Image.open would compare the size with its own process-wide limit (a warning
 # or an error, by how far) before ours is asked.
@@ -129,7 +133,8 @@ def find_images(inputs: str | os.PathLike[str] | Sequence[str | os.PathLike[str]
     """List the pictures that files, folders and glob patterns stand for.
 
     A file is listed whatever its suffix. A folder or pattern gives its files with a suffix in `SUFFIXES` (any case),
-    hidden ones left out, sorted by path. Inputs keep their order; what is named twice is listed where it came first.
+    hidden ones left out, sorted by path; a warning tells of other pictures there (`UNREAD_SUFFIXES`). Inputs keep their order; what is
+    named twice is listed where it came first.
 
     Args:
         inputs: paths or patterns (`*`, `?`, `[…]`; `**` crosses folders); a path that exists is never a pattern.
@@ -151,7 +156,7 @@ def find_images(inputs: str | os.PathLike[str] | Sequence[str | os.PathLike[str]
 
 def _expand(name: str, recursive: bool) -> list[Path]:
     if name and os.path.isdir(name):
-        pictures = _pictures(Path(name).rglob("*") if recursive else Path(name).iterdir())
+        pictures = _pictures(name, Path(name).rglob("*") if recursive else Path(name).iterdir())
         if not pictures:
             below = "" if recursive else ", or ask for its subfolders too (agvas-segment --recursive)"
             raise ImageError(
@@ -160,7 +165,7 @@ def _expand(name: str, recursive: bool) -> list[Path]:
             )
         return pictures
     if glob.has_magic(name) and not os.path.exists(name):
-        pictures = _pictures(map(Path, glob.iglob(name, recursive=True)))
+        pictures = _pictures(name, map(Path, glob.iglob(name, recursive=True)))
         if not pictures:
             raise ImageError(
                 f"{name}: expected pictures to match this pattern, got none with a suffix in {', '.join(SUFFIXES)}; "
@@ -171,9 +176,14 @@ def _expand(name: str, recursive: bool) -> list[Path]:
     return [Path(name)]
 
 
-def _pictures(paths: Iterator[Path]) -> list[Path]:
+def _pictures(name: str, paths: Iterator[Path]) -> list[Path]:
     """Links that lead nowhere among them: reading them tells so."""
-    named = (path for path in paths if path.suffix.lower() in SUFFIXES and not path.name.startswith("."))
+    shown = [path for path in paths if not path.name.startswith(".")]
+    unread = Counter(suffix for path in shown if (suffix := path.suffix.lower()) in UNREAD_SUFFIXES)
+    if unread:
+        counts = ", ".join(f"{count} {suffix}" for suffix, count in sorted(unread.items()))
+        warnings.warn(f"{name}: left out {counts}: {_FORMATS} is read; save them as PNG", stacklevel=4)
+    named = (path for path in shown if path.suffix.lower() in SUFFIXES)
     return sorted(path for path in named if path.is_file() or (path.is_symlink() and not path.exists()))
 
 

@@ -418,7 +418,7 @@ def test_a_folder_of_pictures_without_masks_gives_lines_and_no_metrics(
 def test_an_interrupted_run_keeps_its_lines_and_says_where(
     parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path, judged = tmp_path / "images.csv", []
+    path, judged = tmp_path / "images.csv.partial", []
 
     def stopped_at_the_third(item: Judged) -> Prediction:
         if len(judged) == 2:
@@ -427,13 +427,32 @@ def test_an_interrupted_run_keeps_its_lines_and_says_where(
         judged.append(item)
         return perfect(item)
 
+    command = [str(parts), "--bundle", "any", "--csv", str(tmp_path / "images.csv")]
     monkeypatch.setattr(accuracy, "open_predictor", lambda *_: stopped_at_the_third)
-    assert main([str(parts), "--bundle", "any", "--csv", str(path)]) == 130
+    assert main(command) == 130
     assert capsys.readouterr().err == f"agvas-eval: interrupted; the images judged so far are in {path}\n"
     assert [row["image"] for row in rows_of(path)] == ["images/a.png", "images/c.png"]
-    assert main([str(parts), "--bundle", "any", "--csv", str(path)]) == 2
+    monkeypatch.setattr(accuracy, "open_predictor", lambda *_: Predictor(perfect, {}))
+    assert main(command) == 0, "the same command again is in nobody's way"
+    assert not path.exists() and len(rows_of(tmp_path / "images.csv")) == 5
+    capsys.readouterr()
+    assert main(command) == 2
     assert "exists; move it away" in capsys.readouterr().err
-    assert len(rows_of(path)) == 2
+    assert len(rows_of(tmp_path / "images.csv")) == 5
+
+
+def test_a_picture_that_ends_the_run_leaves_the_lines_before_it(
+    parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails_at_c(item: Judged) -> Prediction:
+        if item.image.stem == "c":
+            raise ValueError(f"{item.image}: damaged")
+        return perfect(item)
+
+    monkeypatch.setattr(accuracy, "open_predictor", lambda *_: fails_at_c)
+    assert main([str(parts), "--bundle", "any", "--csv", str(tmp_path / "images.csv")]) == 2
+    assert capsys.readouterr().err.endswith(f"c.png: damaged; the images judged so far are in {tmp_path / 'images.csv.partial'}\n")
+    assert len(rows_of(tmp_path / "images.csv.partial")) == 1
 
 
 def test_a_run_that_judged_nothing_leaves_no_table(parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -442,7 +461,7 @@ def test_a_run_that_judged_nothing_leaves_no_table(parts: Path, tmp_path: Path, 
 
     monkeypatch.setattr(accuracy, "open_predictor", lambda *_: fails)
     assert main([str(parts), "--bundle", "any", "--csv", str(tmp_path / "images.csv")]) == 2
-    assert not (tmp_path / "images.csv").exists()
+    assert not list(tmp_path.glob("images.csv*"))
 
 
 @pytest.mark.usefixtures("fake_model")

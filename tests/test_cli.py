@@ -380,10 +380,22 @@ def test_stems_stay_apart_whatever_the_names_are() -> None:
 def test_a_result_never_overwrites_or_removes_a_picture(run_segment: Any, photos: Path, kind: str) -> None:
     truth = save_picture(photos / f"one_{kind}.png", 9)
     before = truth.read_bytes()
-    code, _, errors = run_segment(photos, "--output", photos)
+    code, _, errors = run_segment(photos / "one.png", truth, "--output", photos)
     assert code == 2
     assert f"one_{kind}.png" in errors
     assert truth.read_bytes() == before
+
+
+@pytest.mark.parametrize(("below", "options", "refused"), [(".", (), True), ("out", ("--recursive",), True), ("out", (), False)])
+def test_masks_are_not_written_where_the_next_run_would_take_them_for_pictures(
+    run_segment: Any, photos: Path, below: str, options: tuple[str, ...], refused: bool
+) -> None:
+    pictures = {path.name for path in photos.iterdir()}
+    code, _, errors = run_segment(photos, *options, "--output", photos / below)
+    assert ("outside the pictures' own" in errors) is refused
+    assert (code == 2) is refused
+    if refused:
+        assert {path.name for path in photos.iterdir()} == pictures
 
 
 def test_an_unwritable_output_stops_before_the_model_is_opened(

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shutil
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 from importlib.metadata import version
@@ -203,6 +204,18 @@ def test_an_interrupted_export_leaves_nothing(
     assert not list((tmp_path / "out").iterdir())
     with pytest.raises(BundleError):
         Bundle(tmp_path / "out" / "bundle")
+
+
+@pytest.mark.usefixtures("ready_graphs")
+def test_an_export_that_is_terminated_leaves_nothing_either(
+    run: Run, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(writer, "write", lambda *_: signal.raise_signal(signal.SIGTERM))
+    code, _, errors = run("--checkpoint", tiny_checkpoint, "--output", tmp_path / "out" / "bundle")
+    assert code == 130 and "interrupted" in errors
+    assert not list((tmp_path / "out").iterdir())
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 @pytest.mark.usefixtures("ready_graphs")

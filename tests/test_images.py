@@ -404,6 +404,13 @@ def test_a_folder_gives_its_pictures_sorted_and_its_subfolders_only_when_asked(f
     assert names(find_images([folder], recursive=True)) == ["a.JPG", "b.png", "c.tiff", "d.bmp"]
 
 
+def test_pictures_of_a_kind_that_is_not_read_are_told_of(folder):
+    for name in ("d.webp", "e.WEBP", "f.heic", ".g.webp"):
+        (folder / name).write_bytes(b"not opened here")
+    with pytest.warns(UserWarning, match=r"left out 1 \.heic, 2 \.webp: PNG"):
+        assert names(find_images(folder)) == ["a.JPG", "b.png", "c.tiff"]
+
+
 def test_patterns_are_expanded_sorted(folder):
     assert names(find_images([f"{folder}/[ab].*"])) == ["a.JPG", "b.png"]
     assert names(find_images([f"{folder}/**/*.bmp"])) == ["d.bmp"]

@@ -192,6 +192,11 @@ def _parser() -> argparse.ArgumentParser:
 def _run(arguments: argparse.Namespace) -> int:
     options = engine_options(arguments)
     _check(arguments)
+    note = (lambda line: None) if arguments.quiet else (lambda line: print(f"agvas-segment: {line}", file=sys.stderr))
+    warnings.simplefilter("once", UserWarning)
+    warnings.showwarning = lambda message, *_: note(f"warning: {message}")
+    if arguments.output is not None:
+        _refuse_own_results(arguments.inputs, arguments.output, arguments.recursive)
     pictures, failed = _find(arguments.inputs, arguments.recursive)
     for record in failed:
         _report(record, arguments.json, False)
@@ -199,9 +204,6 @@ def _run(arguments: argparse.Namespace) -> int:
         return 2
     if arguments.output is not None:
         _prepare(arguments.output)  # before the model is opened, which can take minutes
-    note = (lambda line: None) if arguments.quiet else (lambda line: print(f"agvas-segment: {line}", file=sys.stderr))
-    warnings.simplefilter("once", UserWarning)
-    warnings.showwarning = lambda message, *_: note(f"warning: {message}")
     if arguments.engine == AUTO:
         note(f"opening {arguments.bundle}; on a new machine, engine auto first measures the engines that are installed")
     segmenter = Segmenter(
@@ -272,6 +274,18 @@ def _find(inputs: Sequence[str], recursive: bool) -> tuple[list[Path], list[dict
         else:
             good.append(name)
     return (find_images(good, recursive=recursive) if good else []), failed
+
+
+def _refuse_own_results(inputs: Sequence[str], output: str, recursive: bool) -> None:
+    """Refuse an output folder among the folders looked through: the next run would take this one's masks for pictures."""
+    place = Path(os.path.realpath(output))
+    for name in inputs:
+        folder = Path(os.path.realpath(name))
+        if os.path.isdir(name) and (place == folder or (recursive and folder in place.parents)):
+            raise RequestError(
+                f"--output {output}: expected a folder outside the pictures' own, got one in {name}, where the next run would take masks "
+                "for pictures; choose another"
+            )
 
 
 def _prepare(output: str) -> None:
