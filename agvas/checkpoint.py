@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
+from torch import Tensor
 from transformers.models.dinov3_vit.modeling_dinov3_vit import DINOv3ViTRopePositionEmbedding
 
 from agvas.config import AGVASConfig
@@ -23,7 +24,7 @@ from agvas.lora import CONFIG as ADAPTER_CONFIG
 from agvas.model import AGVAS
 from agvas.parts import FILE as PARTS_FILE
 from agvas.parts import TRAINED_FILE, Gathered, Parts, gather, model_type
-from agvas.weights import LazyTensor, LazyTensors, index_of, safetensors_folder
+from agvas.weights import LazyTensor, LazyTensors, holds, in_type, index_of, safetensors_folder
 
 NANO = Path(__file__).parent / "nano"
 WEIGHTS = "model.safetensors"
@@ -187,12 +188,12 @@ def load(checkpoint: str | Path = "nano", dtype: torch.dtype = torch.float32) ->
     """The model, on the CPU, in evaluation mode, in `dtype`.
 
     Raises:
-        CheckpointError: see open_checkpoint.
+        CheckpointError: see open_checkpoint; a tensor holds NaN or infinite values, or some that `dtype` does not hold.
     """
     opened = open_checkpoint(checkpoint)
     model = opened.skeleton()
     tied = {HEAD} if opened.config.language.tied_head else set()
-    state = {name: tensor.read().to(dtype) for name, tensor in opened.tensors.items() if name not in tied}
+    state = {name: _loaded(tensor, dtype, name) for name, tensor in opened.tensors.items() if name not in tied}
     model.load_state_dict(state, assign=True, strict=not tied)  # open_checkpoint has compared every name
     if tied:
         model.language.tie_weights()
@@ -201,10 +202,17 @@ def load(checkpoint: str | Path = "nano", dtype: torch.dtype = torch.float32) ->
 
 
 def save(model: AGVAS, folder: str | Path, dtype: torch.dtype | None = None) -> None:
-    """Write config.json, model.safetensors and tokenizer.json, each whole or not at all."""
+    """Write config.json, model.safetensors and tokenizer.json, each whole or not at all.
+
+    Args:
+        dtype: of the floats, None for their own. A tensor with values beyond it, as a batch norm's variances can be, stays as it is.
+
+    Raises:
+        CheckpointError: a tensor holds NaN or infinite values.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    state = {name: tensor.detach().to(dtype or tensor.dtype).contiguous() for name, tensor in model.state_dict().items()}
+    state = {name: _stored(tensor.detach(), dtype, name).contiguous() for name, tensor in model.state_dict().items()}
     if model.config.language.tied_head:
         del state[HEAD]  # the embeddings, which the file has once
     partial = {name: folder / f"{name}.partial" for name in FILES}
@@ -213,6 +221,28 @@ def save(model: AGVAS, folder: str | Path, dtype: torch.dtype | None = None) -> 
     model.tokenizer.save(str(partial["tokenizer.json"]))
     for name, path in partial.items():
         os.replace(path, folder / name)
+
+
+def _loaded(lazy: LazyTensor, dtype: torch.dtype, name: str) -> Tensor:
+    tensor = lazy.read()
+    _check_finite(tensor, name)
+    try:
+        return in_type(tensor, dtype, name)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
+
+
+def _stored(tensor: Tensor, dtype: torch.dtype | None, name: str) -> Tensor:
+    _check_finite(tensor, name)
+    if dtype is None or not tensor.is_floating_point() or not holds(dtype, tensor):
+        return tensor
+    return tensor.to(dtype)
+
+
+def _check_finite(tensor: Tensor, name: str) -> None:
+    if tensor.is_floating_point() and not tensor.isfinite().all():
+        count = int((~tensor.isfinite()).sum())
+        raise CheckpointError(f"{name} holds {count} NaN or infinite values of {tensor.numel()}; save the weights again, in float32")
 
 
 def _remedy(name: str, found: tuple[int, ...] | None = None) -> str:

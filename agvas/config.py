@@ -309,7 +309,7 @@ def nano() -> AGVASConfig:
         semantic=SemanticEncoderConfig(160, 16, 128, 4, 4, 384),
         language=LanguageConfig(768, 160, 4, 5, 1, 448, max_positions=2048),
         spam=SPAMConfig(width=128, heads=4),
-        mask_decoder=MaskDecoderConfig(layers=2, heads=4, mlp_width=256, threshold=0.8, relative_threshold=0.4),
+        mask_decoder=MaskDecoderConfig(layers=2, heads=4, mlp_width=256, threshold=0.8, relative_threshold=0.45),
         preprocessing=_preprocessing(512, 160),
         prompts=_prompts(instructions=INSTRUCTIONS, max_new_tokens=96),
     )

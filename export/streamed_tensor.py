@@ -16,7 +16,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from agvas.weights import LazyTensor
+from agvas.weights import LazyTensor, in_type
 
 # What is converted at once.
 SLAB_BYTES = 64 << 20
@@ -47,7 +47,10 @@ class _View:
 
 
 class StreamedTensor(ir.LazyTensor):  # type: ignore[misc]
-    """A checkpoint's tensor in a graph. A float one is float32 to begin with, as the reference computes with it."""
+    """A checkpoint's tensor in a graph. A float one is float32 to begin with, as the reference computes with it.
+
+    Reading or writing it raises ValueError where its type does not hold its values.
+    """
 
     def __init__(self, source: LazyTensor, name: str | None = None, view: _View | None = None) -> None:
         kind = ir.DataType.FLOAT if source.dtype.is_floating_point else TYPES[source.dtype]
@@ -64,7 +67,7 @@ class StreamedTensor(ir.LazyTensor):  # type: ignore[misc]
         return StreamedTensor(self.view.source, name, replace(self.view, dtype=dtype))
 
     def _read(self) -> ir.Tensor:
-        return ir.Tensor(_array(_converted(self._turned(), self.dtype)), dtype=self.dtype, name=self.name)
+        return ir.Tensor(array(self._converted(self._turned())), dtype=self.dtype, name=self.name)
 
     def tofile(self, file: BinaryIO) -> None:
         """Write the bytes at the file's position, in slabs."""
@@ -78,12 +81,15 @@ class StreamedTensor(ir.LazyTensor):  # type: ignore[misc]
         rows = len(tensor) if tensor.ndim else 0
         step = max(1, SLAB_BYTES // max(1, math.prod(tensor.shape[1:]) * 4)) if rows else 1
         for first in range(0, rows, step):
-            file.write(_array(_converted(tensor[first : first + step], self.dtype)).tobytes())
+            file.write(array(self._converted(tensor[first : first + step])).tobytes())
         if not rows and tensor.numel():
             file.write(self.tobytes())
 
     def _turned(self) -> torch.Tensor:
         return self.view.source.read().permute(self.view.order)
+
+    def _converted(self, tensor: torch.Tensor) -> torch.Tensor:
+        return in_type(tensor, TORCH_TYPES[self.dtype], self.name or "a weight").contiguous()
 
 
 def _copy(source: BinaryIO, file: BinaryIO, length: int) -> None:
@@ -98,14 +104,8 @@ def _copy(source: BinaryIO, file: BinaryIO, length: int) -> None:
         os.posix_fadvise(source.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def _converted(tensor: torch.Tensor, dtype: ir.DataType) -> torch.Tensor:
-    wanted = TORCH_TYPES[dtype]
-    if tensor.is_floating_point() and tensor.dtype != wanted:
-        tensor = tensor.to(torch.float32).to(wanted)
-    return tensor.contiguous()
-
-
-def _array(tensor: torch.Tensor) -> np.ndarray:
+def array(tensor: torch.Tensor) -> np.ndarray:
+    """The same values for onnx_ir, bfloat16 too."""
     if tensor.dtype == torch.bfloat16:
         return tensor.view(torch.int16).numpy().view(ir.DataType.BFLOAT16.numpy())
     return tensor.numpy()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from agvas import AGVAS, AGVASConfig, CheckpointError, load, save
 from agvas.checkpoint import FILES, NANO
-from agvas.config import NAMED, nano
+from agvas.config import NAMED, nano, tiny
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +85,37 @@ def test_half_precision_rounds_once_and_is_computed_with_in_single(model: AGVAS,
         assert torch.equal(loaded[name], tensor.half().float()), name
     halves = load(tmp_path / "half", torch.float16).state_dict()
     assert all(torch.equal(halves[name], on_disk[name]) for name in halves)
+
+
+def test_what_half_precision_does_not_hold_stays_as_it_is(tmp_path: Path) -> None:
+    """Infinite in the file, a batch norm's variance silences its channel; whole numbers stay whole."""
+    model = AGVAS(replace(tiny(), pixel=replace(tiny().pixel, stem="convolutional")), new_tiny().tokenizer)
+    norm = model.pixel_encoder.patch_embed.mix[1]
+    norm.running_var.fill_(2e5)
+    save(model, tmp_path / "half", torch.float16)
+    on_disk = load_file(tmp_path / "half" / "model.safetensors")
+    single = {name for name, tensor in on_disk.items() if tensor.dtype == torch.float32}
+    assert single == {"pixel_encoder.patch_embed.mix.1.running_var"}
+    assert {on_disk[name].dtype for name in on_disk if name.endswith("num_batches_tracked")} == {torch.int64}
+    loaded = load(tmp_path / "half").pixel_encoder.patch_embed.mix[1]
+    assert torch.equal(loaded.running_var, norm.running_var)
+    with pytest.raises(CheckpointError, match="mix.1.running_var has values up to 2e[+]05, which float16 does not hold"):
+        load(tmp_path / "half", torch.float16)
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_a_value_that_is_no_number_is_refused_where_it_is_saved_and_where_it_is_loaded(copy: Path, value: float) -> None:
+    name = next(iter(dict(new_tiny().named_parameters())))
+    change_weights(copy, lambda state: state[name].view(-1)[3].fill_(value))
+    with pytest.raises(CheckpointError, match=f"{name} holds 1 NaN or infinite values of"):
+        load(copy)
+    broken = new_tiny()
+    with torch.no_grad():
+        dict(broken.named_parameters())[name].view(-1)[3] = value
+    before = (copy / "model.safetensors").read_bytes()
+    with pytest.raises(CheckpointError, match=f"{name} holds 1 NaN or infinite values of"):
+        save(broken, copy)
+    assert (copy / "model.safetensors").read_bytes() == before
 
 
 def test_loading_needs_no_memory_that_the_saved_model_shares(model: AGVAS, saved: Path) -> None:

@@ -76,6 +76,16 @@ def test_a_streamed_weight_is_written_as_numpy_would_write_it(
     np.testing.assert_array_equal(tensor.numpy(), expected)
 
 
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+def test_a_weight_that_half_precision_does_not_hold_is_named_and_not_written_as_infinite(stored: torch.dtype, tmp_path: Path) -> None:
+    tensor = StreamedTensor(held(torch.tensor([1.0, -98304.0], dtype=stored)))
+    with pytest.raises(ValueError, match="language.w has values up to 9.83e[+]04, which float16 does not hold; take bfloat16"):
+        written(tensor.as_type(ir.DataType.FLOAT16, "language.w"), tmp_path)
+    written(tensor.as_type(ir.DataType.BFLOAT16), tmp_path)
+    infinite = StreamedTensor(held(torch.tensor([-torch.inf, 1.0])), "a mask")  # meant
+    assert np.isneginf(infinite.as_type(ir.DataType.FLOAT16).numpy()[0])
+
+
 def test_what_is_stored_as_it_is_wanted_is_copied_without_being_read(tmp_path: Path) -> None:
     save_file({"other": weight(9), "w": weight(6, 4, dtype=torch.bfloat16)}, tmp_path / "x.safetensors")
     source = replace(safetensors_file(tmp_path / "x.safetensors")["w"], read=lambda: pytest.fail("it was read"))

@@ -119,10 +119,10 @@ def _light_columns(rng, image):
 
 
 def _slow_tone(rng, image):
-    """Slow change of tone, as of drying, wear or uneven coating."""
+    """Change of tone without borders, as of drying, wear, uneven coating or light: slow, or in clouds."""
     height, width = image.shape[:2]
-    drift = fbm(rng, height, width, rng.uniform(0.3, 1) * max(height, width), 2)
-    return image * rgb(1 + rng.uniform(0.02, 0.12) * drift)
+    drift = fbm(rng, height, width, log_uniform(rng, 0.1, 1) * max(height, width), int(rng.integers(2, 4)))
+    return image * rgb(1 + rng.uniform(0.02, 0.14) * drift)
 
 
 def _tilted(rng, image):
@@ -163,9 +163,9 @@ def _exposed(rng, image):
     return image * min(wanted / max(level, 0.02), 6.0)
 
 
-PLAIN_EXTRAS = ((_vignette, 0.25), (_light_columns, 0.15), (_slow_tone, 0.25), (_bevelled, 0.15))
+PLAIN_EXTRAS = ((_vignette, 0.25), (_light_columns, 0.25), (_slow_tone, 0.4), (_bevelled, 0.15))
 EXTRAS = ((_soft_shadow, 0.15), (_glare, 0.12), (_seams, 0.10), (_fixtures, 0.07), (_writing, 0.12), (_paint_line, 0.06),
-          (_patchwork, 0.07), (_vignette, 0.25), (_light_columns, 0.2), (_slow_tone, 0.25), (_bevelled, 0.22))
+          (_patchwork, 0.07), (_vignette, 0.25), (_light_columns, 0.25), (_slow_tone, 0.35), (_bevelled, 0.22))
 
 
 def background_and_region(

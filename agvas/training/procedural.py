@@ -24,8 +24,7 @@ PLAIN_MATERIALS = (surfaces.mottled, surfaces.smooth, surfaces.smooth, surfaces.
                    surfaces.ground_ceramic, surfaces.leather, surfaces.road, surfaces.woven)
 # What stands twice is drawn twice as often: large patches, stains and clouds, and the thin lines that are hardest to see.
 PLAIN_KINDS = ("scratch", "scratch", "crack", "crack", "wrinkle", "crack_net", "hole", "large_patch", "stain", "spalling", "corrosion",
-               "inclusion", "cut", "dent", "burn", "contamination", "extra_part", "fibre", "band", "large_patch", "stain", "clouding",
-               "clouding")
+               "inclusion", "cut", "dent", "burn", "contamination", "extra_part", "fibre", "band", "large_patch", "stain", "clouding")
 NORMAL_SHARE = 0.4
 THEMED_SHARE = 0.3
 # Materials and the defects they are known for. Most samples mix anything with anything; these keep the likely pairs from being rare.
@@ -35,7 +34,7 @@ THEMES = (
     ((surfaces.ground_ceramic, surfaces.brushed, surfaces.smooth),
      ("hole", "hole", "crack", "fray", "unevenness", "unevenness", "spalling", "scratch", "missing", "large_patch")),
     ((surfaces.brushed, surfaces.mottled, surfaces.smooth, surfaces.granular),
-     ("inclusion", "inclusion", "large_patch", "clouding", "clouding", "scratch", "band", "hole", "dent", "corrosion", "crack_net")),
+     ("inclusion", "inclusion", "large_patch", "clouding", "scratch", "band", "hole", "dent", "corrosion", "crack_net")),
     ((surfaces.leather, surfaces.orange_peel, surfaces.ridged, surfaces.mottled),
      ("cut", "cut", "hole", "scratch", "wrinkle", "wrinkle", "stain", "dent", "misplaced_thread")),
     ((surfaces.woven, surfaces.knitted, surfaces.striped, surfaces.fibrous, surfaces.meshed),
