@@ -24,7 +24,7 @@ from agvas.lora import CONFIG as ADAPTER_CONFIG
 from agvas.model import AGVAS
 from agvas.parts import FILE as PARTS_FILE
 from agvas.parts import TRAINED_FILE, Gathered, Parts, gather, model_type
-from agvas.weights import LazyTensor, LazyTensors, holds, in_type, index_of, safetensors_folder
+from agvas.weights import LazyTensor, LazyTensors, in_type, index_of, overflows, safetensors_folder
 
 NANO = Path(__file__).parent / "nano"
 WEIGHTS = "model.safetensors"
@@ -234,9 +234,10 @@ def _loaded(lazy: LazyTensor, dtype: torch.dtype, name: str) -> Tensor:
 
 def _stored(tensor: Tensor, dtype: torch.dtype | None, name: str) -> Tensor:
     _check_finite(tensor, name)
-    if dtype is None or not tensor.is_floating_point() or not holds(dtype, tensor):
+    if dtype is None or not tensor.is_floating_point():
         return tensor
-    return tensor.to(dtype)
+    made = tensor.to(dtype)
+    return tensor if overflows(tensor, made) else made
 
 
 def _check_finite(tensor: Tensor, name: str) -> None:

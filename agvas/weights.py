@@ -150,20 +150,21 @@ def _reader(path: Path, name: str) -> Callable[[], Tensor]:
     return read
 
 
-def holds(dtype: torch.dtype, tensor: Tensor) -> bool:
-    """Whether no finite value of the tensor becomes infinite in dtype: float16 ends at 65,504."""
-    return not tensor.is_floating_point() or bool((tensor.to(dtype).isfinite() | ~tensor.isfinite()).all())
+def overflows(tensor: Tensor, made: Tensor) -> bool:
+    """Whether a finite value of a float tensor is infinite in `made`, the same in another type: float16 ends at 65,504."""
+    return not bool(made.isfinite().all()) and bool((tensor.isfinite() & ~made.isfinite()).any())
 
 
 def in_type(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     """A float tensor in another float type; any other as it is.
 
     Raises:
-        ValueError: dtype does not hold it. It would be infinite there, and in a norm's statistics silence a channel without a word.
+        ValueError: the type does not hold it. It would be infinite there, and in a norm's statistics silence a channel without a word.
     """
     if not tensor.is_floating_point() or tensor.dtype == dtype:
         return tensor
-    if not holds(dtype, tensor):
+    made = tensor.to(dtype)
+    if overflows(tensor, made):
         largest, short = float(tensor[tensor.isfinite()].abs().max()), str(dtype).removeprefix("torch.")
         raise ValueError(f"{name} has values up to {largest:.3g}, which {short} does not hold; take bfloat16 or float32 (bf16, fp32)")
-    return tensor.to(dtype)
+    return made
