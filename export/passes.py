@@ -8,14 +8,11 @@ from __future__ import annotations
 
 import functools
 
-import numpy as np
 import onnx
 import onnx_ir as ir
-import torch
 from onnx_ir.passes.common import LiftConstantsToInitializersPass
 
-from agvas.weights import in_type
-from export.streamed_tensor import TORCH_TYPES, StreamedTensor, array
+from export.streamed_tensor import StreamedTensor
 
 LOW_TYPES = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 
@@ -231,7 +228,7 @@ class _Lowering:
             tensor = value.const_value.as_type(dtype, name)
         elif isinstance(value.const_value, ir.LazyTensor):
             made = value.const_value
-            tensor = ir.LazyTensor(lambda: _weight_as(made, dtype, name), dtype, made.shape, name=name)
+            tensor = ir.LazyTensor(lambda: ir.tensor(made.numpy().astype(dtype.numpy()), dtype=dtype), dtype, made.shape, name=name)
         else:
             tensor = ir.tensor(value.const_value.numpy().astype(dtype.numpy()), dtype=dtype, name=name)
         copy = ir.Value(name=tensor.name, shape=value.shape, type=ir.TensorType(dtype), const_value=tensor)
@@ -252,12 +249,6 @@ class _Lowering:
         cast = self._as(output, ir.DataType.FLOAT)
         cast.name = name
         self.graph.outputs[index] = cast
-
-
-def _weight_as(made: ir.TensorProtocol, dtype: ir.DataType, name: str) -> ir.TensorProtocol:
-    """A weight in another type. ValueError where that does not hold it."""
-    weight = in_type(torch.from_numpy(made.numpy().astype(np.float32)), TORCH_TYPES[dtype], name)
-    return ir.tensor(array(weight), dtype=dtype, name=name)
 
 
 def is_weight(node: ir.Node) -> bool:

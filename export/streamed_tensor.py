@@ -67,7 +67,7 @@ class StreamedTensor(ir.LazyTensor):  # type: ignore[misc]
         return StreamedTensor(self.view.source, name, replace(self.view, dtype=dtype))
 
     def _read(self) -> ir.Tensor:
-        return ir.Tensor(array(self._converted(self._turned())), dtype=self.dtype, name=self.name)
+        return ir.Tensor(_array(self._converted(self._turned())), dtype=self.dtype, name=self.name)
 
     def tofile(self, file: BinaryIO) -> None:
         """Write the bytes at the file's position, in slabs."""
@@ -81,7 +81,7 @@ class StreamedTensor(ir.LazyTensor):  # type: ignore[misc]
         rows = len(tensor) if tensor.ndim else 0
         step = max(1, SLAB_BYTES // max(1, math.prod(tensor.shape[1:]) * 4)) if rows else 1
         for first in range(0, rows, step):
-            file.write(array(self._converted(tensor[first : first + step])).tobytes())
+            file.write(_array(self._converted(tensor[first : first + step])).tobytes())
         if not rows and tensor.numel():
             file.write(self.tobytes())
 
@@ -104,8 +104,7 @@ def _copy(source: BinaryIO, file: BinaryIO, length: int) -> None:
         os.posix_fadvise(source.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def array(tensor: torch.Tensor) -> np.ndarray:
-    """The same values for onnx_ir, bfloat16 too."""
+def _array(tensor: torch.Tensor) -> np.ndarray:
     if tensor.dtype == torch.bfloat16:
         return tensor.view(torch.int16).numpy().view(ir.DataType.BFLOAT16.numpy())
     return tensor.numpy()

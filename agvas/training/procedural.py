@@ -22,7 +22,7 @@ from agvas.training.noise import blur, chance, grain, log_uniform, pick, rgb
 # the constant answer for hundreds of steps.
 PLAIN_MATERIALS = (surfaces.mottled, surfaces.smooth, surfaces.smooth, surfaces.granular, surfaces.brushed, surfaces.orange_peel,
                    surfaces.ground_ceramic, surfaces.leather, surfaces.road, surfaces.woven)
-# What stands twice is drawn twice as often: large patches, stains and clouds, and the thin lines that are hardest to see.
+# What stands twice is drawn twice as often: large patches, stains, and the thin lines that are hardest to see.
 PLAIN_KINDS = ("scratch", "scratch", "crack", "crack", "wrinkle", "crack_net", "hole", "large_patch", "stain", "spalling", "corrosion",
                "inclusion", "cut", "dent", "burn", "contamination", "extra_part", "fibre", "band", "large_patch", "stain", "clouding")
 NORMAL_SHARE = 0.4
