@@ -145,6 +145,7 @@ def _parser() -> argparse.ArgumentParser:
     source.add_argument("--bundle", type=Path, metavar="DIR", help="an exported bundle")
     source.add_argument("--checkpoint", metavar="nano|DIR", help="the PyTorch reference")
     source.add_argument("--baseline", metavar="NAME", help=f"a trivial map, for comparison: {', '.join(BASELINES)}")
+    source.add_argument("--detector", type=Path, metavar="FILE.xml", help="another package's, as anomalib 2 exports it to OpenVINO")
     parser.add_argument("--engine", help="auto, onnxruntime, openvino, tensorrt or tensorrt-rtx; with --bundle")
     parser.add_argument("--device", help="cpu or cuda:N; with --bundle or --checkpoint")
     parser.add_argument("--inference-precision", help="graph or bf16, as agvas-segment has it; with --bundle")
@@ -244,6 +245,7 @@ def _run(arguments: argparse.Namespace, stack: ExitStack, tables: list[PerImageT
         arguments.threshold,
         arguments.relative_threshold,
         arguments.fusion_weight,
+        arguments.detector,
     )
     normal_text = None if arguments.normal_text is None else read_normal_text(arguments.normal_text)
     question = Question(arguments.mode, arguments.instruction, normal_text)
@@ -255,7 +257,7 @@ def _run(arguments: argparse.Namespace, stack: ExitStack, tables: list[PerImageT
     if arguments.csv is not None:
         tables.append(stack.enter_context(PerImageTable(arguments.csv)))
     results = evaluate_datasets(datasets, predict, _tqdm, tables[0] if tables else None, arguments.overlays)
-    settings: dict[str, Any] = {"mode": None if source.baseline is not None else question.mode}
+    settings: dict[str, Any] = {"mode": None if source.bundle is None and source.checkpoint is None else question.mode}
     settings |= {"instruction": question.instruction, "normal_text": question.normal_text}
     settings |= {"threshold": source.threshold, "relative_threshold": source.relative_threshold, "fusion_weight": source.fusion_weight}
     settings |= {"limit": arguments.limit, "split": arguments.split}

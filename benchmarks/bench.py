@@ -27,7 +27,8 @@ DESCRIPTION = """Time a bundle, batch 1, closed loop: decoded uint8 picture in m
 EPILOG = """\
 candidates for --against: torch (the reference with generate, fp32, as the paper runs it), torch-bf16, torch-single-pass and
 torch-bf16-single-pass (the fixed answer verified in one pass, as bundles do it), plain-onnx (plain torch.onnx export, onnxruntime's
-defaults), or the folder of another bundle; each may be given once or more.
+defaults), the folder of another bundle, or another package's detector, model.xml as anomalib 2 exports it to OpenVINO (timed alone:
+its masks are its own); each may be given once or more.
 
   agvas-bench --bundle bundle --against torch --against torch-bf16 --against plain-onnx --json run.json --report report
   agvas-bench --bundle bundle --images my_parts/ --fps 10 --quick

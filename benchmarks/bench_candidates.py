@@ -1,4 +1,4 @@
-"""What is timed against what: a bundle on an engine, the PyTorch reference in four ways, and a plain ONNX export of it.
+"""What is timed against what: a bundle on an engine, the PyTorch reference in four ways, a plain ONNX export of it, another's detector.
 
 Each is one function from a picture to its mask and score, opened in the process that will be measured; nothing is shared between them
 but the pictures. The reference is the code in agvas/, as it stands. It times nothing itself but the stages inside a call.
@@ -24,7 +24,8 @@ SINGLE_PASS = ("torch-single-pass", "torch-bf16-single-pass")
 TORCH = ("torch", "torch-bf16", *SINGLE_PASS)
 PLAIN = "plain-onnx"
 BUNDLE = "bundle"
-KINDS = (BUNDLE, *TORCH, PLAIN)
+DETECTOR = "detector"
+KINDS = (BUNDLE, *TORCH, PLAIN, DETECTOR)
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Candidate:
 
     Attributes:
         kind: of KINDS.
-        source: folder of the bundle or of the plain export, or the checkpoint ("nano" or a folder).
+        source: folder of the bundle or of the plain export, the checkpoint ("nano" or a folder), or a detector's .xml.
         engine, inference_precision: of a bundle, as Segmenter takes them.
         device: cpu or cuda:N.
         threads: CPU threads of one call, the same for all candidates.
@@ -84,6 +85,8 @@ def open_candidate(candidate: Candidate) -> Opened:
     """
     if candidate.kind == BUNDLE:
         return _bundle(candidate)
+    if candidate.kind == DETECTOR:
+        return _detector(candidate)
     return _plain(candidate) if candidate.kind == PLAIN else _torch(candidate)
 
 
@@ -223,6 +226,22 @@ def _plain(candidate: Candidate) -> Opened:
         return Segmented(mask, score, spent)
 
     return Opened(segment, sum(path.stat().st_size for path in folder.iterdir()), "fp32")
+
+
+def _detector(candidate: Candidate) -> Opened:
+    from benchmarks.detectors import Detector
+
+    detector = Detector(candidate.source, candidate.threads)
+
+    def segment(image: np.ndarray) -> Segmented:
+        spent: dict[str, float] = {}
+        with _clocked(spent, "graph"):
+            found = detector(image)
+        with _clocked(spent, "postprocess"):
+            mask = found.mask()
+        return Segmented(mask, found.score, spent)
+
+    return Opened(segment, detector.bytes, detector.precision)
 
 
 @contextmanager

@@ -22,9 +22,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from benchmarks.bench_candidates import BUNDLE, PLAIN, TORCH, Candidate
+from benchmarks.bench_candidates import BUNDLE, DETECTOR, PLAIN, TORCH, Candidate
 from benchmarks.bench_power import PowerSampler
 from benchmarks.bench_statistics import Show, deadline, paired_ratio, percentiles
+from benchmarks.detectors import SUFFIX, existing_model
 from benchmarks.environment import environment
 from engines import EngineFailed, EngineOptions
 from runtime.bundle import Bundle
@@ -39,6 +40,7 @@ OURS = "ours"
 REFERENCE = "reference"
 SIZE = (480, 640)
 PICTURE_SEED = 500  # after the first of export's pictures, which calibrated or judged other things
+_NOT_JUDGED = {"mask_iou_mean": None, "mask_iou_min": None, "flips": None, "judged": 0}  # another model has masks of its own
 REST = 0.02  # seconds before each turn: thread pools go on spinning for a while and would take the cores from whoever is next
 
 
@@ -71,7 +73,7 @@ class Request:
 
     Attributes:
         engine, device, inference_precision, threads: of the bundles; the device and threads of all candidates.
-        against: of TORCH, PLAIN, or a bundle's folder.
+        against: of TORCH, PLAIN, a bundle's folder, or a detector's .xml.
         checkpoint: that the bundle was exported from; needed for all but bundles, and for masks of pictures that are not golden.
         images: a folder, or None for procedural pictures (golden ones where there is no reference to make masks).
         fps: pace of a line, for deadlines.
@@ -120,7 +122,10 @@ def measure(request: Request, show: Show) -> dict[str, Any]:
                 child.segment(path, Path(work) / f"{name}-golden-{index}.npz")
         truth = _reference_masks(reference, pictures, samples, Path(work), request, show) if reference else _golden_masks(bundle)
         kept = "golden-" if reference is None else ""
-        quality = {name: _quality(Path(work), f"{name}-{kept}", truth) for name in children}
+        quality = {
+            name: _NOT_JUDGED if child.candidate.kind == DETECTOR else _quality(Path(work), f"{name}-{kept}", truth)
+            for name, child in children.items()
+        }
         runs = {
             name: _run(child, samples[name], len(pictures), streamed[name], quality[name], sampler, request.fps)
             for name, child in children.items()
@@ -173,11 +178,17 @@ def _candidates(request: Request, work: Path, show: Show) -> list[Candidate]:
             show("plain torch.onnx export", 2, 2)
             found.append(Candidate(PLAIN, PLAIN, str(work / "plain"), **common))
         else:
-            if not Path(asked).is_dir():
-                choose("--against", asked, (*TORCH, PLAIN), "or give the folder of a bundle")
-            name = Path(asked).resolve().name
-            taken = {candidate.name for candidate in found}
-            found.append(_bundle_candidate(name if name not in taken else f"{name} {len(found)}", Path(asked), request, common))
+            path, taken = Path(asked).absolute(), {candidate.name for candidate in found}
+            name = path.stem if asked.endswith(SUFFIX) else path.resolve().name
+            name = name if name not in taken else f"{name} {len(found)}"
+            if asked.endswith(SUFFIX):
+                if request.device != "cpu":
+                    raise RequestError(f"--against {asked}: a detector runs on the cpu alone, got --device {request.device}; leave it out")
+                found.append(Candidate(name, DETECTOR, str(existing_model(path)), "openvino", **common))
+                continue
+            if not path.is_dir():
+                choose("--against", asked, (*TORCH, PLAIN), "or give the folder of a bundle, or a detector's model.xml")
+            found.append(_bundle_candidate(name, Path(asked), request, common))
     return found
 
 

@@ -1,6 +1,6 @@
-"""What predicts in an evaluation: a bundle, a checkpoint or a trivial baseline, and what it is asked.
+"""What predicts in an evaluation: a bundle, a checkpoint, a trivial baseline or another package's detector, and what it is asked.
 
-The three are asked in one form, a function of a picture. Models are loaded when they are opened, so that nothing heavy is imported for
+All are asked in one form, a function of a picture. Models are loaded when they are opened, so that nothing heavy is imported for
 a command's help. Nothing falls back: a setting that the source does not have is refused.
 """
 
@@ -30,7 +30,7 @@ _MAP_SLACK = 1e-4  # as runtime.segmentation allows
 
 @dataclass(frozen=True)
 class Source:
-    """Exactly one of a bundle, a checkpoint ("nano" or a folder) and a baseline's name, and how it is run.
+    """Exactly one of a bundle, a checkpoint ("nano" or a folder), a baseline's name and a detector's .xml, and how it is run.
 
     Attributes:
         engine, inference_precision: for a bundle; None means auto, and what Segmenter makes of None.
@@ -48,22 +48,25 @@ class Source:
     threshold: float | None = None
     relative_threshold: float | None = None
     fusion_weight: float | None = None
+    detector: Path | None = None
 
     def __post_init__(self) -> None:
-        if sum(given is not None for given in (self.bundle, self.checkpoint, self.baseline)) != 1:
-            raise ValueError("expected exactly one of bundle, checkpoint and baseline; give one")
+        if sum(given is not None for given in (self.bundle, self.checkpoint, self.baseline, self.detector)) != 1:
+            raise ValueError("expected exactly one of bundle, checkpoint, baseline and detector; give one")
         if self.baseline is not None:
             choose("--baseline", self.baseline, BASELINES)
         if self.engine is not None and self.bundle is None:
             raise ValueError(f"engine: only a bundle has engines, got {self.engine}; leave --engine out or give --bundle")
         if self.inference_precision is not None and self.bundle is None:
             raise ValueError(f"inference precision: only a bundle has one, got {self.inference_precision}; leave --inference-precision out")
-        if self.device is not None and self.baseline is not None:
-            raise ValueError(f"device: a baseline runs on the CPU, got {self.device}; leave --device out")
+        ours = self.bundle is not None or self.checkpoint is not None
+        kind = "baseline" if self.detector is None else "detector"
+        if self.device is not None and not ours:
+            raise ValueError(f"device: a {kind} runs on the CPU, got {self.device}; leave --device out")
         thresholds = {"threshold": self.threshold, "relative threshold": self.relative_threshold}
         for name, value in thresholds.items():
-            if value is not None and self.baseline is not None:
-                raise ValueError(f"{name}: a baseline's is fixed, got {value}; leave --{name.replace(' ', '-')} out")
+            if value is not None and not ours:
+                raise ValueError(f"{name}: a {kind}'s is fixed, got {value}; leave --{name.replace(' ', '-')} out")
         if self.fusion_weight is not None and self.checkpoint is None:
             raise ValueError(
                 f"fusion weight: only a checkpoint's can be changed, got {self.fusion_weight}; "
@@ -138,9 +141,9 @@ class Predictor:
     """What predicts, a function of a picture, and who that is.
 
     Attributes:
-        judged: for the result's reader. Always there: kind (bundle, checkpoint or baseline), name (the folder's, without its path), engine,
+        judged: for the result's reader. Always there: kind (bundle, checkpoint, baseline or detector), name (without its path), engine,
             inference_precision, device, threshold, relative_threshold and fusion_weight as they were used; None where there is no such
-            thing. Models have theirs and a sha256, of the bundle's manifest or the checkpoint's weights; bundles precision and lmm as the
+            thing. Models have theirs and a sha256, of the bundle's manifest or the weights; bundles precision and lmm as the
             manifest has them.
     """
 
@@ -159,7 +162,10 @@ def open_predictor(source: Source, question: Question | None = None) -> Predicto
     if source.checkpoint is not None:
         return _checkpoint_predictor(source, asked)
     if asked != Question():
-        raise ValueError(f"--mode, --instruction: a baseline reads no words, got mode {asked.mode}; leave them out")
+        kind = "baseline" if source.detector is None else "detector"
+        raise ValueError(f"--mode, --instruction: a {kind} reads no words, got mode {asked.mode}; leave them out")
+    if source.detector is not None:
+        return _detector_predictor(source.detector)
     assert source.baseline is not None
     return _baseline_predictor(source.baseline)
 
@@ -240,6 +246,29 @@ def _prediction(result: Any) -> Prediction:
     if anomaly_map.size and anomaly_map.min() >= -_MAP_SLACK and anomaly_map.max() <= 1 + _MAP_SLACK:
         anomaly_map = anomaly_map.clip(0, 1)
     return Prediction(anomaly_map, np.asarray(result.mask), float(result.score), str(result.text))
+
+
+def _detector_predictor(path: Path) -> Predictor:
+    """Its masks are its own, by the threshold that anomalib put into its graph."""
+    from benchmarks.detectors import Detector
+    from runtime.bundle import sha256_of
+    from runtime.images import read_image
+
+    detector = Detector(path)
+
+    def predict(item: Judged) -> Prediction:
+        found = detector(read_image(item.image))
+        return Prediction(found.anomaly_map(), found.mask(), found.score)
+
+    judged = {
+        "kind": "detector",
+        "name": path.stem,
+        "weights_sha256": sha256_of(path.with_suffix(".bin")),
+        "engine": "openvino",
+        "inference_precision": detector.precision,
+        "device": "cpu",
+    }
+    return Predictor(predict, judged | dict.fromkeys(("threshold", "relative_threshold", "fusion_weight")))
 
 
 def _baseline_predictor(baseline: str) -> Predictor:

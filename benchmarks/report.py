@@ -44,10 +44,11 @@ def markdown(result: Mapping[str, Any]) -> str:
     for name, run in runs.items():
         streamed = "" if run["stream_fps"] is None else f"{run['stream_fps']:.1f}"
         peak = "" if run["peak_rss_bytes"] is None else f"{run['peak_rss_bytes'] / 1e6:.0f}"
+        masks = "not judged | " if run["mask_iou_mean"] is None else f"{run['mask_iou_mean']:.4f} | {run['flips']}"
         lines.append(
             f"| {name} | {run['precision']}, {run['engine']} | {run['p50_ms']:.1f} | {run['p90_ms']:.1f} | {run['p99_ms']:.1f} | "
             f"{run['max_ms']:.1f} | {streamed} | {peak} | {run['bytes'] / 1e6:.1f} | {run['load_ms'] / 1e3:.2f} | "
-            f"{run['mask_iou_mean']:.4f} | {run['flips']} |"
+            f"{masks} |"
         )
     if result["ratios"]:
         lines.append("")
