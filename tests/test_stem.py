@@ -90,6 +90,24 @@ def test_the_last_channel_tells_how_near_a_border_is() -> None:
     assert (middle, corner) == (pytest.approx(1), pytest.approx(25 / 81))
 
 
+def test_zeros_beyond_the_picture_are_counted_along_rows_alone(tmp_path: Path) -> None:
+    """onnxruntime 1.21 to 1.24 count them wrongly below the lower end of a column, and answer without an error."""
+
+    class Share(torch.nn.Module):
+        def forward(self, inside: torch.Tensor) -> torch.Tensor:
+            return share_inside(inside, 5, beyond=True)
+
+    inside = torch.zeros(1, 1, 8, 8)
+    inside[:, :, 2:, :6] = 1
+    torch.onnx.export(Share().eval(), (inside,), str(tmp_path / "share.onnx"), input_names=["inside"], opset_version=20, dynamo=True)
+    pools = [node for node in ir.load(tmp_path / "share.onnx").graph if node.op_type == "AveragePool"]
+    counting = [node for node in pools if "count_include_pad" in node.attributes and node.attributes["count_include_pad"].as_int()]
+    assert len(counting) == 2 and all(list(node.attributes["kernel_shape"].as_ints()) == [1, 5] for node in counting)
+    rows = torch.tensor([0.2, 0.4, 0.6, 0.8, 1.0, 1.0, 0.8, 0.6])
+    columns = torch.tensor([0.6, 0.8, 1.0, 1.0, 0.8, 0.6, 0.4, 0.2])
+    torch.testing.assert_close(Share()(inside)[0, 0], rows[:, None] * columns[None, :])
+
+
 def test_padding_has_no_contrast_and_gives_none_to_the_picture_beside_it() -> None:
     stem = ConvolutionalStem(patch_size=8, width=16, outputs=16)
     flat = torch.full((1, 3, 56, 56), 0.7)
