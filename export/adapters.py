@@ -56,6 +56,10 @@ class LanguageStage(nn.Module):
 
     Every layer's keys and values cover all tokens; queries of the last layer, its MLP, the final norm and the head cover `rows`
     alone, since nothing else of them is ever read. A row sees keys up to its own position in past plus this call.
+
+    Scores are of the keys less their mean, which moves all scores of a query alike and so nothing that softmax gives (SageAttention,
+    arXiv 2410.02367, §4.2). Qwen2's keys have biases of some hundreds in their slow channels: what they add to every score overflows
+    fp16 and leaves bf16 no bits for the rest, where an engine stores scores (transformers' pull request 33317).
     """
 
     def __init__(self, model: AGVAS) -> None:
@@ -89,7 +93,8 @@ class LanguageStage(nn.Module):
             key = torch.cat([past_keys[index], key], dim=2)  # [B, H, K + N, C]
             value = torch.cat([past_values[index], value], dim=2)
             hidden_from_row = keys_seen[None, :] > asking[:, None] + past  # [Q, K + N]
-            scores = query @ repeat_kv(key, attention.num_key_value_groups).transpose(2, 3) * attention.scaling
+            centred = key - key.mean(dim=2, keepdim=True)
+            scores = query @ repeat_kv(centred, attention.num_key_value_groups).transpose(2, 3) * attention.scaling
             scores = scores.masked_fill(hidden_from_row, torch.finfo(torch.float16).min)
             mixed = scores.softmax(dim=-1) @ repeat_kv(value, attention.num_key_value_groups)  # [B, heads, Q, C]
             hidden = hidden + attention.o_proj(mixed.transpose(1, 2).flatten(2))

@@ -190,7 +190,7 @@ class _Fusion:
 
     def _grouped(self, query: ir.Value, key: ir.Value, value: ir.Value, result: ir.Value, scale: float, heads: int, width: int) -> None:
         """Rule 2; the mask is taken for causal since the language stage has no other, and since a query for every new key needs one."""
-        keys, values = _unrepeated(key), _unrepeated(value)
+        keys, values = _uncentred(_unrepeated(key)), _unrepeated(value)
         joined = [_made_by(tensor, "Concat") for tensor in (keys, values)]
         if not (self.every_type or query.dtype in GROUPED_TYPES) or width % 8 or any(node is None for node in joined):
             return
@@ -536,6 +536,16 @@ def _unturned(value: ir.Value | None) -> ir.Value | None:
     turn = _made_by(outer.inputs[0], "Transpose") if outer else None
     inner = _made_by(turn.inputs[0], "Reshape") if turn is not None and _perm(turn) == (0, 2, 1) else None
     return inner.inputs[0] if inner else None
+
+
+def _uncentred(value: ir.Value) -> ir.Value:
+    """Keys [B, H, N, C] before the mean over N was taken from them: softmax does not see it, nor need it a kernel in fp32 inside."""
+    centred = _made_by(_without_cast(value), "Sub")
+    mean = _made_by(centred.inputs[1], "ReduceMean") if centred else None
+    if centred is None or mean is None or mean.inputs[0] is not centred.inputs[0] or _number(mean.inputs[1]) not in (2, -2):
+        return value
+    keys = _without_cast(centred.inputs[0])
+    return value if keys is None else keys
 
 
 def _unrepeated(value: ir.Value) -> ir.Value:

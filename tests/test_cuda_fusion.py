@@ -99,6 +99,8 @@ def test_the_language_stage_gives_the_same_numbers_with_and_without_a_past(
     layers = model.config.language.layers
     # The last layer asks for some rows only, and stays as it is.
     assert counts["GroupQueryAttention"] == layers - 1 and operators(made).count("Softmax") == 1
+    means = [node for node in made.graph if node.op_type == "ReduceMean" and next(iter(node.outputs[0].uses())).node.op_type == "Sub"]
+    assert len(means) == 1, "keys are centred where scores are stored, in the last layer"
     assert counts["QuickGelu"] == layers and counts["SimplifiedLayerNormalization"] >= 2 * layers
     assert compared(place, "language", axis_sizes(model.config), precision, N=tokens, K=past, R=rows) < TOLERANCE[precision]
 

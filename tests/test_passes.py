@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +12,15 @@ import onnx.reference
 import onnx_ir as ir
 import onnxruntime
 import pytest
+import torch
+from conftest import new_tiny
 
+from agvas import AGVAS
+from agvas.config import LanguageConfig
 from engines import EngineFailed, EngineOptions, open_engine
 from engines.onnxruntime import OnnxRuntimeEngine
-from export.adapters import example_inputs
-from export.onnx_writer import write
+from export.adapters import axis_sizes, example_inputs
+from export.onnx_writer import export_stage, stage_module, write
 from export.passes import lower_precision
 from runtime.bundle import Bundle
 from runtime.contract import STAGES
@@ -358,6 +364,32 @@ def test_a_lowered_stage_stays_close_to_fp32(
     fp32 = [node.op_type for node in products if {value.dtype for value in node.inputs} == {ir.DataType.FLOAT}]
     assert fp32 == (["Gemm"] * 3 + ["MatMul"] if stage == "mask_decoder" else [])
     assert len(products) > 5 and all(len({value.dtype for value in node.inputs}) == 1 for node in products)
+
+
+@pytest.mark.parametrize("bias", [100.0, 300.0])  # scores of 24,000 and 72,000 before they are scaled, the same for every key
+def test_keys_with_the_biases_of_qwen2_leave_fp16_scores_finite_and_exact(bias: float, tmp_path: Path) -> None:
+    """Each operator in its own type, as on a GPU that does not fuse: onnxruntime's CPU provider computes products of fp16 in fp32."""
+    model = new_tiny()
+    config = dataclasses.replace(model.config, language=LanguageConfig(512, 256, 2, 2, 1, 64, max_positions=512))
+    torch.manual_seed(0)
+    model = AGVAS(config, model.tokenizer).eval()
+    with torch.no_grad():
+        for layer in model.language.model.layers:
+            keys, queries = layer.self_attn.k_proj.bias, layer.self_attn.q_proj.bias
+            keys.zero_(), queries.zero_()
+            keys[60:64] = bias  # the slowest channels of a head of 128: the angle hardly turns them
+            queries.view(2, 128)[:, 60:64] = 60.0
+    sizes = axis_sizes(config)
+    inputs = example_inputs("language", sizes, {"B": 1, "N": 40, "K": 0, "R": 3})
+    module = stage_module(model, "language")
+    with torch.no_grad():
+        wanted = module(*inputs)[0].numpy()
+        half = copy.deepcopy(model).half().language.model(inputs_embeds=inputs[0].half()).last_hidden_state[:, -3:].float().numpy()
+    graph = lower_precision(export_stage(module, "language", sizes), "fp16")
+    write(graph, tmp_path, "language")
+    feeds = {spec.name: tensor.numpy() for spec, tensor in zip(STAGES["language"].inputs, inputs, strict=True)}
+    states = onnx.reference.ReferenceEvaluator(str(tmp_path / "language.onnx")).run(None, feeds)[0]
+    assert relative_error(states, wanted) < 1.5 * relative_error(half, wanted), "torch's fused attention in fp16"
 
 
 def test_onnxruntime_refuses_bf16_and_says_which_engine_takes_it(tiny_bundle: Path, tmp_path: Path) -> None:
