@@ -64,7 +64,8 @@ def checkpoint_folder(checkpoint: str | Path) -> Path:
 
 
 def weight_files(checkpoint: str | Path) -> list[Path]:
-    """The files that make a checkpoint's weights what they are: model.safetensors, or its shards, or parts.json and what it names.
+    """The files that make a checkpoint's weights what they are: model.safetensors, or its shards, or parts.json and what it names,
+    of a base that is a checkpoint of this package its own.
 
     Raises:
         CheckpointError: see checkpoint_folder.
@@ -79,6 +80,9 @@ def weight_files(checkpoint: str | Path) -> list[Path]:
     except ValueError as error:
         raise CheckpointError(str(error)) from error
     files = [folder / PARTS_FILE]
+    base = folder / parts.base
+    if base.resolve() != folder.resolve() and base.is_dir() and model_type(base) is None:
+        files += weight_files(base)
     for given in (parts.base, parts.pixel_encoder, *parts.trained):
         path = folder / given if given is not None else folder / PARTS_FILE
         files += sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES) if path.is_dir() else [path]

@@ -188,6 +188,13 @@ class AGVASConfig:
     preprocessing: Preprocessing
     prompts: Prompts
 
+    def __post_init__(self) -> None:
+        if len(self.prompts.anchors) != len(self.mask_decoder.roles):
+            raise ValueError(
+                f"prompts.anchors: expected one for each of mask_decoder.roles ({', '.join(self.mask_decoder.roles)}), "
+                f"got {', '.join(self.prompts.anchors)}; correct one of the two"
+            )
+
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
 
@@ -341,11 +348,17 @@ def ablated(config: AGVASConfig, ablation: str | None) -> AGVASConfig:
     if ablation not in ABLATIONS:
         raise ValueError(f"ablation: expected one of {', '.join(ABLATIONS)}, got {ablation!r}")
     kept = {"no-seg": slice(0, 2), "no-spam": slice(0, 3)}.get(ablation, slice(2, 3))
-    anchors, roles = config.prompts.anchors[kept], tuple(ROLES[kept])
+    roles = tuple(ROLES[kept])
     return replace(
         config,
         name=f"{config.name}-{ablation}",
         spam=None if ablation in ("no-spam", "single-anchor") else config.spam,
         mask_decoder=replace(config.mask_decoder, roles=roles),
-        prompts=replace(config.prompts, anchors=anchors, answer=config.prompts.answer.replace("".join(ANCHORS), "".join(anchors))),
+        prompts=prompts_of_roles(config.prompts, roles),
     )
+
+
+def prompts_of_roles(prompts: Prompts, roles: tuple[str, ...]) -> Prompts:
+    """The prompts with the anchors of these roles alone, in their answer, too."""
+    anchors = tuple(anchor for anchor, role in zip(prompts.anchors, ROLES, strict=True) if role in roles)
+    return replace(prompts, anchors=anchors, answer=prompts.answer.replace("".join(prompts.anchors), "".join(anchors)))

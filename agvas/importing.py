@@ -68,6 +68,10 @@ def import_parts(settings: ImportSettings) -> Imported:
     output = settings.output
     if output.exists() and not (output / FILE).is_file():
         raise CheckpointError(f"{output} exists and was not written by agvas-import; choose another --output")
+    given = [path for path in (settings.base, settings.pixel_encoder, *settings.trained) if path is not None]
+    for path in given:
+        if output.resolve() in (path.resolve(), *path.resolve().parents):
+            raise CheckpointError(f"{output} would replace {path}, which it is to be made of; choose another --output")
     partial = output.parent / f".{output.name}.partial-{uuid.uuid4().hex[:8]}"
     partial.mkdir(parents=True)
     try:
@@ -108,8 +112,11 @@ def _write(folder: Path, settings: ImportSettings) -> list[str]:
 
 
 def _from(folder: Path, path: Path) -> str:
-    """The path for parts.json: absolute ones as they are, others from the folder, which may then move together with what they name."""
-    return str(path) if path.is_absolute() else os.path.relpath(path, folder)
+    """The path for parts.json: absolute ones as they are, others from the folder, which may then move together with what they name.
+
+    Where folders are links, from where they lead: that is where ".." goes on. What a link of a file is called stays.
+    """
+    return str(path) if path.is_absolute() else os.path.relpath(path.parent.resolve() / path.name, folder.resolve())
 
 
 def _config(settings: ImportSettings, gathered: Gathered, notes: list[str]) -> AGVASConfig:

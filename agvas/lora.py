@@ -1,7 +1,8 @@
 """LoRA adapters in peft's layout, added to the weights one tensor at a time: W + scale · B A.
 
 The sum is made in float32 and stays there, whatever the base is stored in: rounding it to bfloat16 would lose a small adapter. What
-cannot be added to a weight exactly (DoRA, biases, adapters of embeddings) is refused. Training makes adapters (agvas/training).
+cannot be added to a weight exactly (DoRA, biases, adapters of embeddings or of a base that peft changed first) is refused. Training
+makes adapters (agvas/training).
 """
 
 from __future__ import annotations
@@ -22,7 +23,22 @@ from agvas.weights import LazyTensor, safetensors_file
 
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 _FACTOR = re.compile(r"^(?P<layer>.+)\.lora_(?P<factor>[AB])(?:\.default)?(?:\.weight)?$")
-_UNMERGEABLE = ("use_dora", "fan_in_fan_out", "lora_bias", "megatron_config", "eva_config", "trainable_token_indices", "target_parameters")
+_UNMERGEABLE = (
+    "use_dora",
+    "use_qalora",
+    "use_bdlora",
+    "fan_in_fan_out",
+    "lora_bias",
+    "megatron_config",
+    "eva_config",
+    "arrow_config",
+    "alora_invocation_tokens",
+    "layer_replication",
+    "trainable_token_indices",
+    "target_parameters",
+)
+# Beginnings that leave the base as it is. The others (PiSSA, OLoRA, LoftQ, CorDA, LoRA-GA, MiCA) change it, and what they add is to that.
+_PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
 @dataclass(frozen=True)
@@ -69,6 +85,8 @@ def read_settings(path: Path) -> LoRASettings:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} cannot be read as peft's adapter configuration: {error!r}; copy the file again") from error
     used = [name for name in _UNMERGEABLE if fields.get(name)]
+    if (start := fields.get("init_lora_weights")) not in _PLAIN_STARTS:
+        used.append(f"init_lora_weights = {start}")
     if kind != "LORA" or used or fields.get("bias", "none") != "none":
         what = kind if kind != "LORA" else ", ".join(used) or f"bias = {fields['bias']}"
         raise ValueError(f"{path}: expected a plain LoRA, got one with {what}; merge it with peft (merge_and_unload) and give the result")

@@ -103,6 +103,8 @@ def gather(folder: Path, parts: Parts) -> Gathered:
     """
     gathered = Gathered()
     base = _there(folder, parts.base, "base")
+    if base.resolve() == folder.resolve():
+        raise ValueError(f"{folder / FILE}: base: expected another checkpoint, got this one; write it anew with agvas-import")
     gathered.put(base, published_base(base))
     gathered.published = model_type(base) is not None
     if parts.pixel_encoder is not None:
@@ -148,7 +150,9 @@ def published_base(path: Path) -> Translated:
         )
     from agvas.checkpoint import open_checkpoint  # which reads parts, this base's own maybe
 
-    return Translated(dict(open_checkpoint(path).tensors))
+    opened = open_checkpoint(path)
+    # A tied head is the table under another name: what was trained on this base has a table of its own, and no head.
+    return Translated({name: tensor for name, tensor in opened.tensors.items() if name != HEAD or not opened.config.language.tied_head})
 
 
 def _is_tied(folder: Path) -> bool:

@@ -24,6 +24,7 @@ from agvas.config import (
     PixelEncoderConfig,
     SemanticEncoderConfig,
     SPAMConfig,
+    prompts_of_roles,
     published_prompts,
 )
 from agvas.weights import LazyTensor
@@ -72,7 +73,8 @@ def derive(base: Path, tensors: Tensors, pixel_encoder: Path | None = None, pixe
         pixel, statistics = vit_config(pixel_encoder, tensors, pixel_size), _statistics(pixel_encoder, resampled=False)
     preprocessing = Preprocessing(pixel.image_size, *statistics, semantic.image_size, *_statistics(base))
     name = f"agvas-{base.resolve().name}"
-    return Derived(AGVASConfig(name, pixel, semantic, language, spam, decoder, preprocessing, published_prompts(language.kind)), assumed)
+    prompts = prompts_of_roles(published_prompts(language.kind), decoder.roles)
+    return Derived(AGVASConfig(name, pixel, semantic, language, spam, decoder, preprocessing, prompts), assumed)
 
 
 def sam_config(tensors: Tensors) -> PixelEncoderConfig:

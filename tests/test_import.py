@@ -20,7 +20,8 @@ from torch import Tensor
 from transformers import LlavaForConditionalGeneration, LlavaOnevisionForConditionalGeneration, Qwen2ForCausalLM, SamModel
 
 from agvas import AGVAS, CheckpointError, load, save
-from agvas.checkpoint import open_checkpoint
+from agvas.checkpoint import open_checkpoint, weight_files
+from agvas.config import ablated
 from agvas.import_cli import main
 from agvas.importing import ImportSettings, import_parts
 from agvas.training.adaptation import Adaptation, LoRASettings, TrainedParts
@@ -176,6 +177,10 @@ def test_a_tied_head_is_the_table_and_stays_it(parts: Published, tmp_path: Path)
     adaptation.save(tmp_path / "trained")
     import_parts(ImportSettings(tmp_path / "tied", tmp_path / "both", parts.sam, (tmp_path / "trained",)))
     assert torch.equal(load(tmp_path / "both").language.lm_head.weight, 2 * theirs.lm_head.weight)
+    # The same over the base as imported before.
+    import_parts(ImportSettings(tmp_path / "start", tmp_path / "again", None, (tmp_path / "trained",)))
+    model = load(tmp_path / "again")
+    assert model.config.language.tied_head and torch.equal(model.language.lm_head.weight, 2 * theirs.lm_head.weight)
 
 
 # What was trained goes over the base
@@ -452,6 +457,10 @@ def test_what_does_not_fit_is_named_and_nothing_is_left(
         ({"use_dora": True}, "got one with use_dora; merge it with peft"),
         ({"bias": "all"}, "got one with bias = all"),
         ({"peft_type": "IA3"}, "got one with IA3"),
+        ({"init_lora_weights": "pissa_niter_16"}, "got one with init_lora_weights = pissa_niter_16; merge it with peft"),
+        ({"init_lora_weights": "olora"}, "got one with init_lora_weights = olora"),
+        ({"alora_invocation_tokens": [5, 6]}, "got one with alora_invocation_tokens"),
+        ({"layer_replication": [[0, 2]]}, "got one with layer_replication"),
     ],
 )
 def test_an_adapter_that_no_weight_can_take_up_is_refused(copy: Path, change: dict[str, object], message: str) -> None:
@@ -488,6 +497,66 @@ def test_a_folder_of_something_else_is_not_written_over(parts: Published, tmp_pa
     (tmp_path / "photo.png").touch()
     with pytest.raises(CheckpointError, match="exists and was not written by agvas-import"):
         import_parts(ImportSettings(parts.onevision, tmp_path, parts.sam, (parts.trained,)))
+
+
+@pytest.mark.parametrize("within", [".", "trained"])
+def test_parts_are_not_written_over_by_what_is_made_of_them(parts: Published, tmp_path: Path, within: str) -> None:
+    import_parts(ImportSettings(parts.onevision, tmp_path / "start", parts.sam, untrained=0))
+    (tmp_path / "start" / "trained").mkdir()
+    before = {path.name: path.stat().st_size for path in (tmp_path / "start").iterdir()}
+    settings = ImportSettings(tmp_path / "start", tmp_path / "start", None)
+    if within != ".":
+        settings = ImportSettings(parts.onevision, tmp_path / "start", parts.sam, (tmp_path / "start" / within,))
+    with pytest.raises(CheckpointError, match="start would replace .*choose another --output"):
+        import_parts(settings)
+    assert {path.name: path.stat().st_size for path in (tmp_path / "start").iterdir()} == before
+
+
+def test_a_single_anchors_training_is_imported_with_that_anchor_alone(parts: Published, tmp_path: Path) -> None:
+    config = ablated(load(parts.start).config, "single-anchor")
+    (tmp_path / "ablated.json").write_text(config.to_json())
+    import_parts(ImportSettings(parts.onevision, tmp_path / "start", parts.sam, untrained=0, config=tmp_path / "ablated.json"))
+    model = load(tmp_path / "start")
+    state = tmp_path / "run" / "state" / "step"
+    state.mkdir(parents=True)
+    (state.parent / "latest").write_text("step")
+    torch.save({"module": {f"model.{name}": tensor for name, tensor in model.state_dict().items()}}, state / "mp_rank_00_model_states.pt")
+    found = import_parts(ImportSettings(parts.onevision, tmp_path / "stopped", parts.sam, (state.parent,))).opened.config
+    assert found.mask_decoder.roles == config.mask_decoder.roles == ("segment",)
+    assert found.prompts.anchors == ("[SEG]",) and found.prompts.answer == config.prompts.answer
+
+
+def test_anchors_and_roles_that_differ_in_number_are_no_checkpoint(parts: Published, copy: Path) -> None:
+    path = copy / "start" / "config.json"
+    fields = json.loads(path.read_text())
+    fields["mask_decoder"]["roles"] = ["segment"]
+    path.write_text(json.dumps(fields))
+    with pytest.raises(CheckpointError, match="prompts.anchors: expected one for each of mask_decoder.roles"):
+        load(copy / "start")
+
+
+def test_a_checkpoint_that_names_itself_as_its_base_is_told(copy: Path) -> None:
+    path = copy / "checkpoint" / "parts.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base": "../checkpoint"}))
+    with pytest.raises(CheckpointError, match="base: expected another checkpoint, got this one"):
+        load(copy / "checkpoint")
+
+
+def test_an_output_behind_a_linked_folder_finds_its_parts(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (copy / "deep" / "real").mkdir(parents=True)
+    (copy / "link").symlink_to(copy / "deep" / "real", target_is_directory=True)
+    monkeypatch.chdir(copy)
+    arguments = ["--base", "onevision", "--sam", "sam_vit_mini.pth", "--trained", "trained"]
+    assert main([*arguments, "--output", "link/new"]) == 0
+    assert load(copy / "deep" / "real" / "new").config == load(copy / "checkpoint").config
+
+
+def test_the_files_of_a_base_in_parts_are_its_own_and_those_it_names(parts: Published, tmp_path: Path) -> None:
+    import_parts(ImportSettings(parts.onevision, tmp_path / "start", parts.sam, untrained=0))
+    import_parts(ImportSettings(tmp_path / "start", tmp_path / "both", None, (parts.trained,)))
+    files = {path.resolve() for path in weight_files(tmp_path / "both")}
+    assert {path.resolve() for path in weight_files(tmp_path / "start")} < files
+    assert {parts.sam.resolve(), *(path.resolve() for path in parts.onevision.glob("*.safetensors"))} < files
 
 
 @pytest.mark.parametrize("what", ["onevision", "trained"])
