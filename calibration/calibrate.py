@@ -86,6 +86,7 @@ def calibrate(
     settings: CalibrationSettings,
     progress: Report | None = None,
     work: Path | None = None,
+    weights_sha256: str | None = None,
 ) -> Calibration:
     """Quantise the language model on pictures. The model stays as it is.
 
@@ -94,6 +95,7 @@ def calibrate(
         progress: told (what, steps done, steps in all).
         work: where embeddings and finished layers are kept, to go on with after an interruption; about two times pictures × tokens ×
             width × 4 bytes. Left behind at the end. None for a temporary folder.
+        weights_sha256: model_sha256 of the checkpoint, where the model was rounded when it was loaded; None: of the model.
 
     Raises:
         ValueError: no pictures; a group that does not divide a layer's inputs; values that are not finite.
@@ -106,8 +108,8 @@ def calibrate(
             settings.gptq.group_of(linear_of(layer, name).in_features, f"{LAYERS}.{index}.{name}")
     if work is None:
         with tempfile.TemporaryDirectory() as folder:
-            return calibrate(model, images, settings, progress, Path(folder))
-    run = _Run(model, images, settings, progress or (lambda *_: None), work)
+            return calibrate(model, images, settings, progress, Path(folder), weights_sha256)
+    run = _Run(model, images, settings, progress or (lambda *_: None), work, weights_sha256 or model_sha256(model))
     with torch.inference_mode():
         return run.finished()
 
@@ -125,7 +127,15 @@ def common_group(model: AGVAS) -> int:
 class _Run:
     """One calibration and its work folder: state.json says which, hidden/ holds embeddings by layer, layers/ what is finished."""
 
-    def __init__(self, model: AGVAS, images: Sequence[np.ndarray], settings: CalibrationSettings, progress: Report, work: Path) -> None:
+    def __init__(
+        self,
+        model: AGVAS,
+        images: Sequence[np.ndarray],
+        settings: CalibrationSettings,
+        progress: Report,
+        work: Path,
+        weights_sha256: str,
+    ) -> None:
         self.model, self.images, self.settings, self.work = model, images, settings, work
         self.device = torch.device(settings.device)
         self.layers: Sequence[nn.Module] = model.language.model.layers
@@ -134,7 +144,7 @@ class _Run:
         steps = len(images) * (1 + PASSES * len(self.layers))
         self.step = lambda done: progress("calibrating", done, steps)
         self.hashes = tuple(image_sha256(image) for image in images)
-        self.weights_sha256 = model_sha256(model)
+        self.weights_sha256 = weights_sha256
         self._claim()
 
     def finished(self) -> Calibration:

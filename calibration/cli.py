@@ -62,22 +62,25 @@ def _calibrate(options: argparse.Namespace, started: float) -> int:
 
     import torch
 
-    from agvas.checkpoint import load
+    from agvas.checkpoint import load, open_checkpoint
     from calibration.calibrate import CalibrationSettings, calibrate, common_group
     from calibration.gptq import GPTQSettings
     from calibration.gptq_checkpoint import write_gptq_checkpoint
     from calibration.pictures import calibration_pictures
-    from calibration.plan import write_plan
+    from calibration.plan import model_sha256, write_plan
 
     asked = GPTQSettings(bits=options.bits, group=options.group or 0, damping=options.damping)  # wrong values are told before the work
     device = _device(options.device)
     pictures = calibration_pictures(options.images, options.samples)
     model = load(options.checkpoint, {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[options.dtype])
     group = common_group(model) if options.group is None else options.group
+    if options.gptq_checkpoint and not group:
+        raise RequestError("--group: expected more than 0 with --gptq-checkpoint, which has one group for all layers, got 0; leave it out")
+    weights_sha256 = model_sha256(open_checkpoint(options.checkpoint).tensors)  # as stored, which export has: --dtype may have rounded them
     settings = CalibrationSettings(replace(asked, group=group), options.answer_share, device)
     work = options.output.with_name(f"{options.output.name}.partial")
     with Progress() as progress:
-        plan, weights, ranges = calibrate(model, pictures, settings, progress, work)
+        plan, weights, ranges = calibrate(model, pictures, settings, progress, work, weights_sha256)
     write_plan(options.output, plan, weights, ranges)
     if options.gptq_checkpoint:
         write_gptq_checkpoint(model, weights, options.gptq_checkpoint)

@@ -286,10 +286,17 @@ def test_the_command_writes_a_plan_that_belongs_to_the_checkpoint_and_a_gptq_che
     assert not (tmp_path / "plan.partial").exists()
 
 
+def test_a_plan_made_in_16_bit_belongs_to_the_checkpoint_as_it_is_stored(model: AGVAS, tmp_path: Path) -> None:
+    save(model, tmp_path / "checkpoint")  # in fp32, which bf16 does not hold
+    assert run("--checkpoint", tmp_path / "checkpoint", "--output", tmp_path / "plan", "--samples", "1", "--dtype", "bf16") == 0
+    read_plan(tmp_path / "plan", model)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["--samples", "0"], "--samples"),
+        (["--group", "0", "--samples", "1", "--gptq-checkpoint", "gptq"], "--group: expected more than 0 with --gptq-checkpoint"),
         (["--dtype", "bf61"], "did you mean 'bf16'"),
         (["--device", "cuda:77"], "--device"),
         (["--bits", "5"], "4 or 8"),
