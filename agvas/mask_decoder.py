@@ -97,5 +97,7 @@ class MaskDecoder(nn.Module):
         """SAM's random Fourier features of the grid's cell centres: [1, P, G, G]."""
         side = (torch.arange(self.grid, device=self.frequencies.device, dtype=torch.float32) + 0.5) / self.grid
         centres = torch.stack(torch.meshgrid(side, side, indexing="xy"), dim=-1) * 2 - 1  # [G, G, (x, y)] in -1..1
-        angles = 2 * math.pi * (centres @ self.frequencies.float())  # [G, G, P / 2]
+        across, down = self.frequencies.float()
+        # No matrix product: training's autocast would round it to 16 bit, and angles with it.
+        angles = 2 * math.pi * (centres[..., :1] * across + centres[..., 1:] * down)  # [G, G, P / 2]
         return torch.cat([angles.sin(), angles.cos()], dim=-1).permute(2, 0, 1).unsqueeze(0).to(self.frequencies.dtype)

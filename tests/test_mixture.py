@@ -229,6 +229,13 @@ def test_direct_answers_are_the_one_that_inference_verifies(sets: Path) -> None:
     assert {sample.answer for sample in drawn(Mixture(read(sets, only)), 20)} == {ANSWER}
 
 
+def test_an_ablations_answers_hold_its_own_anchors(sets: Path) -> None:
+    opened = Mixture(read(sets, groups()), anchors=("[SEG]",))
+    answers = [opened.sample(0, 0, index).answer for index in range(60)]
+    masked = [answer for answer in answers if "[SEG]" in answer]
+    assert masked and ANSWER.replace("[NOR][ANO]", "") in masked and not any("[NOR]" in answer or "[ANO]" in answer for answer in answers)
+
+
 def test_a_group_with_anomalies_only_draws_anomalies_only(sets: Path) -> None:
     only = {"anomaly": {"sources": [{"kind": "manifest", "root": "cracks"}]}}
     assert all(sample.mask is not None and sample.mask.any() for sample in drawn(Mixture(read(sets, only)), 40))

@@ -323,6 +323,13 @@ def test_the_anchors_reach_the_map(decoder: MaskDecoder) -> None:
 
 
 @torch.no_grad()
+def test_positions_are_as_exact_in_training_as_they_are_in_use(decoder: MaskDecoder) -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        trained = decoder.positions()
+    assert torch.equal(trained, decoder.positions())
+
+
+@torch.no_grad()
 def test_positions_are_sams_fourier_features_of_the_cells_centres(decoder: MaskDecoder) -> None:
     got = decoder.positions()
     assert got.shape == (1, 32, 5, 5)

@@ -20,7 +20,7 @@ from agvas.config import ANSWER
 from agvas.training import cli
 from agvas.training.adaptation import TrainedParts
 from agvas.training.batch import collate
-from agvas.training.feature_cache import FeatureCache
+from agvas.training.feature_cache import FeatureCache, fingerprint
 from agvas.training.loop import Diverged, LoopSettings
 from agvas.training.sample import TrainingSample
 from agvas.training.sources.catalogue import COCO_PLACES, GROUPS, OPTIONS
@@ -105,6 +105,27 @@ def test_another_encoders_features_are_not_taken(tmp_path: Path) -> None:
     second = FeatureCache(tmp_path, model).features(model, batch)
     assert not torch.equal(first.pixel_embeddings, second.pixel_embeddings)
     torch.testing.assert_close(first.semantic_features, second.semantic_features)
+
+
+def test_features_of_another_precision_are_not_taken(tmp_path: Path) -> None:
+    model = new_tiny().requires_grad_(False)
+    cache, batch = FeatureCache(tmp_path, model), collate([Pictures().sample(0, 0, 0)], model.config, model.prompt_encoder)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = cache.features(model, batch)
+    exact = cache.features(model, batch)
+    assert rounded.pixel_embeddings.dtype == torch.bfloat16 and exact.pixel_embeddings.dtype == torch.float32
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 2
+
+
+def test_encoders_with_counters_are_cached_too(tmp_path: Path) -> None:
+    """Batch norms count their batches in a tensor without axes."""
+    model = new_tiny().requires_grad_(False)
+    model.pixel_encoder.register_buffer("num_batches_tracked", torch.tensor(3))
+    batch = collate([Pictures().sample(0, 0, 0)], model.config, model.prompt_encoder)
+    FeatureCache(tmp_path, model).features(model, batch)
+    before = fingerprint(model.pixel_encoder)
+    model.pixel_encoder.num_batches_tracked += 1
+    assert fingerprint(model.pixel_encoder) != before
 
 
 def test_a_cache_of_encoders_that_learn_is_refused(tmp_path: Path) -> None:

@@ -109,10 +109,11 @@ def _tune(options: argparse.Namespace) -> Path | None:
 
     settings = TuningSettings() if options.settings is None else read_settings(options.settings, TuningSettings())
     settings = replace(settings, loop=_changed_loop(settings.loop, options))
-    mixture = Mixture(MixtureSettings.read(options.mixture))
+    mixture_settings = MixtureSettings.read(options.mixture)
+    model = load(options.checkpoint)
+    mixture = Mixture(mixture_settings, model.config.prompts.anchors)
     if is_main_process():
         print(mixture.describe(), file=sys.stderr)
-    model = load(options.checkpoint)
     facts = {"checkpoint": str(options.checkpoint), "mixture": mixture.describe()}
     tune(model, mixture, settings, options.output, options.device, options.workers, options.feature_cache, facts)
     return options.output / "checkpoint" if is_main_process() else None

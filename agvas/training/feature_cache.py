@@ -1,8 +1,8 @@
 """What frozen encoders said of an image, kept on disk: they say the same at every step, and cost most of it.
 
-Keyed by the encoders' weights and the preprocessed images themselves, so that neither another checkpoint nor an augmented picture can
-meet a stale entry. It pays where the same pictures come again unchanged; random crops never do. An entry of the 7B model is 9 MB in
-bf16 (256 x 64 x 64 pixel embeddings, 729 x 1152 and 729 x 3584 features).
+Keyed by the encoders' weights, the type they compute in and the preprocessed images themselves, so that neither another checkpoint or
+precision nor an augmented picture can meet a stale entry. It pays where the same pictures come again unchanged; random crops never do. An
+entry of the 7B model is 9 MB in bf16 (256 x 64 x 64 pixel embeddings, 729 x 1152 and 729 x 3584 features).
 """
 
 from __future__ import annotations
@@ -31,12 +31,15 @@ class FeatureCache:
         if any(parameter.requires_grad for part in (model.pixel_encoder, model.semantic_encoder) for parameter in part.parameters()):
             raise ValueError("the feature cache needs frozen encoders, these are trained; leave the cache out")
         self.folder = folder / fingerprint(model.pixel_encoder, model.semantic_encoder)
-        self.folder.mkdir(parents=True, exist_ok=True)
 
     @torch.no_grad()
     def features(self, model: AGVAS, batch: Batch) -> Features:
         """Of the batch's images, as model.encode gives them; what was not there yet is computed and kept."""
-        paths = [self.folder / f"{_hash(p, s)}.safetensors" for p, s in zip(batch.pixel_image, batch.semantic_image)]
+        kind = batch.pixel_image.device.type
+        computed_in = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else batch.pixel_image.dtype
+        folder = self.folder / str(computed_in).removeprefix("torch.")
+        folder.mkdir(parents=True, exist_ok=True)
+        paths = [folder / f"{_hash(p, s)}.safetensors" for p, s in zip(batch.pixel_image, batch.semantic_image)]
         missing = [i for i, path in enumerate(paths) if not path.exists()]
         if missing:
             for i, parts in zip(missing, zip(*model.encode(batch.pixel_image[missing], batch.semantic_image[missing]))):
@@ -65,4 +68,4 @@ def _hash(*images: Tensor) -> str:
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().reshape(-1))
+    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())

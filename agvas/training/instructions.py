@@ -27,6 +27,7 @@ __all__ = [
     "normal_description",
     "object_dialogue",
     "sample_instruction",
+    "with_anchors",
 ]
 
 TARGETS = ("anomalies", "defects", "flaws", "damaged areas", "irregularities", "faults")
@@ -213,6 +214,14 @@ def object_dialogue(name: str, rng: np.random.Generator) -> tuple[str, str]:
     """
     name = _name_of(name)
     return _drawn(OBJECT_TEMPLATES, rng).format(name=name), ANSWER
+
+
+def with_anchors(answer: str, anchors: Sequence[str]) -> str:
+    """The answer with these of the three anchors alone: what a checkpoint without the others is taught."""
+    for anchor in ANCHORS:
+        if anchor not in anchors:
+            answer = answer.replace(anchor, "")
+    return answer
 
 
 def find_anchor_fault(text: str) -> str | None:

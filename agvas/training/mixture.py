@@ -23,7 +23,7 @@ import difflib
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,8 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from agvas.training.instructions import dialogue, object_dialogue
+from agvas.config import ANCHORS
+from agvas.training.instructions import dialogue, object_dialogue, with_anchors
 from agvas.training.sample import TrainingSample
 from agvas.training.settings import read_own_json, without_quotes
 from agvas.training.sources.catalogue import GROUPS, OPTIONS, SourceSettings, read_source
@@ -104,11 +105,15 @@ class MixtureSettings:
 
 
 class Mixture:
-    """An opened mixture: every source's index in memory."""
+    """An opened mixture: every source's index in memory.
 
-    def __init__(self, settings: MixtureSettings) -> None:
+    Args:
+        anchors: those that answers hold: fewer than three where an ablation is tuned.
+    """
+
+    def __init__(self, settings: MixtureSettings, anchors: Sequence[str] = ANCHORS) -> None:
         """Reads the indexes, with a progress bar on a terminal. Raises DatasetError."""
-        self.settings = settings
+        self.settings, self.anchors = settings, anchors
         active = settings.active()
         total = sum(group.probability for group in active.values())
         waiting = [(name, source) for name, group in active.items() for source in group.sources]
@@ -122,7 +127,8 @@ class Mixture:
         """Sample `index` of step `step`, all from 0 on. Raises DatasetError where its picture or truth cannot be read."""
         rng = np.random.default_rng([seed, step, index])
         group = self._groups[_choose([group.probability for group in self._groups], rng)]
-        return group.sample(rng)
+        sample = group.sample(rng)
+        return replace(sample, answer=with_anchors(sample.answer, self.anchors))
 
     def describe(self) -> str:
         """A Markdown table: group, source, records, and the probability of a sample to come from it; below it what is worth knowing."""

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from agvas.config import ANCHORS
 from agvas.training.defects import KINDS
 from agvas.training.descriptions import describe
-from agvas.training.instructions import dialogue
+from agvas.training.instructions import dialogue, with_anchors
 from agvas.training.procedural import Sample, make_samples
 from agvas.training.sample import TrainingSample
 from runtime.prompts import DIRECT
@@ -134,7 +134,7 @@ class ProceduralSource:
             # answer, and from there an empty mask, for every picture: nano did when two in five descriptions were of normal ones.
             image, mask, kind = self._picture(rng, plain_share)
         instruction, answer = dialogue(mode, describe(kind, mask, rng), rng)
-        return TrainingSample(image, instruction, answer.replace("".join(ANCHORS), "".join(self.anchors)), mask, relative=True)
+        return TrainingSample(image, instruction, with_anchors(answer, self.anchors), mask, relative=True)
 
     def _picture(self, rng: np.random.Generator, plain_share: float) -> tuple[np.ndarray, np.ndarray, str]:
         number = _index(self.pool, rng, plain_share)
