@@ -148,7 +148,7 @@ def _export(options: argparse.Namespace, started: float) -> int:
     seconds = time.monotonic() - started
     told = f"{bundle.folder}: {bundle.bytes / 1e6:.1f} MB in {seconds:.0f} s; "
     if report is None:
-        passed, failures = True, list[str]()
+        passed, failures = None, list[str]()  # nothing was judged
         print(told + "not compared with the reference")
     else:
         chain, failures = report.chain, report.failures
@@ -183,7 +183,7 @@ def _export(options: argparse.Namespace, started: float) -> int:
                 }
             )
         )
-    return 0 if passed else 1
+    return 1 if failures else 0
 
 
 def _gates(text: str | None) -> dict[str, float]:

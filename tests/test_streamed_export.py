@@ -343,9 +343,13 @@ def test_parity_layer_by_layer_finds_what_parity_does(
     assert bundle.golden()["0.image"].shape == picture(0).shape
 
 
-def test_an_export_that_is_not_compared_says_so(tiny_checkpoint: Path, tmp_path: Path, ready_graphs: list[str]) -> None:
+def test_an_export_that_is_not_compared_says_so(
+    tiny_checkpoint: Path, tmp_path: Path, ready_graphs: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     output = tmp_path / "bundle"
-    assert main(["--checkpoint", str(tiny_checkpoint), "--output", str(output), "--parity", "none", "--lmm", "float"]) == 0
+    assert main(["--checkpoint", str(tiny_checkpoint), "--output", str(output), "--parity", "none", "--lmm", "float", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert told["passed"] is None and told["parity"] is None and told["failures"] == []
     assert Bundle(output).manifest.parity == {"passed": False, "compared": False}
     assert json.loads((output / "parity.json").read_text())["compared"] is False
 
