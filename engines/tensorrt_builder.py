@@ -28,6 +28,7 @@ from engines.tensorrt_library import TENSORRT, library, sm
 Profile = Mapping[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
 
 CHILD = (sys.executable, "-m", "engines.tensorrt_builder")
+CONTROL_GROUP = Path("/sys/fs/cgroup")  # a container's own, of version 2
 # Host memory of a build, measured with TensorRT for RTX 1.7.1 (benchmarks/results/tensorrt_rtx_builds.json): the library and its
 # compiler, and per byte of the graph what the parser, the optimiser and the serialised engine hold at once.
 BASE_BYTES = 350 << 20
@@ -149,14 +150,18 @@ def check_memory(graph: Path) -> None:
 
 
 def available_bytes() -> int | None:
-    """Memory that a new process may take: the system's, or what a container's limit leaves; None where the system does not tell."""
+    """Memory that a new process may take: the system's, or what a container's limit leaves; None where the system does not tell.
+
+    Files that were read count as used in a container (a bundle, when its hashes were checked) and give way to a process: they are free.
+    """
     found = []
     with contextlib.suppress(OSError, ValueError, StopIteration):
         lines = Path("/proc/meminfo").read_text().splitlines()
         found.append(next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")))
     with contextlib.suppress(OSError, ValueError):
-        group = Path("/sys/fs/cgroup")
-        found.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+        left = int((CONTROL_GROUP / "memory.max").read_text()) - int((CONTROL_GROUP / "memory.current").read_text())
+        kinds = dict(line.split() for line in (CONTROL_GROUP / "memory.stat").read_text().splitlines())
+        found.append(left + int(kinds.get("inactive_file", 0)) + int(kinds.get("active_file", 0)))
     return min(found) if found else None
 
 

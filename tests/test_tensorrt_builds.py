@@ -212,6 +212,16 @@ def test_too_little_free_memory_is_told_before_the_work(tmp_path: Path, monkeypa
         build_plain(tmp_path)
 
 
+def test_files_that_a_container_has_read_are_free_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "memory.max").write_text(f"{100 << 20}\n")
+    (tmp_path / "memory.current").write_text(f"{95 << 20}\n")
+    (tmp_path / "memory.stat").write_text(f"anon {15 << 20}\nfile {80 << 20}\ninactive_file {50 << 20}\nactive_file {20 << 20}\n")
+    monkeypatch.setattr(tensorrt_builder, "CONTROL_GROUP", tmp_path)
+    assert tensorrt_builder.available_bytes() == 75 << 20
+    (tmp_path / "memory.max").write_text(f"{1 << 60}\n")
+    assert (tensorrt_builder.available_bytes() or 0) < 1 << 50, "more than the machine has"
+
+
 def test_a_child_that_ends_without_a_word_is_no_success(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tensorrt_builder, "CHILD", ("true",))
     with pytest.raises(EngineFailed, match="ended with exit code 0 and said nothing"):
