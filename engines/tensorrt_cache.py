@@ -262,11 +262,11 @@ def _what(key: EngineKey) -> str:
 def _found_instead(key: EngineKey) -> str:
     """What there is of this stage, nearest first, in words."""
     records = []
-    for sidecar in sorted(engines_folder().glob(f"{key.stage}-*.json")):
+    for engine in sorted(engines_folder().glob(f"{key.stage}-*.engine")):  # what was set aside ends otherwise
         try:
-            records.append(record_of(sidecar.with_suffix(".engine")))
+            records.append(record_of(engine))
         except EngineUnavailable:
-            continue  # a set aside one's, or not ours
+            continue  # not ours
     ours = [record for record in records if record.graph == key.graph]
     same = [record for record in ours if (record.engine, record.version) == (key.engine, key.version)]
     if list(engines_folder().glob(f"{key.path.name}{FAILED}")):

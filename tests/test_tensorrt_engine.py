@@ -16,7 +16,7 @@ from cuda_double import CudaDouble, TensorRtDouble
 from engines import EngineFailed, EngineOptions, EngineUnavailable, TensorMismatch, open_engine, tensorrt_cache
 from engines.tensorrt import TensorRtEngine
 from engines.tensorrt_builder import BuildReport, BuildRequest
-from engines.tensorrt_cache import EngineKey, engines_folder, record_of
+from engines.tensorrt_cache import EngineKey, engines_folder, record_of, set_aside
 from export.bisect import bisect
 from runtime import Segmenter
 from runtime.bundle import Bundle
@@ -381,6 +381,14 @@ def test_another_version_or_another_bundle_is_told_apart(gpu: Gpu, tiny_bundle: 
         gpu.open(spoilt, "mask_decoder")
 
 
+def test_an_engine_that_was_set_aside_is_not_told_as_one_that_is_there(gpu: Gpu, tiny_bundle: Path) -> None:
+    gpu.build(tiny_bundle, stages=("spam",))
+    set_aside(gpu.key(tiny_bundle).path)
+    gpu.cuda.capability = "8.6"
+    with pytest.raises(EngineUnavailable, match="for compute capability 8.6, found none; run agvas-build"):
+        gpu.open(tiny_bundle)
+
+
 @BOTH
 @pytest.mark.parametrize(
     ("spoil", "message"),
@@ -389,7 +397,7 @@ def test_another_version_or_another_bundle_is_told_apart(gpu: Gpu, tiny_bundle: 
         (lambda path: path.write_bytes(path.read_bytes()[::-1]), r"expected sha256 [0-9a-f]{16}…, found [0-9a-f]{16}… \(altered\)"),
         (lambda path: path.with_suffix(".json").unlink(), "expected the engine's sidecar, found FileNotFoundError"),
         (lambda path: path.with_suffix(".json").write_text("{}"), "expected the engine's sidecar, found KeyError"),
-        (lambda path: path.unlink(), "expected an engine of .* found"),
+        (lambda path: path.unlink(), "expected an engine of .* found none"),
     ],
     ids=["truncated", "altered", "no sidecar", "another sidecar", "gone"],
 )
