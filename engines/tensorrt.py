@@ -156,7 +156,11 @@ class _Execution:
         for name, shape in shapes.items():
             if not self._context.set_input_shape(name, shape):
                 raise EngineFailed(f"stage {self._spec.name}: {name} {list(shape)} was refused: {self._logger.last()}")
-        if unknown := self._context.infer_shapes():
+        try:
+            unknown = self._context.infer_shapes()
+        except RuntimeError as error:
+            raise EngineFailed(f"stage {self._spec.name}: its outputs' shapes were not found: {error} ({self._logger.last()})") from error
+        if unknown:
             raise EngineFailed(f"stage {self._spec.name}: the shapes of {', '.join(unknown)} are not known before running")
         known = shapes | {tensor.name: tuple(self._context.get_tensor_shape(tensor.name)) for tensor in self._spec.outputs}
         for name, shape in known.items():

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import cuda_double
 import numpy as np
 import pytest
 from cuda_double import CudaDouble, TensorRtDouble
@@ -339,6 +340,20 @@ def test_too_little_memory_on_the_gpu_is_told_in_cudas_words(gpu: Gpu, tiny_bund
         spam.run(spam_feeds(tiny_bundle))
     gpu.cuda.memory = 1 << 30
     assert_equal(spam.run(spam_feeds(tiny_bundle)), reference(tiny_bundle, "spam", spam_feeds(tiny_bundle)))
+
+
+def test_shapes_that_the_library_cannot_infer_fail_in_the_stages_name(
+    gpu: Gpu, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu.build(tiny_bundle, stages=("spam",))
+    spam = gpu.open(tiny_bundle)
+
+    def broken(context: object) -> list[str]:
+        raise RuntimeError("node_7 is odd")
+
+    monkeypatch.setattr(cuda_double._Context, "infer_shapes", broken)
+    with pytest.raises(EngineFailed, match=r"stage spam: its outputs' shapes were not found: node_7 is odd \(the library gave no reason\)"):
+        spam.run(spam_feeds(tiny_bundle))
 
 
 # What is refused
