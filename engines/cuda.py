@@ -144,17 +144,16 @@ class Buffer:
         self.bytes = 0
         self._pinned = 0
 
-    def reserve(self, size: int) -> bool:
-        """Make room for `size` bytes, at least one, since TensorRT takes no null address for an empty tensor. True when it moved."""
+    def reserve(self, size: int) -> None:
+        """Make room for `size` bytes, at least one, since TensorRT takes no null address for an empty tensor."""
         size = max(size, 1)
         if size <= self.bytes:
-            return False
+            return
         cuda = self._cuda
         self.close()
         self.address = int(check(cuda.cudaMalloc(size)))
         self._pinned = int(check(cuda.cudaMallocHost(size)))
         self.bytes = size
-        return True
 
     def host(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
         """The pinned memory's first bytes as an array."""

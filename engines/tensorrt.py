@@ -124,6 +124,7 @@ class _Execution:
         self._types = {tensor.name: np.dtype(tensor.dtype) for tensor in (*spec.inputs, *spec.outputs)}
         self._buffers = {name: Buffer() for name in self._types}
         self._shapes: dict[str, tuple[int, ...]] = {}
+        self._addresses: dict[str, int] = {}  # those that the context has taken
         self._graph: Graph | None = None
         self._capture = True
         self._engine = engine  # a context must not outlive its engine
@@ -164,9 +165,12 @@ class _Execution:
             raise EngineFailed(f"stage {self._spec.name}: the shapes of {', '.join(unknown)} are not known before running")
         known = shapes | {tensor.name: tuple(self._context.get_tensor_shape(tensor.name)) for tensor in self._spec.outputs}
         for name, shape in known.items():
-            if self._buffers[name].reserve(self._size(name, shape)):
-                if not self._context.set_tensor_address(name, self._buffers[name].address):
+            self._buffers[name].reserve(self._size(name, shape))
+            address = self._buffers[name].address
+            if self._addresses.get(name) != address:
+                if not self._context.set_tensor_address(name, address):
                     raise EngineFailed(f"stage {self._spec.name}: the memory of {name} was refused: {self._logger.last()}")
+                self._addresses[name] = address
         self._shapes = known
         return False
 

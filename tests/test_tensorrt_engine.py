@@ -356,6 +356,16 @@ def test_shapes_that_the_library_cannot_infer_fail_in_the_stages_name(
         spam.run(spam_feeds(tiny_bundle))
 
 
+def test_memory_that_the_library_refused_once_is_offered_again(gpu: Gpu, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu.build(tiny_bundle, stages=("spam",))
+    spam, feeds = gpu.open(tiny_bundle), spam_feeds(tiny_bundle)
+    with monkeypatch.context() as refusing:
+        refusing.setattr(cuda_double._Context, "set_tensor_address", lambda context, name, address: False)
+        with pytest.raises(EngineFailed, match="stage spam: the memory of .* was refused"):
+            spam.run(feeds)
+    assert_equal(spam.run(feeds), reference(tiny_bundle, "spam", feeds))
+
+
 # What is refused
 
 
