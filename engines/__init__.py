@@ -6,13 +6,13 @@ falls back. Choosing among engines is the runtime's business.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
+from engines.cuda import GPU
 from engines.errors import EngineError, EngineFailed, EngineUnavailable, TensorMismatch
 from engines.spec import Resident, StageSpec, TensorSpec
 
@@ -39,7 +39,7 @@ class EngineOptions:
     low_memory: bool = False
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"cpu|cuda:[0-9]+", self.device):
+        if self.device != "cpu" and not GPU.fullmatch(self.device):
             raise ValueError(f"device: expected cpu or cuda:N (cuda:0 is the first GPU), got {self.device!r}")
         if self.threads < 0:
             raise ValueError(f"threads: expected 0 (the engine's choice) or more, got {self.threads}")

@@ -6,11 +6,15 @@ Nothing else of CUDA is used, and no framework.
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
 
 from engines.errors import EngineFailed, EngineUnavailable
+
+# The name of a GPU.
+GPU = re.compile(r"cuda:[0-9]+")
 
 
 def runtime() -> Any:
@@ -30,9 +34,10 @@ def capability_here(device: str) -> str:
     """Compute capability ("8.9") of a device ("cuda:N").
 
     Raises:
+        ValueError: no name of a device.
         EngineUnavailable: no bindings, no driver, or no such device.
     """
-    cuda, index = runtime(), device_index(device)
+    index, cuda = device_index(device), runtime()
     error, count = cuda.cudaGetDeviceCount()
     if error != cuda.cudaError_t.cudaSuccess or not count:
         raise EngineUnavailable(f"device {device}: no CUDA GPU here ({_words(cuda, error)}); check the driver with nvidia-smi")
@@ -48,12 +53,14 @@ def device_index(device: str) -> int:
     """N of "cuda:N".
 
     Raises:
+        ValueError: no name of a device.
         EngineUnavailable: another kind of device.
     """
-    kind, _, index = device.partition(":")
-    if kind != "cuda":
+    if device == "cpu":
         raise EngineUnavailable(f"device {device}: TensorRT runs on a GPU; ask for device cuda:0, or use engine onnxruntime or openvino")
-    return int(index)
+    if not GPU.fullmatch(device):
+        raise ValueError(f"device: expected cuda:N (cuda:0 is the first GPU), got {device!r}")
+    return int(device.removeprefix("cuda:"))
 
 
 def check(returned: tuple[Any, ...]) -> Any:

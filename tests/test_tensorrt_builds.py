@@ -32,7 +32,7 @@ from export.passes import lower_precision
 from runtime.bundle import Bundle
 from runtime.cli import build as command
 from runtime.contract import STAGES
-from runtime.engine_builds import profile_of, profiles
+from runtime.engine_builds import BuildSettings, build_engines, profile_of, profiles
 
 pytest.importorskip("tensorrt_rtx", reason='builds real engines: pip install "agvas[tensorrt-rtx]"')
 
@@ -316,6 +316,9 @@ def test_two_processes_that_want_the_same_engine_build_it_once(tiny_bundle: Path
         (("--engine", TENSORRT_RTX, "--compute-capability", "8.9", "--max-batch", "0"), "--max-batch: expected 1 or more, got 0"),
         (("--engine", TENSORRT_RTX, "--compute-capability", "8.9", "--workspace", "0"), "--workspace: expected a number of MB"),
         (("--engine", TENSORRT_RTX, "--compute-capability", "8.9", "--stages", "spm"), "did you mean 'spam'?"),
+        (("--engine", TENSORRT_RTX, "--device", "cuda:x"), "--device: expected cuda:N .cuda:0 is the first GPU., got 'cuda:x'"),
+        (("--engine", TENSORRT_RTX, "--device", "tpu:0", "--compute-capability", "8.9"), "--device: expected cuda:N .*, got 'tpu:0'"),
+        (("--engine", TENSORRT_RTX, "--device", "cpu", "--compute-capability", "8.9"), "--device: expected cuda:N .*, got 'cpu'"),
         (("--engine", "tensorrt", "--compute-capability", "8.9"), r"agvas\[tensorrt\].*JetPack"),
     ],
 )
@@ -325,6 +328,11 @@ def test_what_cannot_be_built_is_exit_code_2_with_a_remedy(
     code, report, errors = run_build("--bundle", tiny_bundle, *arguments)
     assert code == 2 and report["error"] in errors
     assert pytest.raises(AssertionError, match=message).matches(AssertionError(report["error"])), report["error"]
+
+
+def test_a_device_that_is_none_is_not_told_as_a_gpu_that_is_missing(tiny_bundle: Path) -> None:
+    with pytest.raises(ValueError, match="device: expected cuda:N .cuda:0 is the first GPU., got 'tpu:0'"):
+        build_engines(Bundle(tiny_bundle), BuildSettings(TENSORRT_RTX, ("8.9",), device="tpu:0"))
 
 
 def test_the_table_tells_sizes_fusion_and_that_nothing_was_verified(tiny_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
