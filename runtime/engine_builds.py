@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from engines import EngineError, EngineFailed, EngineOptions, EngineUnavailable
-from engines.cuda import capability_here
+from engines.cuda import GPU, capability_here
 from engines.tensorrt_builder import Profile
 from engines.tensorrt_cache import EngineKey, EngineRecord, build_into_cache, set_aside, set_verified
 from engines.tensorrt_library import TENSORRT, TENSORRT_ENGINES, ahead_of_time, version
@@ -56,6 +56,8 @@ class BuildSettings:
             raise RequestError(f"--max-batch: expected 1 or more, got {self.max_batch}")
         if self.workspace_mb is not None and self.workspace_mb < 1:
             raise RequestError(f"--workspace: expected a number of MB of 1 or more, got {self.workspace_mb}")
+        if not GPU.fullmatch(self.device):
+            raise RequestError(f"--device: expected cuda:N (cuda:0 is the first GPU), got {self.device!r}")
 
 
 def build_engines(bundle: Bundle, settings: BuildSettings, progress: Told | None = None) -> dict[str, Any]:

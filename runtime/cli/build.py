@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from engines import EngineError
-from engines.cuda import GPU
 from engines.tensorrt_library import TENSORRT_ENGINES
 from runtime.bundle import Bundle
 from runtime.cli.common import Progress, close_stdout, json_line, say
@@ -74,8 +73,6 @@ def _settings(arguments: argparse.Namespace) -> BuildSettings:
             raise RequestError(f"--compute-capability: expected numbers like 8.6,8.9,12.0, got {capability!r}")
     if arguments.compute_capability is not None and not capabilities:
         raise RequestError("--compute-capability: expected numbers like 8.6,8.9,12.0, got none; leave it out for the GPU here")
-    if not GPU.fullmatch(arguments.device):
-        raise RequestError(f"--device: expected cuda:N (cuda:0 is the first GPU), got {arguments.device!r}")
     return BuildSettings(
         engine=arguments.engine,
         capabilities=tuple(dict.fromkeys(capabilities)),
