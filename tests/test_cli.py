@@ -19,6 +19,7 @@ from PIL import Image
 
 from benchmarks import demo
 from engines import EngineFailed, EngineUnavailable
+from engines.onnxruntime import OnnxRuntimeEngine
 from runtime import Inspection, Segmenter
 from runtime.cli import segment, verify
 from runtime.errors import OutputError
@@ -490,6 +491,21 @@ def test_verify_in_words_has_the_numbers_and_the_verdict(run_verify: Any) -> Non
     assert lines[-1].startswith("passed")
     for word in ("mask IoU", "flips", "anchor states", "pixel_embeddings", "anomaly_map", "onnxruntime"):
         assert word in text
+
+
+@pytest.mark.parametrize("stage", ["spam", "mask_decoder"])
+def test_an_engine_that_computes_nan_has_a_table_that_says_so(stage: str, run_verify: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = OnnxRuntimeEngine.run
+
+    def spoilt(self: OnnxRuntimeEngine, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        outputs = original(self, feeds)
+        return {name: output * np.nan for name, output in outputs.items()} if self.spec.name == stage else outputs
+
+    monkeypatch.setattr(OnnxRuntimeEngine, "run", spoilt)
+    code, lines, _ = run_verify()
+    assert code == 1 and lines[-1].startswith("FAILED")
+    assert any(line.split() == ["maps", "up", "to", "NaN", "apart,", "NaN", "on", "average"] for line in lines)
+    assert any("maps hold NaN or infinity" in line for line in lines)
 
 
 @pytest.mark.parametrize(

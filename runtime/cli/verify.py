@@ -270,7 +270,7 @@ def _table(report: dict[str, Any]) -> list[str]:
     if report["stage_relative_errors"]:
         width = max(map(len, report["stage_relative_errors"]))
         lines.append("tensors   largest relative error, each stage fed by this engine's own predecessors")
-        lines += [f"          {name:<{width}}  {error:.1e}" for name, error in report["stage_relative_errors"].items()]
+        lines += [f"          {name:<{width}}  {_number(error, '.1e')}" for name, error in report["stage_relative_errors"].items()]
     if "images_parity" in report:
         pictures = report["images_parity"]
         lines += _parity_lines(f"pictures  {pictures['images']} against {pictures['against']}", pictures)
@@ -282,14 +282,20 @@ def _table(report: dict[str, Any]) -> list[str]:
 
 
 def _parity_lines(title: str, parity: dict[str, Any]) -> list[str]:
+    most, mean = (_number(parity[f"map_{kind}_abs"], ".1e") for kind in ("max", "mean"))
     return [
         title,
         f"          mask IoU        mean {parity['mask_iou_mean']:.4f}, least {parity['mask_iou_min']:.4f}",
         f"          flips           {parity['flips']} between empty and not empty",
         f"          answers         {parity['answers_changed']} changed",
-        f"          maps            up to {parity['map_max_abs']:.1e} apart, {parity['map_mean_abs']:.1e} on average",
-        f"          anchor states   cosine at least {parity['anchor_cosine_min']:.6f}",
+        f"          maps            up to {most} apart, {mean} on average",
+        f"          anchor states   cosine at least {_number(parity['anchor_cosine_min'], '.6f')}",
     ]
+
+
+def _number(value: float | None, form: str) -> str:
+    """`value` in a format; None is what the report has of NaN and infinity."""
+    return "NaN" if value is None else format(value, form)
 
 
 if __name__ == "__main__":
