@@ -493,6 +493,13 @@ def test_verify_in_words_has_the_numbers_and_the_verdict(run_verify: Any) -> Non
         assert word in text
 
 
+def test_a_system_that_does_not_tell_its_memory_has_a_table_without_it(run_verify: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "MB of memory" in run_verify()[1][-1]
+    monkeypatch.setattr("runtime.verify.peak_rss_bytes", lambda: None)
+    code, lines, _ = run_verify()
+    assert code == 0 and lines[-1].startswith("passed") and lines[-1].endswith(" s")
+
+
 @pytest.mark.parametrize("stage", ["spam", "mask_decoder"])
 def test_an_engine_that_computes_nan_has_a_table_that_says_so(stage: str, run_verify: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     original = OnnxRuntimeEngine.run

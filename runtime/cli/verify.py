@@ -276,8 +276,9 @@ def _table(report: dict[str, Any]) -> list[str]:
         lines += _parity_lines(f"pictures  {pictures['images']} against {pictures['against']}", pictures)
     lines += [f"broken    {failure}" for failure in report["failures"]]
     lines += [f"set aside {name}: it will not be used; --bisect finds where it goes wrong" for name in report.get("set_aside", ())]
-    verdict, megabytes = "passed" if report["passed"] else "FAILED", report["peak_rss_bytes"] / 1e6
-    lines.append(f"{verdict}    gates {report['gates']}; {report['seconds']:.1f} s, {megabytes:.0f} MB of memory")
+    verdict, peak = "passed" if report["passed"] else "FAILED", report["peak_rss_bytes"]
+    memory = "" if peak is None else f", {peak / 1e6:.0f} MB of memory"  # Windows does not tell
+    lines.append(f"{verdict}    gates {report['gates']}; {report['seconds']:.1f} s{memory}")
     return lines
 
 
