@@ -558,6 +558,8 @@ def test_ones_own_pictures_are_compared_with_another_engine(run_verify: Any, pho
     code, lines, _ = run_verify("--images", photos, engine="openvino")
     assert code == 0
     assert any("against engine onnxruntime" in line for line in lines)
+    _, lines, _ = run_verify("--images", photos / "one.png", "--low-memory")
+    assert any("against engine openvino" in line for line in lines), "one stage at a time is the same engine still"
 
 
 def test_pictures_on_which_the_engines_differ_fail_the_verification(

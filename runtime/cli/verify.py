@@ -239,7 +239,7 @@ def _open(bundle: Bundle, engine: str, options: EngineOptions, precision: str | 
 
 def _open_reference(bundle: Bundle, engine: str, options: EngineOptions) -> tuple[Pipeline, str, EngineOptions]:
     """The first engine on the CPU, in the graphs' precision, that is not the one under test."""
-    exact = EngineOptions("cpu", options.threads, "graph")
+    exact = EngineOptions("cpu", options.threads, "graph", options.low_memory)
     reasons = []
     for name in REFERENCES:
         if (name, exact) == (engine, options):
