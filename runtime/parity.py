@@ -16,12 +16,16 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Outcome:
-    """What is compared of one picture: mask bool [H, W], map float32 [H, W], anchor states float32 [3, D] or None, answer ids."""
+    """What is compared of one picture: mask bool [H, W], map float32 [H, W], anchor states float32 [3, D] or None, answer ids.
+
+    `error`: why there is no map (it is NaN then); empty where there is one.
+    """
 
     mask: np.ndarray
     anomaly_map: np.ndarray
     anchor_states: np.ndarray | None
     answer: tuple[int, ...]
+    error: str = ""
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,7 @@ class Parity:
         anchor_cosine_min: least cosine between anchor states; 1 where neither has any, -1 where only one has.
         not_finite: maps with NaN or infinity.
         specks: pictures whose masks differ and were taken for equal as specks.
+        engine_error: what an engine said of the first picture for which it gave no map; empty where there was none.
     """
 
     images: int
@@ -55,6 +60,7 @@ class Parity:
     anchor_cosine_min: float
     not_finite: int
     specks: int = 0
+    engine_error: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """A dictionary fit for JSON: NaN, which JSON has no word for, becomes None."""
@@ -79,6 +85,8 @@ class Gates:
             failed.append(f"the reference said its anchors on none of {parity.images} pictures: no mask was compared")
         if parity.anchors_changed:
             failed.append(f"{parity.anchors_changed} answers gained or lost their anchors")
+        if parity.engine_error:
+            failed.append(f"an engine gave no map: {parity.engine_error}")
         if parity.not_finite:
             failed.append(f"{parity.not_finite} maps hold NaN or infinity")
         if not parity.mask_iou_mean >= self.mask_iou_mean:
@@ -148,6 +156,7 @@ def compare(ours: Sequence[Outcome], reference: Sequence[Outcome]) -> Parity:
         anchor_cosine_min=float(np.min([_cosine(a.anchor_states, b.anchor_states) for a, b in pairs])),
         not_finite=sum(not np.isfinite(a.anomaly_map).all() for a, _ in pairs),
         specks=sum(_one_speck(a.mask, b.mask) and not np.array_equal(a.mask, b.mask) for a, b in pairs),
+        engine_error=next((outcome.error for pair in pairs for outcome in pair if outcome.error), ""),
     )
 
 

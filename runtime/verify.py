@@ -23,7 +23,7 @@ from runtime.images import read_image
 from runtime.masking import MaskRule
 from runtime.one_at_a_time import Turn, TurnStage
 from runtime.parity import GATES, Gates, Outcome, Parity, compare, finite, relative_error, worst
-from runtime.pipeline import Pipeline, Stage, Trace
+from runtime.pipeline import NotFinite, Pipeline, Stage, Trace
 
 # Keys and values repeat the states' error and would triple the file.
 NOT_TRACED = ("present_keys", "present_values")
@@ -37,10 +37,10 @@ class Verification:
 
     Attributes:
         passed: every gate held.
-        failures: broken gates in words.
+        failures: broken gates in words, and once the reason where there was no map.
         parity: agreement with the reference.
         stage_errors: largest relative error by tensor, over the traces; each stage is fed by this engine's own predecessors.
-            NaN where a tensor holds one or has another shape.
+            NaN where a tensor holds one or has another shape; what comes after a NaN that ended the chain is missing.
         seconds: what it took.
     """
 
@@ -93,12 +93,29 @@ def _options_of(stage: str, options: EngineOptions) -> EngineOptions:
 
 
 def run_outcome(pipeline: Pipeline, image: np.ndarray, rule: MaskRule) -> tuple[Outcome, dict[str, np.ndarray]]:
-    """Outcome of one picture and its tensors; where the engine fails, a map of NaN, which no gate lets pass, and no tensors."""
+    """Outcome of one picture and its tensors; where the engine fails, one without a map, which no gate lets pass, and no tensors."""
+    try:
+        return computed_outcome(pipeline, image, rule)
+    except EngineFailed as error:
+        return _without_map(image, error), {}
+
+
+def computed_outcome(pipeline: Pipeline, image: np.ndarray, rule: MaskRule) -> tuple[Outcome, dict[str, np.ndarray]]:
+    """Outcome of one picture and its tensors; where a NaN ends the chain, one without a map, and the tensors up to there.
+
+    Raises:
+        EngineFailed: the engine could not compute, which says nothing about what it computes.
+    """
     try:
         trace = pipeline.run(image, pipeline.prompts.encode())
-    except EngineFailed:
-        return Outcome(np.zeros(image.shape[:2], bool), np.full(image.shape[:2], np.nan, np.float32), None, ()), {}
+    except NotFinite as error:
+        return _without_map(image, error), error.tensors
     return outcome_of(trace, rule), trace.tensors
+
+
+def _without_map(image: np.ndarray, error: EngineFailed) -> Outcome:
+    size = image.shape[:2]
+    return Outcome(np.zeros(size, bool), np.full(size, np.nan, np.float32), None, (), str(error))
 
 
 def outcome_of(trace: Trace, rule: MaskRule) -> Outcome:
@@ -144,6 +161,9 @@ def verify(bundle: Bundle, pipeline: Pipeline, options: EngineOptions, progress:
 
     Args:
         progress: called with (traces done, traces in all).
+
+    Raises:
+        EngineFailed: the engine could not compute a trace (out of memory, for instance). One that computes NaN is judged.
     """
     started = time.monotonic()
     golden = bundle.golden()
@@ -151,7 +171,7 @@ def verify(bundle: Bundle, pipeline: Pipeline, options: EngineOptions, progress:
     count = trace_count(golden)
     ours, reference, errors = [], [], dict[str, float]()
     for i in range(count):
-        outcome, tensors = run_outcome(pipeline, golden[f"{i}.image"], rule)
+        outcome, tensors = computed_outcome(pipeline, golden[f"{i}.image"], rule)
         ours.append(outcome)
         reference.append(golden_outcome(golden, i, rule))
         for name, tensor in tensors.items():

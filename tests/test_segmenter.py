@@ -248,6 +248,13 @@ def test_auto_rejects_an_engine_that_computes_nan(tiny_bundle: Path, monkeypatch
     assert "NaN" in opened.choice.rejected["openvino/graph"]
 
 
+@pytest.mark.usefixtures("graph_candidates")
+def test_auto_tells_what_a_rejected_engine_said(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spoil(monkeypatch, "spam", "aligned_embeddings", np.nan, ("openvino",))
+    choice = Segmenter(tiny_bundle).choice
+    assert choice is not None and "stage spam computed NaN or infinity" in choice.rejected["openvino/graph"]
+
+
 # auto
 
 

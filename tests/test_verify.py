@@ -9,14 +9,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import picture
+from PIL import Image
 
-from engines import EngineOptions, StageSpec
+from engines import EngineFailed, EngineOptions, StageSpec
 from runtime import verify as verify_module
 from runtime.bundle import Bundle, FileRecord, Manifest, sha256_of
 from runtime.contract import STAGES
 from runtime.errors import BundleCorrupt
 from runtime.parity import GATES, Outcome, Parity, compare, relative_error
-from runtime.verify import Verification, gates_for, open_pipeline, summary, trace_count, verify
+from runtime.pipeline import Stage
+from runtime.verify import Verification, compare_on_images, gates_for, open_pipeline, summary, trace_count, verify
 
 HERE = ("onnxruntime", "openvino")
 RNG = np.random.default_rng(0)
@@ -96,6 +99,44 @@ def test_traces_of_another_map_fail_though_the_engine_is_right(copy_of_bundle: C
     verification = verified(sealed(folder))
     assert any("mask IoU" in failure for failure in verification.failures)
     assert any("maps differ" in failure for failure in verification.failures)
+
+
+class Changed:
+    """A stage that ends in `error`, or computes NaN where there is none."""
+
+    def __init__(self, stage: Stage, error: EngineFailed | None = None) -> None:
+        self.stage, self.error = stage, error
+
+    def run(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        if self.error:
+            raise self.error
+        return {name: np.full(output.shape, np.nan, np.float32) for name, output in self.stage.run(feeds).items()}
+
+
+@pytest.mark.parametrize(("stage", "output"), [("spam", "aligned_embeddings"), ("language", "logits")])
+def test_nan_before_the_map_is_told_once_with_its_stage_and_the_tensors_up_to_there(stage: str, output: str, tiny_bundle: Path) -> None:
+    bundle, options = Bundle(tiny_bundle), EngineOptions()
+    pipeline = open_pipeline(bundle, "onnxruntime", options)
+    pipeline.stages = {**pipeline.stages, stage: Changed(pipeline.stages[stage])}
+    verification = verify(bundle, pipeline, options)
+    told = [failure for failure in verification.failures if "computed NaN" in failure]
+    assert not verification.passed and len(told) == 1
+    assert told[0].startswith(f"an engine gave no map: stage {stage} computed NaN or infinity in ")
+    assert np.isnan(verification.stage_errors[output]) and verification.stage_errors["pixel_embeddings"] < 1e-5
+    assert "anomaly_map" not in verification.stage_errors
+
+
+def test_an_engine_that_cannot_compute_is_no_verdict_and_on_ones_own_pictures_tells_why(tiny_bundle: Path, tmp_path: Path) -> None:
+    bundle, options = Bundle(tiny_bundle), EngineOptions()
+    pipeline, other = (open_pipeline(bundle, "onnxruntime", options) for _ in range(2))
+    pipeline.stages = {**pipeline.stages, "spam": Changed(pipeline.stages["spam"], EngineFailed("out of memory on the GPU"))}
+    with pytest.raises(EngineFailed, match="out of memory on the GPU"):
+        verify(bundle, pipeline, options)
+    Image.fromarray(picture()).save(tmp_path / "part.png")
+    parity = compare_on_images(pipeline, other, [tmp_path / "part.png"] * 2, bundle.manifest.mask_rule, None)
+    assert [failure for failure in GATES["fp16"].failures(parity) if "memory" in failure] == [
+        "an engine gave no map: out of memory on the GPU"
+    ]
 
 
 def test_a_bundle_without_traces_cannot_be_verified(copy_of_bundle: Callable[[], Path]) -> None:

@@ -117,7 +117,7 @@ def verify_bundle(
 
     Raises:
         AgvasError: the bundle or the pictures cannot be read.
-        EngineError: the engine cannot be had, or there is no other to compare with.
+        EngineError: the engine cannot be had or cannot compute a golden picture, or there is no other to compare with.
     """
     # Listed first: a wrong folder should not be told after minutes of verifying.
     pictures = find_images(images, recursive=True) if images is not None else []
@@ -127,7 +127,12 @@ def verify_bundle(
     options = options or EngineOptions()
     pipeline, engine, options, why = _open(bundle, engine, options, precision)
     against = _open_reference(bundle, engine, options) if pictures else None
-    verification = verify(bundle, pipeline, options, _labelled(progress, "golden traces"))
+    try:
+        verification = verify(bundle, pipeline, options, _labelled(progress, "golden traces"))
+    except EngineFailed as error:
+        if why:  # it has this engine's reason beside the others'
+            raise EngineUnavailable(why) from error
+        raise
     report = summary(bundle, verification)
     report["model"] = bundle.manifest.model
     report["engine"] = engine
