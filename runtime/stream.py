@@ -60,6 +60,20 @@ def in_steps(
     waiting: queue.SimpleQueue[Future[Any] | BaseException | None] = queue.SimpleQueue()
     workers = [ThreadPoolExecutor(1, thread_name_prefix=f"agvas-step-{number}") for number in range(len(steps))]
 
+    def soon(worker: ThreadPoolExecutor, before: Future[Any], step: Callable[[Any], Any]) -> Future[Any]:
+        try:
+            return worker.submit(_after, before, step)
+        except RuntimeError:
+            if not going.is_set():
+                raise  # closed meanwhile
+        # The main thread has ended, and pools take no more work, while the consumer's thread goes on: the source's thread does it.
+        now: Future[Any] = Future()
+        try:
+            now.set_result(_after(before, step))
+        except Exception as error:
+            now.set_exception(error)
+        return now
+
     def feed() -> None:
         ending: BaseException | None = None
         try:
@@ -70,7 +84,7 @@ def in_steps(
                 before: Future[Any] = Future()
                 before.set_result(item)
                 for worker, step in zip(workers, steps):
-                    before = worker.submit(_after, before, step)
+                    before = soon(worker, before, step)
                 waiting.put(before)
         except BaseException as error:  # told to the consumer, who waits for it
             ending = error

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -198,3 +201,24 @@ def test_an_error_that_is_no_pictures_own_ends_the_stream() -> None:
     with pytest.raises(ZeroDivisionError):
         next(stream)
     assert vanished()
+
+
+def test_a_stream_goes_on_in_a_thread_that_outlives_the_main_one() -> None:
+    """Python's pools take no work once the main thread has ended; what fails then still fails in its place."""
+    code = """
+import threading
+from runtime.stream import in_steps
+def source():
+    yield from (1, 2)
+    threading.main_thread().join()
+    yield from (0, 4)
+def late():
+    results = in_steps(source(), (lambda x: 12 // x, lambda x: -x), (ZeroDivisionError,))
+    print([(value, type(error).__name__) for value, error in results])
+    print(list(in_steps((1, 2), (lambda x: x + 1,), ())))
+threading.Thread(target=late).start()
+"""
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    told = "[(-12, 'NoneType'), (-6, 'NoneType'), (None, 'ZeroDivisionError'), (-3, 'NoneType')]\n[(2, None), (3, None)]\n"
+    assert (done.stdout, done.stderr) == (told, "")
