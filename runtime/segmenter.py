@@ -147,7 +147,8 @@ class Segmenter:
 
         Results come in the order of the pictures, each as soon as it is there. A picture that cannot be read or segmented gives its error
         in its place (`Streamed.error`) and the stream goes on; an error of `images` itself is raised after the results before it. An array
-        must not be overwritten until its result has come. Close the iterator (or use it up) to free its threads.
+        must not be overwritten until its result has come. Close the iterator (or use it up) to free its threads; `images` is closed with it
+        where it is a generator, and stays as it is where it is an object of yours.
 
         Args:
             images: in any form a call takes; read ahead, in another thread.

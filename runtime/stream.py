@@ -49,7 +49,8 @@ def in_steps(
 
     The source is read in a thread of its own, ahead of the results. Where it raises, that error comes after the results of what it gave
     before. A consumer that stops early (break, close) waits for the steps that are running and for nothing else; a source that was
-    waiting for its next item ends when that comes.
+    waiting for its next item ends when that comes. A generator is closed then, in the source's thread, so that what it opened is let go
+    (its `finally`); any other source, a camera say, belongs to the caller and stays open.
 
     Args:
         expected: errors that are an item's own; any other ends the stream.
@@ -90,7 +91,7 @@ def in_steps(
             ending = error
         finally:
             waiting.put(ending)
-            if not going.is_set() and hasattr(source, "close"):
+            if not going.is_set() and isinstance(source, Generator):
                 source.close()
 
     feeder = threading.Thread(target=feed, name="agvas-source", daemon=True)

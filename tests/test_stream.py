@@ -158,6 +158,27 @@ def test_closing_early_stops_reading_and_frees_the_threads() -> None:
     assert read == after <= 4
 
 
+def test_closing_early_closes_a_generator_and_no_camera_of_the_callers() -> None:
+    class Camera:
+        closed = False
+
+        def __iter__(self) -> Iterator[int]:
+            return iter(range(100))
+
+        def close(self) -> None:
+            self.closed = True
+
+    camera = Camera()
+    frames = (frame for frame in camera)  # held here, so that it is not closed by being dropped
+    for source in (camera, frames):
+        stream = in_steps(source, (lambda x: x,), (), depth=2)
+        assert next(stream) == (0, None)
+        stream.close()
+        assert vanished()
+    assert not camera.closed
+    assert frames.gi_frame is None
+
+
 def test_a_source_that_never_gives_another_item_does_not_hold_up_closing() -> None:
     plugged = threading.Event()
 
