@@ -117,7 +117,7 @@ class Segmenter:
         Raises:
             ImageError: a picture that cannot be read, see runtime.images.
             RequestError: see PromptEncoder.encode.
-            EngineFailed: the engine could not compute, or computed NaN.
+            EngineFailed: the engine could not compute, or computed NaN or a map outside 0..1.
         """
         prompt = self.request(instruction, mode, normal_state=normal_state, max_new_tokens=max_new_tokens)  # before the picture is read
         return self.inspect(image).answer(prompt, on_text)
@@ -145,10 +145,10 @@ class Segmenter:
         """Segment many pictures with the steps of neighbours overlapped: more pictures a second than one call after the other where a step
         leaves the processor idle, as reading files or a GPU does; where every step keeps all cores busy it gains nothing.
 
-        Results come in the order of the pictures, each as soon as it is there. A picture that cannot be read or segmented gives its error
-        in its place (`Streamed.error`) and the stream goes on; an error of `images` itself is raised after the results before it. An array
-        must not be overwritten until its result has come. Close the iterator (or use it up) to free its threads; `images` is closed with it
-        where it is a generator, and stays as it is where it is an object of yours.
+        Results come in the order of the pictures, each as soon as it is there. A picture that cannot be read or segmented, or for which
+        memory runs out, gives its error in its place (`Streamed.error`) and the stream goes on; an error of `images` itself is raised after
+        the results before it. An array must not be overwritten until its result has come. Close the iterator (or use it up) to free its
+        threads; `images` is closed with it where it is a generator, and left as it is where it is an object of yours.
 
         Args:
             images: in any form a call takes; read ahead, in another thread.
@@ -180,7 +180,7 @@ class Segmenter:
             return inspection.answer(prompt)
 
         def results() -> Iterator[Streamed]:
-            outcomes = in_steps(images, (read, look, answer), (AgvasError, EngineError), depth)
+            outcomes = in_steps(images, (read, look, answer), (AgvasError, EngineError, MemoryError), depth)
             with closing(outcomes):
                 for index, (result, error) in enumerate(outcomes):
                     yield Streamed(index, result, error)

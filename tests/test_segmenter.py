@@ -240,6 +240,14 @@ def test_nan_in_a_stage_is_an_error_and_never_an_ok(
     assert stage in str(caught.value) or "agvas-verify tells in which stage" in str(caught.value)
 
 
+@pytest.mark.parametrize("bad", [2.5, -3.0])
+def test_a_map_that_holds_no_probabilities_is_the_engines_error(bad: float, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spoil(monkeypatch, "mask_decoder", "anomaly_map", bad, ("onnxruntime",))
+    opened = Segmenter(tiny_bundle, engine="onnxruntime")
+    with pytest.raises(EngineFailed, match=r"engine onnxruntime \(graph\) computed an anomaly map of .*expected probabilities in 0\.\.1"):
+        opened(picture())
+
+
 @pytest.mark.usefixtures("graph_candidates")
 def test_auto_rejects_an_engine_that_computes_nan(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spoil(monkeypatch, "mask_decoder", "anomaly_map", np.nan, ("openvino",))

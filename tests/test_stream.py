@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -16,7 +17,9 @@ import pytest
 from conftest import picture
 from PIL import Image
 
+from engines import EngineFailed
 from runtime import Segmenter
+from runtime import segmenter as segmenter_module
 from runtime.errors import ImageError, RequestError
 from runtime.stream import in_steps
 
@@ -73,6 +76,30 @@ def test_a_bad_picture_gives_its_error_in_its_place(segmenter: Segmenter, tmp_pa
     assert str(bad) in str(second.error)
     with pytest.raises(ImageError):
         second.get()
+
+
+def test_a_map_out_of_range_and_a_picture_too_large_give_their_errors_in_their_places(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    segmenter = Segmenter(tiny_bundle, engine="onnxruntime")
+    decoder, decoded = segmenter._pipeline.stages["mask_decoder"], itertools.count()
+    read, given = segmenter_module.as_rgb, itertools.count()
+
+    class Spoilt:
+        def run(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+            return {name: output + 1.5 * (next(decoded) == 0) for name, output in decoder.run(feeds).items() if name == "anomaly_map"}
+
+    def large(image: np.ndarray, *, pixel_limit: int) -> np.ndarray:
+        if next(given) == 1:
+            raise MemoryError
+        return read(image, pixel_limit=pixel_limit)
+
+    segmenter._pipeline.stages = {**segmenter._pipeline.stages, "mask_decoder": Spoilt()}
+    monkeypatch.setattr(segmenter_module, "as_rgb", large)
+    wrong, too_large, last = segmenter.stream([picture()] * 3)
+    assert isinstance(wrong.error, EngineFailed) and "expected probabilities in 0..1" in str(wrong.error)
+    assert isinstance(too_large.error, MemoryError)
+    assert last.error is None and last.result is not None
 
 
 def test_an_error_of_the_source_comes_after_the_results_before_it(segmenter: Segmenter) -> None:

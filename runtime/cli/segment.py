@@ -28,7 +28,7 @@ from runtime.images import PIXEL_LIMIT, find_images
 from runtime.prompts import DIRECT, MODES, PLUS
 from runtime.segmenter import Segmenter
 
-# What leaves the next picture a chance; ImageError and a map with NaN are ValueErrors.
+# What leaves the next picture a chance; ImageError is a ValueError.
 _OF_ONE_PICTURE = (EngineError, ValueError, MemoryError)
 
 KINDS = ("mask", "overlay")  # of a picture's results, behind its stem
