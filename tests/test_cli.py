@@ -148,6 +148,9 @@ def test_a_mask_of_an_earlier_run_does_not_pass_for_this_ones(run_segment: Any, 
     assert run_segment(part, "--output", output, "--overlay")[0] == 0
     (output / "other_mask.png").write_bytes(b"of another part")
     assert {path.name for path in output.iterdir()} == {"part_mask.png", "part_overlay.png", "other_mask.png"}
+    assert run_segment(part, "--output", output)[0] == 0
+    assert {path.name for path in output.iterdir()} == {"part_mask.png", "other_mask.png"}, "the overlay shows another mask"
+    assert run_segment(part, "--output", output, "--overlay")[0] == 0
     part.write_bytes(b"cut off")
     assert run_segment(part, "--output", output)[0] == 1
     assert {path.name for path in output.iterdir()} == {"other_mask.png"}
