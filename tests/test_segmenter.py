@@ -15,7 +15,7 @@ from conftest import picture
 from PIL import Image
 
 from agvas import AGVAS
-from engines import EngineFailed, EngineOptions, EngineUnavailable
+from engines import ENGINES, INFERENCE_PRECISIONS, EngineFailed, EngineOptions, EngineUnavailable
 from runtime import Segmentation, Segmenter, selection
 from runtime import verify as verification
 from runtime.bundle import Bundle, Manifest
@@ -161,6 +161,11 @@ def test_a_misspelt_setting_is_told_with_what_there_is(
 ) -> None:
     with pytest.raises(RequestError, match=message):
         Segmenter(tiny_bundle, **arguments)
+
+
+@pytest.mark.parametrize("name", [*ENGINES, *INFERENCE_PRECISIONS])
+def test_the_docstring_names_every_engine_and_precision(name: str) -> None:
+    assert f'"{name}"' in (Segmenter.__doc__ or "")
 
 
 @pytest.mark.parametrize(
