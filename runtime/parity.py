@@ -139,24 +139,49 @@ def compare(ours: Sequence[Outcome], reference: Sequence[Outcome]) -> Parity:
     """Agreement of two equally long lists of outcomes of the same pictures."""
     if len(ours) != len(reference) or not ours:
         raise ValueError(f"expected two equally long, non-empty lists of outcomes, got {len(ours)} and {len(reference)}")
-    pairs = list(zip(ours, reference))
-    ious = [_iou(a.mask, b.mask) for a, b in pairs]
-    differences = [np.abs(a.anomaly_map - b.anomaly_map) for a, b in pairs]
+    return together([_of_one(a, b) for a, b in zip(ours, reference)])
+
+
+def together(parts: Sequence[Parity]) -> Parity:
+    """Parity over pictures from each one's own, so that no picture's maps need be kept until the last one is done."""
+    if not parts:
+        raise ValueError("expected the parity of at least one picture, got none")
     return Parity(
-        images=len(pairs),
-        compared=sum(b.anchor_states is not None for _, b in pairs),
-        non_empty=sum(bool(b.mask.any()) for _, b in pairs),
-        mask_iou_mean=float(np.mean(ious)),
-        mask_iou_min=float(np.min(ious)),
-        flips=sum(bool(a.mask.any()) != bool(b.mask.any()) for a, b in pairs),
-        answers_changed=sum(a.answer != b.answer for a, b in pairs),
-        anchors_changed=sum((a.anchor_states is None) != (b.anchor_states is None) for a, b in pairs),
-        map_max_abs=float(np.max([d.max() for d in differences])),
-        map_mean_abs=float(np.mean([d.mean() for d in differences])),
-        anchor_cosine_min=float(np.min([_cosine(a.anchor_states, b.anchor_states) for a, b in pairs])),
-        not_finite=sum(not np.isfinite(a.anomaly_map).all() for a, _ in pairs),
-        specks=sum(_one_speck(a.mask, b.mask) and not np.array_equal(a.mask, b.mask) for a, b in pairs),
-        engine_error=next((outcome.error for pair in pairs for outcome in pair if outcome.error), ""),
+        images=len(parts),
+        compared=sum(part.compared for part in parts),
+        non_empty=sum(part.non_empty for part in parts),
+        mask_iou_mean=float(np.mean([part.mask_iou_mean for part in parts])),
+        mask_iou_min=float(np.min([part.mask_iou_min for part in parts])),
+        flips=sum(part.flips for part in parts),
+        answers_changed=sum(part.answers_changed for part in parts),
+        anchors_changed=sum(part.anchors_changed for part in parts),
+        map_max_abs=float(np.max([part.map_max_abs for part in parts])),
+        map_mean_abs=float(np.mean([part.map_mean_abs for part in parts])),
+        anchor_cosine_min=float(np.min([part.anchor_cosine_min for part in parts])),
+        not_finite=sum(part.not_finite for part in parts),
+        specks=sum(part.specks for part in parts),
+        engine_error=next((part.engine_error for part in parts if part.engine_error), ""),
+    )
+
+
+def _of_one(ours: Outcome, reference: Outcome) -> Parity:
+    iou = _iou(ours.mask, reference.mask)
+    difference = np.abs(ours.anomaly_map - reference.anomaly_map)
+    return Parity(
+        images=1,
+        compared=int(reference.anchor_states is not None),
+        non_empty=int(reference.mask.any()),
+        mask_iou_mean=iou,
+        mask_iou_min=iou,
+        flips=int(bool(ours.mask.any()) != bool(reference.mask.any())),
+        answers_changed=int(ours.answer != reference.answer),
+        anchors_changed=int((ours.anchor_states is None) != (reference.anchor_states is None)),
+        map_max_abs=float(difference.max()),
+        map_mean_abs=float(difference.mean()),
+        anchor_cosine_min=_cosine(ours.anchor_states, reference.anchor_states),
+        not_finite=int(not np.isfinite(ours.anomaly_map).all()),
+        specks=int(_one_speck(ours.mask, reference.mask) and not np.array_equal(ours.mask, reference.mask)),
+        engine_error=ours.error or reference.error,
     )
 
 

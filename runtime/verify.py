@@ -22,7 +22,7 @@ from runtime.errors import BundleCorrupt
 from runtime.images import read_image
 from runtime.masking import MaskRule
 from runtime.one_at_a_time import Turn, TurnStage
-from runtime.parity import GATES, Gates, Outcome, Parity, compare, finite, relative_error, worst
+from runtime.parity import GATES, Gates, Outcome, Parity, compare, finite, relative_error, together, worst
 from runtime.pipeline import NotFinite, Pipeline, Stage, Trace
 
 # Keys and values repeat the states' error and would triple the file.
@@ -169,11 +169,10 @@ def verify(bundle: Bundle, pipeline: Pipeline, options: EngineOptions, progress:
     golden = bundle.golden()
     rule = bundle.manifest.mask_rule
     count = trace_count(golden)
-    ours, reference, errors = [], [], dict[str, float]()
+    parts, errors = [], dict[str, float]()
     for i in range(count):
         outcome, tensors = computed_outcome(pipeline, golden[f"{i}.image"], rule)
-        ours.append(outcome)
-        reference.append(golden_outcome(golden, i, rule))
+        parts.append(compare([outcome], [golden_outcome(golden, i, rule)]))
         for name, tensor in tensors.items():
             wanted = golden.get(f"{i}.tensor.{name}")
             if wanted is not None:
@@ -182,7 +181,7 @@ def verify(bundle: Bundle, pipeline: Pipeline, options: EngineOptions, progress:
                 errors[name] = worst(errors.get(name), relative_error(tensor, wanted) if same else float("nan"))
         if progress:
             progress(i + 1, count)
-    parity = compare(ours, reference)
+    parity = together(parts)
     failures = golden_limits(bundle, options).failures(parity)
     return Verification(not failures, failures, parity, errors, time.monotonic() - started)
 
@@ -209,15 +208,14 @@ def golden_outcome(golden: dict[str, np.ndarray], index: int, rule: MaskRule) ->
 def compare_on_images(
     pipeline: Pipeline, other: Pipeline, images: Sequence[Path], rule: MaskRule, progress: Callable[[int, int], None] | None
 ) -> Parity:
-    """Agreement of two pipelines on a user's own pictures."""
-    ours, reference = [], []
+    """Agreement of two pipelines on a user's own pictures, of which there may be more than fit into memory."""
+    parts = []
     for i, path in enumerate(images):
         image = read_image(path)
-        ours.append(run_outcome(pipeline, image, rule)[0])
-        reference.append(run_outcome(other, image, rule)[0])
+        parts.append(compare([run_outcome(pipeline, image, rule)[0]], [run_outcome(other, image, rule)[0]]))
         if progress:
             progress(i + 1, len(images))
-    return compare(ours, reference)
+    return together(parts)
 
 
 def peak_rss_bytes() -> int | None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,9 +19,9 @@ from runtime import verify as verify_module
 from runtime.bundle import Bundle, FileRecord, Manifest, sha256_of
 from runtime.contract import STAGES
 from runtime.errors import BundleCorrupt
-from runtime.parity import GATES, Outcome, Parity, compare, relative_error
+from runtime.parity import GATES, Outcome, Parity, compare, relative_error, together
 from runtime.pipeline import Stage
-from runtime.verify import Verification, compare_on_images, gates_for, open_pipeline, summary, trace_count, verify
+from runtime.verify import Verification, compare_on_images, gates_for, open_pipeline, run_outcome, summary, trace_count, verify
 
 HERE = ("onnxruntime", "openvino")
 RNG = np.random.default_rng(0)
@@ -139,6 +141,27 @@ def test_an_engine_that_cannot_compute_is_no_verdict_and_on_ones_own_pictures_te
     ]
 
 
+def test_the_maps_of_ones_own_pictures_are_not_kept(tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a line's pictures there may be thousands, each with maps of tens of MB."""
+    maps: list[weakref.ref[np.ndarray]] = []
+    alive: list[int] = []
+
+    def watched(*arguments: Any) -> tuple[Outcome, dict[str, np.ndarray]]:
+        outcome, tensors = run_outcome(*arguments)
+        maps.append(weakref.ref(outcome.anomaly_map))
+        return outcome, tensors
+
+    monkeypatch.setattr(verify_module, "run_outcome", watched)
+    bundle = Bundle(tiny_bundle)
+    pipeline = open_pipeline(bundle, "onnxruntime", EngineOptions())
+    Image.fromarray(picture()).save(tmp_path / "part.png")
+    paths = [tmp_path / "part.png"] * 4
+    rule = bundle.manifest.mask_rule
+    parity = compare_on_images(pipeline, pipeline, paths, rule, lambda *_: alive.append(sum(one() is not None for one in maps)))
+    assert parity.images == 4 and len(maps) == 8
+    assert max(alive) <= 2
+
+
 def test_a_bundle_without_traces_cannot_be_verified(copy_of_bundle: Callable[[], Path]) -> None:
     folder = copy_of_bundle()
     np.savez(folder / "golden.npz")
@@ -190,6 +213,16 @@ def test_iou_is_shared_over_joint_pixels_and_the_least_is_kept() -> None:
     parity = compare([a, a, c], [b, a, b])
     assert parity.mask_iou_mean == pytest.approx((2 / 4 + 1 + 0) / 3)
     assert (parity.mask_iou_min, parity.flips) == (0, 0)
+
+
+def test_pictures_taken_one_by_one_have_the_parity_of_all_at_once() -> None:
+    ours = [outcome(RNG.random((7, 5)), RNG.random((3, 5))) for _ in range(3)] + [said_nothing((7, 5)), outcome(np.full((7, 5), np.nan))]
+    reference = [outcome(RNG.random((7, 5)), RNG.random((3, 5)), (1, index)) for index in range(4)] + [outcome(np.zeros((7, 5)))]
+    one_by_one = together([compare([a], [b]) for a, b in zip(ours, reference)])
+    assert one_by_one.to_json() == compare(ours, reference).to_json()
+    assert (one_by_one.images, one_by_one.answers_changed, one_by_one.anchors_changed, one_by_one.not_finite) == (5, 3, 1, 1)
+    with pytest.raises(ValueError, match="at least one picture"):
+        together([])
 
 
 def squares(*sides: int) -> list[Outcome]:
