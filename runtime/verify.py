@@ -21,7 +21,7 @@ from runtime.contract import AXIS_NAMES, STAGES
 from runtime.errors import BundleCorrupt
 from runtime.images import read_image
 from runtime.masking import MaskRule
-from runtime.one_at_a_time import Turn, TurnStage
+from runtime.one_at_a_time import Turn, TurnStage, give_back
 from runtime.parity import GATES, Gates, Outcome, Parity, compare, finite, relative_error, together, worst
 from runtime.pipeline import NotFinite, Pipeline, Stage, Trace
 
@@ -54,6 +54,8 @@ class Verification:
 def open_pipeline(bundle: Bundle, engine: str, options: EngineOptions) -> Pipeline:
     """All five stages of a bundle on one engine; with `options.low_memory`, one of them in memory at a time (runtime.one_at_a_time).
 
+    Of those the smallest is opened here and let go.
+
     Raises:
         EngineUnavailable, EngineFailed: see engines.open_engine.
     """
@@ -73,6 +75,12 @@ def open_pipeline(bundle: Bundle, engine: str, options: EngineOptions) -> Pipeli
             return TurnStage(turn, graph, specs[name], engine, chosen)
         return open_engine(graph, specs[name], engine, chosen)
 
+    if options.low_memory:  # what this engine or device lacks is told now, by a stage of little weight, and not by every picture
+        as_asked = [name for name in specs if _options_of(name, options) == options]
+        graphs = {name: bundle.graph(name, engine, options.device) for name in as_asked}
+        smallest = min(as_asked, key=lambda name: sum(file.stat().st_size for file in graphs[name].parent.iterdir()))
+        open_engine(graphs[smallest], specs[smallest], engine, options)
+        give_back()
     stages = {name: opened(name) for name in specs}
     return Pipeline(
         stages,

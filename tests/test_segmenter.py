@@ -408,10 +408,12 @@ def test_auto_considers_only_the_precision_that_was_asked_for(tiny_bundle: Path,
         ("tensorrt", {}),
         ("openvino", {"device": "cuda:0"}),
         ("onnxruntime", {"inference_precision": "bf16"}),
+        ("openvino", {"device": "cuda:0", "low_memory": True}),
+        ("onnxruntime", {"inference_precision": "bf16", "low_memory": True}),
     ],
 )
 def test_an_engine_that_cannot_be_had_is_never_replaced(
-    engine: str, arguments: dict[str, str], tiny_bundle: Path
+    engine: str, arguments: dict[str, Any], tiny_bundle: Path
 ) -> None:
     with pytest.raises(EngineUnavailable, match=f"(?i){engine}"):
         Segmenter(tiny_bundle, engine=engine, **arguments)
