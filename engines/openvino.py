@@ -18,7 +18,7 @@ import numpy as np
 
 from engines import EngineOptions
 from engines.errors import EngineFailed, EngineUnavailable
-from engines.spec import StageSpec, TensorSpec
+from engines.spec import StageSpec
 
 try:
     import openvino
@@ -54,7 +54,7 @@ class OpenVinoEngine:
             model = core.read_model(str(graph))
             # A shape that is known when compiling needs no inference while running and no kernels for every size: up to a third off the
             # time of small stages (benchmarks/results/levers.md).
-            model.reshape({tensor.name: [axis if isinstance(axis, int) else -1 for axis in tensor.shape] for tensor in known(model, spec)})
+            model.reshape(known(model, spec))
             pools_as_convolutions(model)
             parts = {"f32": model}
             if options.inference_precision == "bf16":
@@ -86,14 +86,15 @@ class OpenVinoEngine:
             raise EngineFailed(f"openvino failed in stage {self.spec.name}: {str(error).strip()[-400:]}") from error
 
 
-def known(model: openvino.Model, spec: StageSpec) -> list[TensorSpec]:
-    """The inputs with a size that the stage fixes and the graph leaves open."""
-    open_axes = {given.get_any_name(): given.get_partial_shape() for given in model.inputs}
-    return [
-        tensor
-        for tensor in spec.inputs
-        if any(isinstance(axis, int) and found.is_dynamic for axis, found in zip(tensor.shape, open_axes[tensor.name]))
-    ]
+def known(model: openvino.Model, spec: StageSpec) -> dict[str, openvino.PartialShape]:
+    """Shapes by name of the inputs with a size that the stage fixes and the graph leaves open; the other axes are the graph's own."""
+    given = {source.get_any_name(): source.get_partial_shape() for source in model.inputs}
+    axes = {tensor.name: list(zip(tensor.shape, given[tensor.name])) for tensor in spec.inputs}
+    return {
+        name: openvino.PartialShape([axis if isinstance(axis, int) else found for axis, found in pairs])
+        for name, pairs in axes.items()
+        if any(isinstance(axis, int) and found.is_dynamic for axis, found in pairs)
+    }
 
 
 def pools_as_convolutions(model: openvino.Model) -> None:

@@ -140,6 +140,7 @@ def profile_of(stage: str, sizes: Mapping[str, int], *free: Mapping[str, int]) -
 def judge(bundle: Bundle, engine: str, device: str, verification: Verification) -> list[Path]:
     """Note a verification in the sidecars of the engines that ran; set them aside when it failed.
 
+    Every trace was computed then: where an engine cannot run, `verify` raises, and nothing is known about it.
     Which stage is to blame is not known here (agvas-verify --bisect finds it), so all go together.
 
     Returns:

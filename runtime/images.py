@@ -138,7 +138,7 @@ def find_images(inputs: str | os.PathLike[str] | Sequence[str | os.PathLike[str]
 
     Args:
         inputs: paths or patterns (`*`, `?`, `[…]`; `**` crosses folders); a path that exists is never a pattern.
-        recursive: also look into a folder's subfolders.
+        recursive: also look into a folder's subfolders, hidden ones left out.
 
     Raises:
         ImageError: no inputs, a path that does not exist, a folder or pattern without pictures.
@@ -156,7 +156,7 @@ def find_images(inputs: str | os.PathLike[str] | Sequence[str | os.PathLike[str]
 
 def _expand(name: str, recursive: bool) -> list[Path]:
     if name and os.path.isdir(name):
-        pictures = _pictures(name, Path(name).rglob("*") if recursive else Path(name).iterdir())
+        pictures = _pictures(name, _below(Path(name)) if recursive else Path(name).iterdir())
         if not pictures:
             below = "" if recursive else ", or ask for its subfolders too (agvas-segment --recursive)"
             raise ImageError(
@@ -174,6 +174,11 @@ def _expand(name: str, recursive: bool) -> list[Path]:
         return pictures
     _check_is_file(name)
     return [Path(name)]
+
+
+def _below(folder: Path) -> Iterator[Path]:
+    """Everything under a folder but what lies in hidden folders, as caches do. The folder itself may be hidden: it was named."""
+    return (path for path in folder.rglob("*") if not any(part.startswith(".") for part in path.relative_to(folder).parts[:-1]))
 
 
 def _pictures(name: str, paths: Iterator[Path]) -> list[Path]:

@@ -15,7 +15,7 @@ from engines import EngineFailed
 from runtime.masking import MaskRule
 from runtime.pipeline import Pipeline, Vision
 from runtime.prompts import DIRECT, Prompt
-from runtime.segmentation import Segmentation
+from runtime.segmentation import MAP_SLACK, Segmentation
 
 
 class Inspection:
@@ -57,13 +57,19 @@ class Inspection:
         """The answer to a request that was encoded already.
 
         Raises:
-            EngineFailed: the engine could not compute, or computed NaN.
+            EngineFailed: the engine could not compute, or computed NaN or a map outside 0..1.
         """
         trace = self._pipeline.answer(self._vision, prompt, on_text)
-        score = float(trace.anomaly_map.max())
-        if not math.isfinite(score):  # NumPy's maximum of anything with a NaN is NaN; a NaN would pass every threshold as OK
+        lowest, score = float(trace.anomaly_map.min()), float(trace.anomaly_map.max())
+        # NumPy's maximum of anything with a NaN is NaN; a NaN would pass every threshold as OK.
+        if not (math.isfinite(lowest) and math.isfinite(score)):
             raise EngineFailed(
                 f"engine {self._engine} computed an anomaly map with NaN or infinity; "
+                "agvas-verify tells in which stage it begins. Use another engine, or a bundle of higher precision"
+            )
+        if lowest < -MAP_SLACK or score > 1 + MAP_SLACK:
+            raise EngineFailed(
+                f"engine {self._engine} computed an anomaly map of {lowest:g}..{score:g}, expected probabilities in 0..1; "
                 "agvas-verify tells in which stage it begins. Use another engine, or a bundle of higher precision"
             )
         said = self._pipeline.prompts.read(trace.answer)

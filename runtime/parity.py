@@ -16,12 +16,16 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Outcome:
-    """What is compared of one picture: mask bool [H, W], map float32 [H, W], anchor states float32 [3, D] or None, answer ids."""
+    """What is compared of one picture: mask bool [H, W], map float32 [H, W], anchor states float32 [3, D] or None, answer ids.
+
+    `error`: why there is no map (it is NaN then); empty where there is one.
+    """
 
     mask: np.ndarray
     anomaly_map: np.ndarray
     anchor_states: np.ndarray | None
     answer: tuple[int, ...]
+    error: str = ""
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,7 @@ class Parity:
         anchor_cosine_min: least cosine between anchor states; 1 where neither has any, -1 where only one has.
         not_finite: maps with NaN or infinity.
         specks: pictures whose masks differ and were taken for equal as specks.
+        engine_error: what an engine said of the first picture for which it gave no map; empty where there was none.
     """
 
     images: int
@@ -55,6 +60,7 @@ class Parity:
     anchor_cosine_min: float
     not_finite: int
     specks: int = 0
+    engine_error: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """A dictionary fit for JSON: NaN, which JSON has no word for, becomes None."""
@@ -79,6 +85,8 @@ class Gates:
             failed.append(f"the reference said its anchors on none of {parity.images} pictures: no mask was compared")
         if parity.anchors_changed:
             failed.append(f"{parity.anchors_changed} answers gained or lost their anchors")
+        if parity.engine_error:
+            failed.append(f"an engine gave no map: {parity.engine_error}")
         if parity.not_finite:
             failed.append(f"{parity.not_finite} maps hold NaN or infinity")
         if not parity.mask_iou_mean >= self.mask_iou_mean:
@@ -131,23 +139,49 @@ def compare(ours: Sequence[Outcome], reference: Sequence[Outcome]) -> Parity:
     """Agreement of two equally long lists of outcomes of the same pictures."""
     if len(ours) != len(reference) or not ours:
         raise ValueError(f"expected two equally long, non-empty lists of outcomes, got {len(ours)} and {len(reference)}")
-    pairs = list(zip(ours, reference))
-    ious = [_iou(a.mask, b.mask) for a, b in pairs]
-    differences = [np.abs(a.anomaly_map - b.anomaly_map) for a, b in pairs]
+    return together([_of_one(a, b) for a, b in zip(ours, reference)])
+
+
+def together(parts: Sequence[Parity]) -> Parity:
+    """Parity over pictures from each one's own, so that no picture's maps need be kept until the last one is done."""
+    if not parts:
+        raise ValueError("expected the parity of at least one picture, got none")
     return Parity(
-        images=len(pairs),
-        compared=sum(b.anchor_states is not None for _, b in pairs),
-        non_empty=sum(bool(b.mask.any()) for _, b in pairs),
-        mask_iou_mean=float(np.mean(ious)),
-        mask_iou_min=float(np.min(ious)),
-        flips=sum(bool(a.mask.any()) != bool(b.mask.any()) for a, b in pairs),
-        answers_changed=sum(a.answer != b.answer for a, b in pairs),
-        anchors_changed=sum((a.anchor_states is None) != (b.anchor_states is None) for a, b in pairs),
-        map_max_abs=float(np.max([d.max() for d in differences])),
-        map_mean_abs=float(np.mean([d.mean() for d in differences])),
-        anchor_cosine_min=float(np.min([_cosine(a.anchor_states, b.anchor_states) for a, b in pairs])),
-        not_finite=sum(not np.isfinite(a.anomaly_map).all() for a, _ in pairs),
-        specks=sum(_one_speck(a.mask, b.mask) and not np.array_equal(a.mask, b.mask) for a, b in pairs),
+        images=len(parts),
+        compared=sum(part.compared for part in parts),
+        non_empty=sum(part.non_empty for part in parts),
+        mask_iou_mean=float(np.mean([part.mask_iou_mean for part in parts])),
+        mask_iou_min=float(np.min([part.mask_iou_min for part in parts])),
+        flips=sum(part.flips for part in parts),
+        answers_changed=sum(part.answers_changed for part in parts),
+        anchors_changed=sum(part.anchors_changed for part in parts),
+        map_max_abs=float(np.max([part.map_max_abs for part in parts])),
+        map_mean_abs=float(np.mean([part.map_mean_abs for part in parts])),
+        anchor_cosine_min=float(np.min([part.anchor_cosine_min for part in parts])),
+        not_finite=sum(part.not_finite for part in parts),
+        specks=sum(part.specks for part in parts),
+        engine_error=next((part.engine_error for part in parts if part.engine_error), ""),
+    )
+
+
+def _of_one(ours: Outcome, reference: Outcome) -> Parity:
+    iou = _iou(ours.mask, reference.mask)
+    difference = np.abs(ours.anomaly_map - reference.anomaly_map)
+    return Parity(
+        images=1,
+        compared=int(reference.anchor_states is not None),
+        non_empty=int(reference.mask.any()),
+        mask_iou_mean=iou,
+        mask_iou_min=iou,
+        flips=int(bool(ours.mask.any()) != bool(reference.mask.any())),
+        answers_changed=int(ours.answer != reference.answer),
+        anchors_changed=int((ours.anchor_states is None) != (reference.anchor_states is None)),
+        map_max_abs=float(difference.max()),
+        map_mean_abs=float(difference.mean()),
+        anchor_cosine_min=_cosine(ours.anchor_states, reference.anchor_states),
+        not_finite=int(not np.isfinite(ours.anomaly_map).all()),
+        specks=int(_one_speck(ours.mask, reference.mask) and not np.array_equal(ours.mask, reference.mask)),
+        engine_error=ours.error or reference.error,
     )
 
 

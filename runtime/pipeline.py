@@ -37,6 +37,18 @@ class Stage(Protocol):
     def run(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]: ...
 
 
+class NotFinite(EngineFailed):
+    """A stage ran, and what it computed holds NaN or infinity.
+
+    Attributes:
+        tensors: every stage's outputs up to there by contract name.
+    """
+
+    def __init__(self, message: str, tensors: dict[str, np.ndarray]) -> None:
+        super().__init__(message)
+        self.tensors = tensors
+
+
 @dataclass
 class Trace:
     """Everything one answer left behind on its way.
@@ -167,7 +179,7 @@ class Pipeline:
             on_text: called with each new piece of the answer as it is written, see TextStream; a confirmed draft comes in one.
 
         Raises:
-            EngineFailed: a stage could not be computed, or the language stage chose among logits that are NaN.
+            EngineFailed: a stage could not be computed; NotFinite: the language stage chose among logits that are NaN.
         """
         trace = Trace(dict(vision.tensors), timings=vision.take_timings())
         with trace.timed("total"):
@@ -270,4 +282,4 @@ def _check_logits(trace: Trace, logits: np.ndarray) -> None:
         if tensor.name in trace.tensors and not np.isfinite(trace.tensors[tensor.name]).all()
     ]
     first = bad[0] if bad else "stage language computed NaN or infinity in logits of a later pass"
-    raise EngineFailed(f"{first}; use another engine, or a bundle of higher precision (fp16 ends at 65504)")
+    raise NotFinite(f"{first}; use another engine, or a bundle of higher precision (fp16 ends at 65504)", trace.tensors)

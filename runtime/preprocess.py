@@ -64,7 +64,11 @@ def encoder_images(image: np.ndarray, settings: Preprocessing) -> tuple[np.ndarr
     """
     picture = Image.fromarray(image)
     with ThreadPoolExecutor(1) as beside:  # its start and end cost less than one resize after the other
-        semantic = beside.submit(semantic_image, picture, settings)
+        try:
+            semantic = beside.submit(semantic_image, picture, settings)
+        except RuntimeError:  # no thread to be had, as once the main thread has ended: one after the other gives the same
+            pixel, frame = pixel_image(picture, settings)
+            return pixel, semantic_image(picture, settings), frame
         pixel, frame = pixel_image(picture, settings)
         return pixel, semantic.result(), frame
 

@@ -22,7 +22,7 @@ from runtime.errors import OutputError, RequestError
 from runtime.masking import MaskRule
 
 # How far outside [0, 1] a map may lie: resampling a float32 map adds a few units in its last place.
-_MAP_SLACK = 1e-4
+MAP_SLACK = 1e-4
 
 
 # Compared by identity: arrays have no truth value to compare fields by.
@@ -70,7 +70,7 @@ class Segmentation:
         size = list(self.mask.shape)
         _check_array("anomaly_map", self.anomaly_map, "float32", size, self.anomaly_map.shape == self.mask.shape)
         lowest, highest = self.anomaly_map.min(), self.anomaly_map.max()
-        if not (lowest >= -_MAP_SLACK and highest <= 1 + _MAP_SLACK):
+        if not (lowest >= -MAP_SLACK and highest <= 1 + MAP_SLACK):
             raise ValueError(
                 f"anomaly_map: expected probabilities in [0, 1], got {lowest}..{highest}; compare the stages' outputs "
                 "with agvas-verify (an fp16 encoder that overflows shows up like this)"

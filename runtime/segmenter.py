@@ -33,9 +33,10 @@ class Segmenter:
     Args:
         bundle: folder that agvas-export wrote.
         engine: "auto" for the fastest installed one that reproduces the golden masks here (measured once, then remembered),
-            or "onnxruntime", "openvino".
+            or "onnxruntime", "openvino", or on a GPU "tensorrt", "tensorrt-rtx" where agvas-build has built for it.
         device: "cpu" or "cuda:N". Nothing else is used when it cannot be had.
-        inference_precision: "graph" or "bf16" (engine "openvino"); None means "graph" for a named engine and either for `auto`.
+        inference_precision: "graph", "bf16" (engine "openvino") or "int8" (engines "onnxruntime" and "openvino", where the language
+            model's weights are integers), see engines.EngineOptions; None means "graph" for a named engine and any for `auto`.
         threads: CPU threads of one call; 0 leaves it to the engine.
         threshold: a picture is anomalous where its map exceeds it, 0..1; None takes the bundle's.
         relative_threshold: in an anomalous picture, the share of the map's maximum above which a pixel belongs to the mask, 0..1 (1: above
@@ -117,7 +118,7 @@ class Segmenter:
         Raises:
             ImageError: a picture that cannot be read, see runtime.images.
             RequestError: see PromptEncoder.encode.
-            EngineFailed: the engine could not compute, or computed NaN.
+            EngineFailed: the engine could not compute, or computed NaN or a map outside 0..1.
         """
         prompt = self.request(instruction, mode, normal_state=normal_state, max_new_tokens=max_new_tokens)  # before the picture is read
         return self.inspect(image).answer(prompt, on_text)
@@ -145,9 +146,10 @@ class Segmenter:
         """Segment many pictures with the steps of neighbours overlapped: more pictures a second than one call after the other where a step
         leaves the processor idle, as reading files or a GPU does; where every step keeps all cores busy it gains nothing.
 
-        Results come in the order of the pictures, each as soon as it is there. A picture that cannot be read or segmented gives its error
-        in its place (`Streamed.error`) and the stream goes on; an error of `images` itself is raised after the results before it. An array
-        must not be overwritten until its result has come. Close the iterator (or use it up) to free its threads.
+        Results come in the order of the pictures, each as soon as it is there. A picture that cannot be read or segmented, or for which
+        memory runs out, gives its error in its place (`Streamed.error`) and the stream goes on; an error of `images` itself is raised after
+        the results before it. An array must not be overwritten until its result has come. Close the iterator (or use it up) to free its
+        threads; `images` is closed with it where it is a generator, and left as it is where it is an object of yours.
 
         Args:
             images: in any form a call takes; read ahead, in another thread.
@@ -179,7 +181,7 @@ class Segmenter:
             return inspection.answer(prompt)
 
         def results() -> Iterator[Streamed]:
-            outcomes = in_steps(images, (read, look, answer), (AgvasError, EngineError), depth)
+            outcomes = in_steps(images, (read, look, answer), (AgvasError, EngineError, MemoryError), depth)
             with closing(outcomes):
                 for index, (result, error) in enumerate(outcomes):
                     yield Streamed(index, result, error)

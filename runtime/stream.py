@@ -49,7 +49,8 @@ def in_steps(
 
     The source is read in a thread of its own, ahead of the results. Where it raises, that error comes after the results of what it gave
     before. A consumer that stops early (break, close) waits for the steps that are running and for nothing else; a source that was
-    waiting for its next item ends when that comes.
+    waiting for its next item ends when that comes. A generator is closed then, in the source's thread, so that what it opened is let go
+    (its `finally`); any other source, a camera say, belongs to the caller and stays open.
 
     Args:
         expected: errors that are an item's own; any other ends the stream.
@@ -59,6 +60,20 @@ def in_steps(
     room = threading.Semaphore(depth)
     waiting: queue.SimpleQueue[Future[Any] | BaseException | None] = queue.SimpleQueue()
     workers = [ThreadPoolExecutor(1, thread_name_prefix=f"agvas-step-{number}") for number in range(len(steps))]
+
+    def soon(worker: ThreadPoolExecutor, before: Future[Any], step: Callable[[Any], Any]) -> Future[Any]:
+        try:
+            return worker.submit(_after, before, step)
+        except RuntimeError:
+            if not going.is_set():
+                raise  # closed meanwhile
+        # The main thread has ended, and pools take no more work, while the consumer's thread goes on: the source's thread does it.
+        now: Future[Any] = Future()
+        try:
+            now.set_result(_after(before, step))
+        except Exception as error:
+            now.set_exception(error)
+        return now
 
     def feed() -> None:
         ending: BaseException | None = None
@@ -70,13 +85,13 @@ def in_steps(
                 before: Future[Any] = Future()
                 before.set_result(item)
                 for worker, step in zip(workers, steps):
-                    before = worker.submit(_after, before, step)
+                    before = soon(worker, before, step)
                 waiting.put(before)
         except BaseException as error:  # told to the consumer, who waits for it
             ending = error
         finally:
             waiting.put(ending)
-            if not going.is_set() and hasattr(source, "close"):
+            if not going.is_set() and isinstance(source, Generator):
                 source.close()
 
     feeder = threading.Thread(target=feed, name="agvas-source", daemon=True)

@@ -21,9 +21,9 @@ from runtime.contract import AXIS_NAMES, STAGES
 from runtime.errors import BundleCorrupt
 from runtime.images import read_image
 from runtime.masking import MaskRule
-from runtime.one_at_a_time import Turn, TurnStage
-from runtime.parity import GATES, Gates, Outcome, Parity, compare, finite, relative_error, worst
-from runtime.pipeline import Pipeline, Stage, Trace
+from runtime.one_at_a_time import Turn, TurnStage, give_back
+from runtime.parity import GATES, Gates, Outcome, Parity, compare, finite, relative_error, together, worst
+from runtime.pipeline import NotFinite, Pipeline, Stage, Trace
 
 # Keys and values repeat the states' error and would triple the file.
 NOT_TRACED = ("present_keys", "present_values")
@@ -37,10 +37,10 @@ class Verification:
 
     Attributes:
         passed: every gate held.
-        failures: broken gates in words.
+        failures: broken gates in words, and once the reason where there was no map.
         parity: agreement with the reference.
         stage_errors: largest relative error by tensor, over the traces; each stage is fed by this engine's own predecessors.
-            NaN where a tensor holds one or has another shape.
+            NaN where a tensor holds one or has another shape; what comes after a NaN that ended the chain is missing.
         seconds: what it took.
     """
 
@@ -53,6 +53,8 @@ class Verification:
 
 def open_pipeline(bundle: Bundle, engine: str, options: EngineOptions) -> Pipeline:
     """All five stages of a bundle on one engine; with `options.low_memory`, one of them in memory at a time (runtime.one_at_a_time).
+
+    Of those the smallest is opened here and let go.
 
     Raises:
         EngineUnavailable, EngineFailed: see engines.open_engine.
@@ -73,6 +75,12 @@ def open_pipeline(bundle: Bundle, engine: str, options: EngineOptions) -> Pipeli
             return TurnStage(turn, graph, specs[name], engine, chosen)
         return open_engine(graph, specs[name], engine, chosen)
 
+    if options.low_memory:  # what this engine or device lacks is told now, by a stage of little weight, and not by every picture
+        as_asked = [name for name in specs if _options_of(name, options) == options]
+        graphs = {name: bundle.graph(name, engine, options.device) for name in as_asked}
+        smallest = min(as_asked, key=lambda name: sum(file.stat().st_size for file in graphs[name].parent.iterdir()))
+        open_engine(graphs[smallest], specs[smallest], engine, options)
+        give_back()
     stages = {name: opened(name) for name in specs}
     return Pipeline(
         stages,
@@ -93,12 +101,29 @@ def _options_of(stage: str, options: EngineOptions) -> EngineOptions:
 
 
 def run_outcome(pipeline: Pipeline, image: np.ndarray, rule: MaskRule) -> tuple[Outcome, dict[str, np.ndarray]]:
-    """Outcome of one picture and its tensors; where the engine fails, a map of NaN, which no gate lets pass, and no tensors."""
+    """Outcome of one picture and its tensors; where the engine fails, one without a map, which no gate lets pass, and no tensors."""
+    try:
+        return computed_outcome(pipeline, image, rule)
+    except EngineFailed as error:
+        return _without_map(image, error), {}
+
+
+def computed_outcome(pipeline: Pipeline, image: np.ndarray, rule: MaskRule) -> tuple[Outcome, dict[str, np.ndarray]]:
+    """Outcome of one picture and its tensors; where a NaN ends the chain, one without a map, and the tensors up to there.
+
+    Raises:
+        EngineFailed: the engine could not compute, which says nothing about what it computes.
+    """
     try:
         trace = pipeline.run(image, pipeline.prompts.encode())
-    except EngineFailed:
-        return Outcome(np.zeros(image.shape[:2], bool), np.full(image.shape[:2], np.nan, np.float32), None, ()), {}
+    except NotFinite as error:
+        return _without_map(image, error), error.tensors
     return outcome_of(trace, rule), trace.tensors
+
+
+def _without_map(image: np.ndarray, error: EngineFailed) -> Outcome:
+    size = image.shape[:2]
+    return Outcome(np.zeros(size, bool), np.full(size, np.nan, np.float32), None, (), str(error))
 
 
 def outcome_of(trace: Trace, rule: MaskRule) -> Outcome:
@@ -144,16 +169,18 @@ def verify(bundle: Bundle, pipeline: Pipeline, options: EngineOptions, progress:
 
     Args:
         progress: called with (traces done, traces in all).
+
+    Raises:
+        EngineFailed: the engine could not compute a trace (out of memory, for instance). One that computes NaN is judged.
     """
     started = time.monotonic()
     golden = bundle.golden()
     rule = bundle.manifest.mask_rule
     count = trace_count(golden)
-    ours, reference, errors = [], [], dict[str, float]()
+    parts, errors = [], dict[str, float]()
     for i in range(count):
-        outcome, tensors = run_outcome(pipeline, golden[f"{i}.image"], rule)
-        ours.append(outcome)
-        reference.append(golden_outcome(golden, i, rule))
+        outcome, tensors = computed_outcome(pipeline, golden[f"{i}.image"], rule)
+        parts.append(compare([outcome], [golden_outcome(golden, i, rule)]))
         for name, tensor in tensors.items():
             wanted = golden.get(f"{i}.tensor.{name}")
             if wanted is not None:
@@ -162,7 +189,7 @@ def verify(bundle: Bundle, pipeline: Pipeline, options: EngineOptions, progress:
                 errors[name] = worst(errors.get(name), relative_error(tensor, wanted) if same else float("nan"))
         if progress:
             progress(i + 1, count)
-    parity = compare(ours, reference)
+    parity = together(parts)
     failures = golden_limits(bundle, options).failures(parity)
     return Verification(not failures, failures, parity, errors, time.monotonic() - started)
 
@@ -189,15 +216,14 @@ def golden_outcome(golden: dict[str, np.ndarray], index: int, rule: MaskRule) ->
 def compare_on_images(
     pipeline: Pipeline, other: Pipeline, images: Sequence[Path], rule: MaskRule, progress: Callable[[int, int], None] | None
 ) -> Parity:
-    """Agreement of two pipelines on a user's own pictures."""
-    ours, reference = [], []
+    """Agreement of two pipelines on a user's own pictures, of which there may be more than fit into memory."""
+    parts = []
     for i, path in enumerate(images):
         image = read_image(path)
-        ours.append(run_outcome(pipeline, image, rule)[0])
-        reference.append(run_outcome(other, image, rule)[0])
+        parts.append(compare([run_outcome(pipeline, image, rule)[0]], [run_outcome(other, image, rule)[0]]))
         if progress:
             progress(i + 1, len(images))
-    return compare(ours, reference)
+    return together(parts)
 
 
 def peak_rss_bytes() -> int | None:

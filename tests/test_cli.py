@@ -19,6 +19,7 @@ from PIL import Image
 
 from benchmarks import demo
 from engines import EngineFailed, EngineUnavailable
+from engines.onnxruntime import OnnxRuntimeEngine
 from runtime import Inspection, Segmenter
 from runtime.cli import segment, verify
 from runtime.errors import OutputError
@@ -147,6 +148,9 @@ def test_a_mask_of_an_earlier_run_does_not_pass_for_this_ones(run_segment: Any, 
     assert run_segment(part, "--output", output, "--overlay")[0] == 0
     (output / "other_mask.png").write_bytes(b"of another part")
     assert {path.name for path in output.iterdir()} == {"part_mask.png", "part_overlay.png", "other_mask.png"}
+    assert run_segment(part, "--output", output)[0] == 0
+    assert {path.name for path in output.iterdir()} == {"part_mask.png", "other_mask.png"}, "the overlay shows another mask"
+    assert run_segment(part, "--output", output, "--overlay")[0] == 0
     part.write_bytes(b"cut off")
     assert run_segment(part, "--output", output)[0] == 1
     assert {path.name for path in output.iterdir()} == {"other_mask.png"}
@@ -492,6 +496,28 @@ def test_verify_in_words_has_the_numbers_and_the_verdict(run_verify: Any) -> Non
         assert word in text
 
 
+def test_a_system_that_does_not_tell_its_memory_has_a_table_without_it(run_verify: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "MB of memory" in run_verify()[1][-1]
+    monkeypatch.setattr("runtime.verify.peak_rss_bytes", lambda: None)
+    code, lines, _ = run_verify()
+    assert code == 0 and lines[-1].startswith("passed") and lines[-1].endswith(" s")
+
+
+@pytest.mark.parametrize("stage", ["spam", "mask_decoder"])
+def test_an_engine_that_computes_nan_has_a_table_that_says_so(stage: str, run_verify: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = OnnxRuntimeEngine.run
+
+    def spoilt(self: OnnxRuntimeEngine, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        outputs = original(self, feeds)
+        return {name: output * np.nan for name, output in outputs.items()} if self.spec.name == stage else outputs
+
+    monkeypatch.setattr(OnnxRuntimeEngine, "run", spoilt)
+    code, lines, _ = run_verify()
+    assert code == 1 and lines[-1].startswith("FAILED")
+    assert any(line.split() == ["maps", "up", "to", "NaN", "apart,", "NaN", "on", "average"] for line in lines)
+    assert any("maps hold NaN or infinity" in line for line in lines)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -535,6 +561,8 @@ def test_ones_own_pictures_are_compared_with_another_engine(run_verify: Any, pho
     code, lines, _ = run_verify("--images", photos, engine="openvino")
     assert code == 0
     assert any("against engine onnxruntime" in line for line in lines)
+    _, lines, _ = run_verify("--images", photos / "one.png", "--low-memory")
+    assert any("against engine openvino" in line for line in lines), "one stage at a time is the same engine still"
 
 
 def test_pictures_on_which_the_engines_differ_fail_the_verification(

@@ -404,6 +404,16 @@ def test_a_folder_gives_its_pictures_sorted_and_its_subfolders_only_when_asked(f
     assert names(find_images([folder], recursive=True)) == ["a.JPG", "b.png", "c.tiff", "d.bmp"]
 
 
+def test_hidden_folders_are_left_out_and_one_that_is_named_is_looked_through(folder):
+    thumbnails = folder / ".thumbnails"
+    for name in ("deep/.cache/g.png", "deep/.cache/below/h.webp", ".thumbnails/e.png", ".thumbnails/deep/f.png"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"not opened here")
+    assert names(find_images(folder, recursive=True)) == ["a.JPG", "b.png", "c.tiff", "d.bmp"]
+    assert names(find_images(thumbnails, recursive=True)) == ["f.png", "e.png"]
+    assert names(find_images(f"{folder}/**/*.png")) == ["b.png"]
+
+
 def test_pictures_of_a_kind_that_is_not_read_are_told_of(folder):
     for name in ("d.webp", "e.WEBP", "f.heic", ".g.webp"):
         (folder / name).write_bytes(b"not opened here")

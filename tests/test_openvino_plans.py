@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import openvino
 import pytest
 from openvino import opset13
 
+from engines import EngineOptions
 from engines.errors import TensorMismatch
-from engines.openvino import known, pools_as_convolutions
+from engines.openvino import OpenVinoEngine, known, pools_as_convolutions
 from engines.spec import StageSpec, TensorSpec
+from runtime.bundle import Bundle
+from runtime.verify import open_pipeline
 
 SPEC = StageSpec("a", (TensorSpec("image", "float32", ("B", 3, "S", "S")),), (TensorSpec("mean", "float32", ("B", 3, "G", "G")),))
 
@@ -39,10 +44,27 @@ def test_a_stage_with_fixed_axes_refuses_other_sizes_and_keeps_the_rest_open() -
 
 
 def test_only_inputs_that_a_stage_fixes_and_the_graph_leaves_open_are_known() -> None:
-    assert [tensor.name for tensor in known(pooled(3), SPEC.fixed({"B": 1}))] == ["image"]
-    assert known(pooled(3, batch=1), SPEC.fixed({"B": 1})) == []
+    assert known(pooled(3), SPEC.fixed({"B": 1})).keys() == {"image"}
+    assert known(pooled(3, batch=1), SPEC.fixed({"B": 1})) == {}
     loose = StageSpec("a", (TensorSpec("image", "float32", ("B", "C", "S", "S")),), ())
-    assert known(pooled(3), loose) == []
+    assert known(pooled(3), loose) == {}
+
+
+def test_what_the_graph_fixes_stays_fixed_where_the_stage_has_a_letter() -> None:
+    assert known(pooled(3), SPEC.fixed({"B": 1}))["image"] == openvino.PartialShape([1, 3, 8, 12])
+    image = opset13.parameter([-1, 3, 8, -1], openvino.Type.f32, "image")
+    image.output(0).set_names({"image"})
+    model = openvino.Model([opset13.relu(image)], [image], "open")
+    assert known(model, SPEC.fixed({"B": 1}))["image"] == openvino.PartialShape([1, 3, 8, -1])
+
+
+def test_a_pictures_encoder_is_compiled_for_one_size(tiny_bundle: Path) -> None:
+    bundle = Bundle(tiny_bundle, check_hashes=False)
+    stage = open_pipeline(bundle, "openvino", EngineOptions()).stages["pixel_encoder"]
+    assert isinstance(stage, OpenVinoEngine)
+    size = bundle.manifest.preprocessing.pixel_size
+    (image,) = stage._compiled[0].inputs
+    assert image.get_partial_shape() == openvino.PartialShape([1, 3, size, size])
 
 
 def test_means_over_blocks_of_a_picture_are_the_same_as_convolutions() -> None:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -208,3 +212,23 @@ def test_a_map_as_fine_as_the_picture_comes_back_unchanged() -> None:
     _, frame = preprocess.pixel_image(Image.fromarray(image), settings)
     fine = np.random.default_rng(7).random((56, 56), np.float32)
     np.testing.assert_array_equal(preprocess.restore(fine, frame), fine[:33])
+
+
+def test_a_thread_that_outlives_the_main_one_gets_the_same_inputs() -> None:
+    """Python's pools take no work once the main thread has ended; a line's own threads may go on."""
+    code = """
+import threading
+import numpy as np
+from runtime.preprocess import Preprocessing, encoder_images
+settings = Preprocessing(56, (1.0, 2.0, 3.0), (4.0, 5.0, 6.0), 42, (1.0, 2.0, 3.0), (4.0, 5.0, 6.0))
+image = np.random.default_rng(0).integers(0, 256, (41, 67, 3), dtype=np.uint8)
+wanted = encoder_images(image, settings)
+def late():
+    threading.main_thread().join()
+    ours = encoder_images(image, settings)
+    print(np.array_equal(ours[0], wanted[0]), np.array_equal(ours[1], wanted[1]), ours[2] == wanted[2])
+threading.Thread(target=late).start()
+"""
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    assert (done.stdout, done.stderr) == ("True True True\n", "")

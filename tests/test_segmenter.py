@@ -15,7 +15,7 @@ from conftest import picture
 from PIL import Image
 
 from agvas import AGVAS
-from engines import EngineFailed, EngineOptions, EngineUnavailable
+from engines import ENGINES, INFERENCE_PRECISIONS, EngineFailed, EngineOptions, EngineUnavailable
 from runtime import Segmentation, Segmenter, selection
 from runtime import verify as verification
 from runtime.bundle import Bundle, Manifest
@@ -163,6 +163,11 @@ def test_a_misspelt_setting_is_told_with_what_there_is(
         Segmenter(tiny_bundle, **arguments)
 
 
+@pytest.mark.parametrize("name", [*ENGINES, *INFERENCE_PRECISIONS])
+def test_the_docstring_names_every_engine_and_precision(name: str) -> None:
+    assert f'"{name}"' in (Segmenter.__doc__ or "")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -240,12 +245,27 @@ def test_nan_in_a_stage_is_an_error_and_never_an_ok(
     assert stage in str(caught.value) or "agvas-verify tells in which stage" in str(caught.value)
 
 
+@pytest.mark.parametrize("bad", [2.5, -3.0])
+def test_a_map_that_holds_no_probabilities_is_the_engines_error(bad: float, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spoil(monkeypatch, "mask_decoder", "anomaly_map", bad, ("onnxruntime",))
+    opened = Segmenter(tiny_bundle, engine="onnxruntime")
+    with pytest.raises(EngineFailed, match=r"engine onnxruntime \(graph\) computed an anomaly map of .*expected probabilities in 0\.\.1"):
+        opened(picture())
+
+
 @pytest.mark.usefixtures("graph_candidates")
 def test_auto_rejects_an_engine_that_computes_nan(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spoil(monkeypatch, "mask_decoder", "anomaly_map", np.nan, ("openvino",))
     opened = Segmenter(tiny_bundle)
     assert opened.engine == "onnxruntime" and opened.choice is not None
     assert "NaN" in opened.choice.rejected["openvino/graph"]
+
+
+@pytest.mark.usefixtures("graph_candidates")
+def test_auto_tells_what_a_rejected_engine_said(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spoil(monkeypatch, "spam", "aligned_embeddings", np.nan, ("openvino",))
+    choice = Segmenter(tiny_bundle).choice
+    assert choice is not None and "stage spam computed NaN or infinity" in choice.rejected["openvino/graph"]
 
 
 # auto
@@ -388,10 +408,12 @@ def test_auto_considers_only_the_precision_that_was_asked_for(tiny_bundle: Path,
         ("tensorrt", {}),
         ("openvino", {"device": "cuda:0"}),
         ("onnxruntime", {"inference_precision": "bf16"}),
+        ("openvino", {"device": "cuda:0", "low_memory": True}),
+        ("onnxruntime", {"inference_precision": "bf16", "low_memory": True}),
     ],
 )
 def test_an_engine_that_cannot_be_had_is_never_replaced(
-    engine: str, arguments: dict[str, str], tiny_bundle: Path
+    engine: str, arguments: dict[str, Any], tiny_bundle: Path
 ) -> None:
     with pytest.raises(EngineUnavailable, match=f"(?i){engine}"):
         Segmenter(tiny_bundle, engine=engine, **arguments)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -13,7 +17,9 @@ import pytest
 from conftest import picture
 from PIL import Image
 
+from engines import EngineFailed
 from runtime import Segmenter
+from runtime import segmenter as segmenter_module
 from runtime.errors import ImageError, RequestError
 from runtime.stream import in_steps
 
@@ -70,6 +76,30 @@ def test_a_bad_picture_gives_its_error_in_its_place(segmenter: Segmenter, tmp_pa
     assert str(bad) in str(second.error)
     with pytest.raises(ImageError):
         second.get()
+
+
+def test_a_map_out_of_range_and_a_picture_too_large_give_their_errors_in_their_places(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    segmenter = Segmenter(tiny_bundle, engine="onnxruntime")
+    decoder, decoded = segmenter._pipeline.stages["mask_decoder"], itertools.count()
+    read, given = segmenter_module.as_rgb, itertools.count()
+
+    class Spoilt:
+        def run(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+            return {name: output + 1.5 * (next(decoded) == 0) for name, output in decoder.run(feeds).items() if name == "anomaly_map"}
+
+    def large(image: np.ndarray, *, pixel_limit: int) -> np.ndarray:
+        if next(given) == 1:
+            raise MemoryError
+        return read(image, pixel_limit=pixel_limit)
+
+    segmenter._pipeline.stages = {**segmenter._pipeline.stages, "mask_decoder": Spoilt()}
+    monkeypatch.setattr(segmenter_module, "as_rgb", large)
+    wrong, too_large, last = segmenter.stream([picture()] * 3)
+    assert isinstance(wrong.error, EngineFailed) and "expected probabilities in 0..1" in str(wrong.error)
+    assert isinstance(too_large.error, MemoryError)
+    assert last.error is None and last.result is not None
 
 
 def test_an_error_of_the_source_comes_after_the_results_before_it(segmenter: Segmenter) -> None:
@@ -155,6 +185,27 @@ def test_closing_early_stops_reading_and_frees_the_threads() -> None:
     assert read == after <= 4
 
 
+def test_closing_early_closes_a_generator_and_no_camera_of_the_callers() -> None:
+    class Camera:
+        closed = False
+
+        def __iter__(self) -> Iterator[int]:
+            return iter(range(100))
+
+        def close(self) -> None:
+            self.closed = True
+
+    camera = Camera()
+    frames = (frame for frame in camera)  # held here, so that it is not closed by being dropped
+    for source in (camera, frames):
+        stream = in_steps(source, (lambda x: x,), (), depth=2)
+        assert next(stream) == (0, None)
+        stream.close()
+        assert vanished()
+    assert not camera.closed
+    assert frames.gi_frame is None
+
+
 def test_a_source_that_never_gives_another_item_does_not_hold_up_closing() -> None:
     plugged = threading.Event()
 
@@ -198,3 +249,24 @@ def test_an_error_that_is_no_pictures_own_ends_the_stream() -> None:
     with pytest.raises(ZeroDivisionError):
         next(stream)
     assert vanished()
+
+
+def test_a_stream_goes_on_in_a_thread_that_outlives_the_main_one() -> None:
+    """Python's pools take no work once the main thread has ended; what fails then still fails in its place."""
+    code = """
+import threading
+from runtime.stream import in_steps
+def source():
+    yield from (1, 2)
+    threading.main_thread().join()
+    yield from (0, 4)
+def late():
+    results = in_steps(source(), (lambda x: 12 // x, lambda x: -x), (ZeroDivisionError,))
+    print([(value, type(error).__name__) for value, error in results])
+    print(list(in_steps((1, 2), (lambda x: x + 1,), ())))
+threading.Thread(target=late).start()
+"""
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    told = "[(-12, 'NoneType'), (-6, 'NoneType'), (None, 'ZeroDivisionError'), (-3, 'NoneType')]\n[(2, None), (3, None)]\n"
+    assert (done.stdout, done.stderr) == (told, "")

@@ -188,6 +188,41 @@ def test_a_failed_build_is_exit_code_1_and_a_failed_verification_sets_aside_too(
     assert not list(engines_folder().glob("*.engine"))
 
 
+def test_engines_that_cannot_run_are_no_wrong_ones_and_stay(
+    gpu: Gpu, tiny_bundle: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another program may have the GPU's memory: nothing was computed that could be wrong."""
+    arguments = ["--bundle", str(tiny_bundle), "--engine", gpu.engine, "--quiet"]
+    run = TensorRtEngine.run
+
+    def full(self: TensorRtEngine, feeds: Feeds) -> Feeds:
+        if self.spec.name == "language":
+            raise EngineFailed("CUDA: out of memory (cudaErrorMemoryAllocation)")
+        return run(self, feeds)
+
+    monkeypatch.setattr(TensorRtEngine, "run", full)
+    for command, options in ((build_command, []), (verify_command, ["--device", "cuda:0", "--json"])):
+        assert command.main([*arguments, *options]) == 2
+        captured = capsys.readouterr()
+        assert "CUDA: out of memory" in captured.err and "Traceback" not in captured.err
+        assert len(list(engines_folder().glob("*.engine"))) == 5
+    assert json.loads(captured.out.splitlines()[-1])["error"].startswith("CUDA: out of memory")
+    assert record_of(gpu.key(tiny_bundle).path).verified is None
+
+
+def test_engines_that_compute_nan_are_set_aside(gpu: Gpu, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = TensorRtEngine.run
+
+    def spoilt(self: TensorRtEngine, feeds: Feeds) -> Feeds:
+        outputs = run(self, feeds)
+        return {name: output * np.nan for name, output in outputs.items()} if self.spec.name == "spam" else outputs
+
+    monkeypatch.setattr(TensorRtEngine, "run", spoilt)
+    report = gpu.build(tiny_bundle)
+    assert report["verified"] is False and "stage spam computed NaN" in report["note"]
+    assert not list(engines_folder().glob("*.engine"))
+
+
 def test_verifying_on_the_device_is_noted_in_the_sidecar(gpu: Gpu, tiny_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     gpu.cuda.capability = None
     assert gpu.build(tiny_bundle, capabilities=("8.9",))["verified"] is None

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from conftest import picture
+from PIL import Image
 
-from engines import EngineOptions, StageSpec
+from engines import EngineFailed, EngineOptions, StageSpec
 from runtime import verify as verify_module
 from runtime.bundle import Bundle, FileRecord, Manifest, sha256_of
 from runtime.contract import STAGES
 from runtime.errors import BundleCorrupt
-from runtime.parity import GATES, Outcome, Parity, compare, relative_error
-from runtime.verify import Verification, gates_for, open_pipeline, summary, trace_count, verify
+from runtime.parity import GATES, Outcome, Parity, compare, relative_error, together
+from runtime.pipeline import Stage
+from runtime.verify import Verification, compare_on_images, gates_for, open_pipeline, run_outcome, summary, trace_count, verify
 
 HERE = ("onnxruntime", "openvino")
 RNG = np.random.default_rng(0)
@@ -98,6 +103,65 @@ def test_traces_of_another_map_fail_though_the_engine_is_right(copy_of_bundle: C
     assert any("maps differ" in failure for failure in verification.failures)
 
 
+class Changed:
+    """A stage that ends in `error`, or computes NaN where there is none."""
+
+    def __init__(self, stage: Stage, error: EngineFailed | None = None) -> None:
+        self.stage, self.error = stage, error
+
+    def run(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        if self.error:
+            raise self.error
+        return {name: np.full(output.shape, np.nan, np.float32) for name, output in self.stage.run(feeds).items()}
+
+
+@pytest.mark.parametrize(("stage", "output"), [("spam", "aligned_embeddings"), ("language", "logits")])
+def test_nan_before_the_map_is_told_once_with_its_stage_and_the_tensors_up_to_there(stage: str, output: str, tiny_bundle: Path) -> None:
+    bundle, options = Bundle(tiny_bundle), EngineOptions()
+    pipeline = open_pipeline(bundle, "onnxruntime", options)
+    pipeline.stages = {**pipeline.stages, stage: Changed(pipeline.stages[stage])}
+    verification = verify(bundle, pipeline, options)
+    told = [failure for failure in verification.failures if "computed NaN" in failure]
+    assert not verification.passed and len(told) == 1
+    assert told[0].startswith(f"an engine gave no map: stage {stage} computed NaN or infinity in ")
+    assert np.isnan(verification.stage_errors[output]) and verification.stage_errors["pixel_embeddings"] < 1e-5
+    assert "anomaly_map" not in verification.stage_errors
+
+
+def test_an_engine_that_cannot_compute_is_no_verdict_and_on_ones_own_pictures_tells_why(tiny_bundle: Path, tmp_path: Path) -> None:
+    bundle, options = Bundle(tiny_bundle), EngineOptions()
+    pipeline, other = (open_pipeline(bundle, "onnxruntime", options) for _ in range(2))
+    pipeline.stages = {**pipeline.stages, "spam": Changed(pipeline.stages["spam"], EngineFailed("out of memory on the GPU"))}
+    with pytest.raises(EngineFailed, match="out of memory on the GPU"):
+        verify(bundle, pipeline, options)
+    Image.fromarray(picture()).save(tmp_path / "part.png")
+    parity = compare_on_images(pipeline, other, [tmp_path / "part.png"] * 2, bundle.manifest.mask_rule, None)
+    assert [failure for failure in GATES["fp16"].failures(parity) if "memory" in failure] == [
+        "an engine gave no map: out of memory on the GPU"
+    ]
+
+
+def test_the_maps_of_ones_own_pictures_are_not_kept(tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a line's pictures there may be thousands, each with maps of tens of MB."""
+    maps: list[weakref.ref[np.ndarray]] = []
+    alive: list[int] = []
+
+    def watched(*arguments: Any) -> tuple[Outcome, dict[str, np.ndarray]]:
+        outcome, tensors = run_outcome(*arguments)
+        maps.append(weakref.ref(outcome.anomaly_map))
+        return outcome, tensors
+
+    monkeypatch.setattr(verify_module, "run_outcome", watched)
+    bundle = Bundle(tiny_bundle)
+    pipeline = open_pipeline(bundle, "onnxruntime", EngineOptions())
+    Image.fromarray(picture()).save(tmp_path / "part.png")
+    paths = [tmp_path / "part.png"] * 4
+    rule = bundle.manifest.mask_rule
+    parity = compare_on_images(pipeline, pipeline, paths, rule, lambda *_: alive.append(sum(one() is not None for one in maps)))
+    assert parity.images == 4 and len(maps) == 8
+    assert max(alive) <= 2
+
+
 def test_a_bundle_without_traces_cannot_be_verified(copy_of_bundle: Callable[[], Path]) -> None:
     folder = copy_of_bundle()
     np.savez(folder / "golden.npz")
@@ -149,6 +213,16 @@ def test_iou_is_shared_over_joint_pixels_and_the_least_is_kept() -> None:
     parity = compare([a, a, c], [b, a, b])
     assert parity.mask_iou_mean == pytest.approx((2 / 4 + 1 + 0) / 3)
     assert (parity.mask_iou_min, parity.flips) == (0, 0)
+
+
+def test_pictures_taken_one_by_one_have_the_parity_of_all_at_once() -> None:
+    ours = [outcome(RNG.random((7, 5)), RNG.random((3, 5))) for _ in range(3)] + [said_nothing((7, 5)), outcome(np.full((7, 5), np.nan))]
+    reference = [outcome(RNG.random((7, 5)), RNG.random((3, 5)), (1, index)) for index in range(4)] + [outcome(np.zeros((7, 5)))]
+    one_by_one = together([compare([a], [b]) for a, b in zip(ours, reference)])
+    assert one_by_one.to_json() == compare(ours, reference).to_json()
+    assert (one_by_one.images, one_by_one.answers_changed, one_by_one.anchors_changed, one_by_one.not_finite) == (5, 3, 1, 1)
+    with pytest.raises(ValueError, match="at least one picture"):
+        together([])
 
 
 def squares(*sides: int) -> list[Outcome]:

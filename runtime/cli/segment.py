@@ -28,7 +28,7 @@ from runtime.images import PIXEL_LIMIT, find_images
 from runtime.prompts import DIRECT, MODES, PLUS
 from runtime.segmenter import Segmenter
 
-# What leaves the next picture a chance; ImageError and a map with NaN are ValueErrors.
+# What leaves the next picture a chance; ImageError is a ValueError.
 _OF_ONE_PICTURE = (EngineError, ValueError, MemoryError)
 
 KINDS = ("mask", "overlay")  # of a picture's results, behind its stem
@@ -69,7 +69,7 @@ def segment_pictures(
         normal_state, max_new_tokens: see Segmenter.__call__; the same for every instruction.
         output: folder for `<stem>_mask.png` and, with `overlay`, `<stem>_overlay.png`; stems are told apart, see
             output_stems. A picture without a verdict has neither, and what an earlier run left under its names is
-            removed. With several instructions the first one's stem is `<stem>__1`, and so on.
+            removed, as is an overlay where none is asked for. With several instructions the first one's stem is `<stem>__1`, and so on.
         polygons: also give the outline of each mask.
 
     Yields:
@@ -106,6 +106,8 @@ def segment_pictures(
             if not result.anchors_found:  # an empty mask would say OK
                 _forget(output, stem + ending)
             elif output is not None:
+                if not overlay:
+                    _forget(output, stem + ending, ("overlay",))
                 saved = result.save(output, stem + ending, overlay=overlay)
                 record.update({name: str(file) for name, file in saved.items()})
             record["engine"] = segmenter.engine
@@ -114,10 +116,10 @@ def segment_pictures(
             yield record
 
 
-def _forget(output: str | os.PathLike[str] | None, stem: str) -> None:
+def _forget(output: str | os.PathLike[str] | None, stem: str, kinds: Sequence[str] = KINDS) -> None:
     """Remove an earlier run's results, which would pass for this one's."""
     if output is not None:
-        for kind in KINDS:
+        for kind in kinds:
             (Path(output) / f"{stem}_{kind}.png").unlink(missing_ok=True)
 
 

@@ -117,7 +117,7 @@ def verify_bundle(
 
     Raises:
         AgvasError: the bundle or the pictures cannot be read.
-        EngineError: the engine cannot be had, or there is no other to compare with.
+        EngineError: the engine cannot be had or cannot compute a golden picture, or there is no other to compare with.
     """
     # Listed first: a wrong folder should not be told after minutes of verifying.
     pictures = find_images(images, recursive=True) if images is not None else []
@@ -127,7 +127,12 @@ def verify_bundle(
     options = options or EngineOptions()
     pipeline, engine, options, why = _open(bundle, engine, options, precision)
     against = _open_reference(bundle, engine, options) if pictures else None
-    verification = verify(bundle, pipeline, options, _labelled(progress, "golden traces"))
+    try:
+        verification = verify(bundle, pipeline, options, _labelled(progress, "golden traces"))
+    except EngineFailed as error:
+        if why:  # it has this engine's reason beside the others'
+            raise EngineUnavailable(why) from error
+        raise
     report = summary(bundle, verification)
     report["model"] = bundle.manifest.model
     report["engine"] = engine
@@ -239,7 +244,7 @@ def _open(bundle: Bundle, engine: str, options: EngineOptions, precision: str | 
 
 def _open_reference(bundle: Bundle, engine: str, options: EngineOptions) -> tuple[Pipeline, str, EngineOptions]:
     """The first engine on the CPU, in the graphs' precision, that is not the one under test."""
-    exact = EngineOptions("cpu", options.threads, "graph")
+    exact = EngineOptions("cpu", options.threads, "graph", options.low_memory)
     reasons = []
     for name in REFERENCES:
         if (name, exact) == (engine, options):
@@ -270,26 +275,33 @@ def _table(report: dict[str, Any]) -> list[str]:
     if report["stage_relative_errors"]:
         width = max(map(len, report["stage_relative_errors"]))
         lines.append("tensors   largest relative error, each stage fed by this engine's own predecessors")
-        lines += [f"          {name:<{width}}  {error:.1e}" for name, error in report["stage_relative_errors"].items()]
+        lines += [f"          {name:<{width}}  {_number(error, '.1e')}" for name, error in report["stage_relative_errors"].items()]
     if "images_parity" in report:
         pictures = report["images_parity"]
         lines += _parity_lines(f"pictures  {pictures['images']} against {pictures['against']}", pictures)
     lines += [f"broken    {failure}" for failure in report["failures"]]
     lines += [f"set aside {name}: it will not be used; --bisect finds where it goes wrong" for name in report.get("set_aside", ())]
-    verdict, megabytes = "passed" if report["passed"] else "FAILED", report["peak_rss_bytes"] / 1e6
-    lines.append(f"{verdict}    gates {report['gates']}; {report['seconds']:.1f} s, {megabytes:.0f} MB of memory")
+    verdict, peak = "passed" if report["passed"] else "FAILED", report["peak_rss_bytes"]
+    memory = "" if peak is None else f", {peak / 1e6:.0f} MB of memory"  # Windows does not tell
+    lines.append(f"{verdict}    gates {report['gates']}; {report['seconds']:.1f} s{memory}")
     return lines
 
 
 def _parity_lines(title: str, parity: dict[str, Any]) -> list[str]:
+    most, mean = (_number(parity[f"map_{kind}_abs"], ".1e") for kind in ("max", "mean"))
     return [
         title,
         f"          mask IoU        mean {parity['mask_iou_mean']:.4f}, least {parity['mask_iou_min']:.4f}",
         f"          flips           {parity['flips']} between empty and not empty",
         f"          answers         {parity['answers_changed']} changed",
-        f"          maps            up to {parity['map_max_abs']:.1e} apart, {parity['map_mean_abs']:.1e} on average",
-        f"          anchor states   cosine at least {parity['anchor_cosine_min']:.6f}",
+        f"          maps            up to {most} apart, {mean} on average",
+        f"          anchor states   cosine at least {_number(parity['anchor_cosine_min'], '.6f')}",
     ]
+
+
+def _number(value: float | None, form: str) -> str:
+    """`value` in a format; None is what the report has of NaN and infinity."""
+    return "NaN" if value is None else format(value, form)
 
 
 if __name__ == "__main__":
