@@ -1,8 +1,8 @@
 """Chooses the engine for `auto`: the fastest of those installed that reproduces the bundle's golden masks on this machine.
 
 Measured, not assumed, and remembered: the choice is kept in the user's cache under the bundle's hash, the engines' versions and the
-processor, so that a new version or another machine measures again; removing that folder forgets all choices. Only the device
-that was asked for is considered.
+processor, so that a new version or another machine measures again; removing that folder forgets all choices, and
+agvas-verify forgets one that it finds wrong. Only the device that was asked for is considered.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def choose_engine(bundle: Bundle, options: EngineOptions, precision: str | None 
     Raises:
         EngineUnavailable: none does; the message has every candidate's reason.
     """
-    cache = cache_folder() / "engine-choice" / f"{_key(bundle, options, precision)}.json"
+    cache = _remembered(bundle, options, precision)
     if (known := _read(cache)) is not None:
         try:
             pipeline = open_pipeline(bundle, known.engine, replace(options, inference_precision=known.inference_precision))
@@ -102,6 +102,15 @@ def choose_engine(bundle: Bundle, options: EngineOptions, precision: str | None 
     return best
 
 
+def forget_choice(bundle: Bundle, options: EngineOptions, precision: str | None = None) -> None:
+    """Forget what `choose_engine` chose for these, so that the next call measures again.
+
+    Raises:
+        OSError: it is remembered and cannot be removed.
+    """
+    _remembered(bundle, options, precision).unlink(missing_ok=True)
+
+
 def candidates_for(bundle: Bundle, device: str) -> tuple[tuple[str, str], ...]:
     """(engine, inference precision) that come into question for a bundle on a device."""
     if device != "cpu":
@@ -112,6 +121,10 @@ def candidates_for(bundle: Bundle, device: str) -> tuple[tuple[str, str], ...]:
 def _median_milliseconds(bundle: Bundle, pipeline: Pipeline) -> float:
     image, prompt = bundle.golden()["0.image"], pipeline.prompts.encode()
     return statistics.median(pipeline.run(image, prompt).timings["total"] for _ in range(TIMED_RUNS))
+
+
+def _remembered(bundle: Bundle, options: EngineOptions, precision: str | None) -> Path:
+    return cache_folder() / "engine-choice" / f"{_key(bundle, options, precision)}.json"
 
 
 def _key(bundle: Bundle, options: EngineOptions, precision: str | None) -> str:
