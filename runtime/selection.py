@@ -1,8 +1,8 @@
 """Chooses the engine for `auto`: the fastest of those installed that reproduces the bundle's golden masks on this machine.
 
 Measured, not assumed, and remembered: the choice is kept in the user's cache under the bundle's hash, the engines' versions and the
-processor, so that a new version or another machine measures again; removing that folder forgets all choices. Only the device
-that was asked for is considered.
+processor (on CUDA also the GPUs and their driver), so that a new version or another machine measures again; removing that folder forgets
+all choices, and agvas-verify forgets one that it finds wrong. Only the device that was asked for is considered.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ CUDA_CANDIDATES = (("tensorrt", "graph"), ("tensorrt-rtx", "graph"), ("onnxrunti
 INTEGER_CANDIDATES = (("openvino", "int8"), ("onnxruntime", "int8"))
 PACKAGES = ("agvas", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "tensorrt-rtx")
 TIMED_RUNS = 5
+NVIDIA = Path("/proc/driver/nvidia")  # read, since asking CUDA would load it
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def choose_engine(bundle: Bundle, options: EngineOptions, precision: str | None 
     Raises:
         EngineUnavailable: none does; the message has every candidate's reason.
     """
-    cache = cache_folder() / "engine-choice" / f"{_key(bundle, options, precision)}.json"
+    cache = _remembered(bundle, options, precision)
     if (known := _read(cache)) is not None:
         try:
             pipeline = open_pipeline(bundle, known.engine, replace(options, inference_precision=known.inference_precision))
@@ -102,6 +103,15 @@ def choose_engine(bundle: Bundle, options: EngineOptions, precision: str | None 
     return best
 
 
+def forget_choice(bundle: Bundle, options: EngineOptions, precision: str | None = None) -> None:
+    """Forget what `choose_engine` chose for these, so that the next call measures again.
+
+    Raises:
+        OSError: it is remembered and cannot be removed.
+    """
+    _remembered(bundle, options, precision).unlink(missing_ok=True)
+
+
 def candidates_for(bundle: Bundle, device: str) -> tuple[tuple[str, str], ...]:
     """(engine, inference precision) that come into question for a bundle on a device."""
     if device != "cpu":
@@ -114,11 +124,16 @@ def _median_milliseconds(bundle: Bundle, pipeline: Pipeline) -> float:
     return statistics.median(pipeline.run(image, prompt).timings["total"] for _ in range(TIMED_RUNS))
 
 
+def _remembered(bundle: Bundle, options: EngineOptions, precision: str | None) -> Path:
+    return cache_folder() / "engine-choice" / f"{_key(bundle, options, precision)}.json"
+
+
 def _key(bundle: Bundle, options: EngineOptions, precision: str | None) -> str:
     facts = [bundle.id, options.device, str(options.threads), str(precision), platform.machine(), _cpu_model()]
     facts += [str(_usable_cpus()), repr(GATES), *(f"{name} {_installed(name)}" for name in PACKAGES)]
     if options.device != "cpu":  # engines built since may be faster
         facts += sorted(path.name for path in engines_folder().glob("*.engine"))
+        facts += _gpus()
     return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:32]
 
 
@@ -133,6 +148,18 @@ def _cpu_model() -> str:
     except OSError:
         return platform.processor()
     return next((line for line in lines if line.startswith(("model name", "Hardware", "CPU part"))), "")
+
+
+def _gpus() -> list[str]:
+    """Lines that name the driver and the models of the GPUs; none where NVIDIA's driver does not tell them in files (on a Jetson)."""
+    told = []
+    for path in (NVIDIA / "version", *sorted(NVIDIA.glob("gpus/*/information"))):
+        try:
+            lines = path.read_text().splitlines()
+        except OSError:
+            continue
+        told += [line for line in lines if line.startswith(("NVRM version", "Model"))]
+    return told
 
 
 def _installed(package: str) -> str:

@@ -612,6 +612,30 @@ def test_a_broken_gate_is_exit_code_1_with_the_numbers(
     assert ("auto_failed" in report) is (engine == "auto")
 
 
+def test_a_remembered_choice_that_fails_now_is_forgotten(
+    run_verify: Any, tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("runtime.selection.CPU_CANDIDATES", (("onnxruntime", "graph"),))
+    assert run_verify("--json", engine="auto")[0] == 0
+    (remembered,) = (tmp_path / "cache").rglob("*.json")
+    original = OnnxRuntimeEngine.run
+
+    def updated(self: OnnxRuntimeEngine, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        outputs = original(self, feeds)
+        return {name: 1 - output for name, output in outputs.items()} if self.spec.name == "mask_decoder" else outputs
+
+    with monkeypatch.context() as patched:
+        patched.setattr(OnnxRuntimeEngine, "run", updated)
+        assert run_verify("--json")[0] == 1 and remembered.exists(), "an engine by name is no choice of auto's"
+        code, lines, _ = run_verify("--json", engine="auto")
+        assert code == 1 and "auto_failed" not in json.loads(lines[-1])
+        assert not remembered.exists()
+        with pytest.raises(EngineUnavailable, match="no engine on device cpu can run this bundle"):
+            Segmenter(tiny_bundle)
+    chosen = Segmenter(tiny_bundle).choice
+    assert chosen is not None and not chosen.remembered
+
+
 def test_what_cannot_be_verified_is_exit_code_2(run_verify: Any, tmp_path: Path, photos: Path) -> None:
     for arguments in ({"bundle": tmp_path / "nothing"}, {"engine": "opnvino"}, {"engine": "tensorrt"}):
         code, lines, errors = run_verify("--json", **arguments)

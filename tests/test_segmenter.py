@@ -342,6 +342,26 @@ def test_auto_remembers_its_choice_and_measures_again_only_when_something_change
     assert len(verified) == 2 * measured, "other threads, another choice"
 
 
+def test_a_choice_on_a_gpu_is_of_that_gpu_and_driver(tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = Bundle(tiny_bundle, check_hashes=False)
+    monkeypatch.setattr(selection, "NVIDIA", tmp_path / "nvidia")
+    files = {"version": "NVRM version: 580.159\nGCC version: 12", "gpus/0000:01:00.0/information": "Model:  H100\nIRQ:  16"}
+
+    def keys(**changed: str) -> tuple[str, str]:
+        for name, text in (files | changed).items():
+            (tmp_path / "nvidia" / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / "nvidia" / name).write_text(text)
+        cuda, cpu = (selection._key(bundle, EngineOptions(device), None) for device in ("cuda:0", "cpu"))
+        return cuda, cpu
+
+    none = selection._key(bundle, EngineOptions("cuda:0"), None)
+    here, driver = keys(), keys(version="NVRM version: 590.1\nGCC version: 12")
+    gpu = keys(**{"gpus/0000:01:00.0/information": "Model:  L40S\nIRQ:  16"})
+    same = keys(**{"gpus/0000:01:00.0/information": "Model:  H100\nIRQ:  17"})
+    assert len({none, here[0], driver[0], gpu[0]}) == 4 and same == here
+    assert here[1] == driver[1] == gpu[1], "on the CPU it is no matter"
+
+
 @pytest.mark.parametrize(
     "damage",
     [

@@ -29,7 +29,7 @@ from runtime.engine_builds import judge
 from runtime.errors import AgvasError, RequestError
 from runtime.images import find_images, read_image
 from runtime.pipeline import Pipeline
-from runtime.selection import CPU_CANDIDATES, CUDA_CANDIDATES, choose_engine
+from runtime.selection import CPU_CANDIDATES, CUDA_CANDIDATES, choose_engine, forget_choice
 from runtime.verify import compare_on_images, gates_for, limits, open_pipeline, summary, verify
 
 # What a picture without a reference is compared with, in this order.
@@ -106,7 +106,8 @@ def verify_bundle(
 
     Args:
         engine: "auto" for the one that Segmenter would choose. Where it would find none that passes, the first one that
-            opens is verified, so that there are numbers to look at; "auto_failed" then has the reasons.
+            opens is verified, so that there are numbers to look at; "auto_failed" then has the reasons. A choice that was
+            remembered and fails now is forgotten: the next one to ask for "auto" measures again.
         precision: the inference precision that "auto" is held to; None for any.
         images: pictures to compare with another engine on.
         progress: called with (work, steps done, steps in all).
@@ -125,6 +126,7 @@ def verify_bundle(
         read_image(path)  # now: what cannot be read should not end a verification that is half done
     bundle = Bundle(folder)
     options = options or EngineOptions()
+    asked, asked_options = engine, options
     pipeline, engine, options, why = _open(bundle, engine, options, precision)
     against = _open_reference(bundle, engine, options) if pictures else None
     try:
@@ -134,6 +136,11 @@ def verify_bundle(
             raise EngineUnavailable(why) from error
         raise
     report = summary(bundle, verification)
+    if asked == AUTO and not verification.passed:
+        try:
+            forget_choice(bundle, asked_options, precision)
+        except OSError as error:
+            report["failures"].append(f"the Segmenter goes on choosing this engine: {error}; remove that file")
     report["model"] = bundle.manifest.model
     report["engine"] = engine
     report["device"] = options.device
