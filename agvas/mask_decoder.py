@@ -95,9 +95,12 @@ class MaskDecoder(nn.Module):
 
     def positions(self) -> Tensor:
         """SAM's random Fourier features of the grid's cell centres: [1, P, G, G]."""
+        kind = self.frequencies.device.type
+        # In training it would round the angles to 16 bit. (The meta device knows none.)
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+            with torch.autocast(kind, enabled=False):
+                return self.positions()
         side = (torch.arange(self.grid, device=self.frequencies.device, dtype=torch.float32) + 0.5) / self.grid
         centres = torch.stack(torch.meshgrid(side, side, indexing="xy"), dim=-1) * 2 - 1  # [G, G, (x, y)] in -1..1
-        across, down = self.frequencies.float()
-        # No matrix product: training's autocast would round it to 16 bit, and angles with it.
-        angles = 2 * math.pi * (centres[..., :1] * across + centres[..., 1:] * down)  # [G, G, P / 2]
+        angles = 2 * math.pi * (centres @ self.frequencies.float())  # [G, G, P / 2]
         return torch.cat([angles.sin(), angles.cos()], dim=-1).permute(2, 0, 1).unsqueeze(0).to(self.frequencies.dtype)
