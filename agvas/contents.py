@@ -201,7 +201,7 @@ def _part(path: Path) -> Contents:
 
 
 def _bundle(folder: Path) -> Contents:
-    """A bundle by its manifest alone; agvas-verify checks its files."""
+    """A bundle by its manifest and its files' sizes; agvas-verify checks what is in them."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         sizes = {name: record["bytes"] for name, record in manifest["files"].items()}
@@ -220,7 +220,13 @@ def _bundle(folder: Path) -> Contents:
             state = "passed" if parity.get("passed") else "FAILED"
             facts.append(f"parity {state} on {parity['images']} pictures ({parity['engine']}): mean mask IoU {parity['mask_iou_mean']:.4f}")
         tokens = _tokens(folder, vocabulary, anchors)
-        return Contents(str(folder), "bundle", manifest["model"], stages=stages, vocabulary=tokens, facts=facts)
+        found = {name: (folder / name).stat().st_size if (folder / name).is_file() else None for name in sizes}
+        problems = [
+            f"{name}: expected {sizes[name]:,} bytes, got {'no file' if size is None else f'{size:,}'}; copy or export the bundle again"
+            for name, size in found.items()
+            if size != sizes[name]
+        ]
+        return Contents(str(folder), "bundle", manifest["model"], stages=stages, vocabulary=tokens, facts=facts, problems=problems)
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise CheckpointError(f"{folder / MANIFEST} is no bundle's manifest ({error!r}); export the bundle again") from error
 

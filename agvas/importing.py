@@ -99,6 +99,8 @@ def _write(folder: Path, settings: ImportSettings) -> list[str]:
             notes.append(f"{states} holds 16-bit weights; the optimiser's float32 ones are what zero_to_fp32.py in {path} writes")
     config = _config(settings, gathered, notes)
     tokenizer = _tokenizer(settings, config, notes)
+    if settings.untrained is None and not any(name.startswith("mask_decoder.") for name in gathered.tensors):
+        raise ValueError("no part has a mask decoder; give what a training left (--trained FOLDER), or --untrained to train one from here")
     if settings.untrained is not None:
         if any(name.startswith(("spam.", "mask_decoder.")) for name in gathered.tensors):
             raise ValueError("--untrained: the parts hold SPAM or a mask decoder already; leave it out")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -235,6 +236,8 @@ def _run(arguments: argparse.Namespace, stack: ExitStack, tables: list[PerImageT
     for option, path in (("--output", arguments.output), ("--csv", arguments.csv)):
         if path is not None and not path.resolve().parent.is_dir():
             raise ValueError(f"{option}: expected a file in an existing folder, got {path}; make the folder first")
+        if path is not None and not os.access(path if path.exists() else path.resolve().parent, os.W_OK):
+            raise ValueError(f"{option}: expected a place that can be written to, got {path}; choose another")
     source = Source(
         arguments.bundle,
         arguments.checkpoint,

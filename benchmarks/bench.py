@@ -101,6 +101,8 @@ def _measure(options: argparse.Namespace) -> int:
     for path in (options.json, options.report):
         if path is not None and not path.absolute().parent.is_dir():
             raise OutputError(f"{path}: expected an existing folder to write into, got {path.parent}; make it first")
+        if path is not None and not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
+            raise OutputError(f"{path}: expected a place that can be written to; choose another")
     request = Request(
         bundle=options.bundle,
         engine=options.engine,

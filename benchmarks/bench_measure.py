@@ -39,6 +39,7 @@ ROOT = Path(__file__).parents[1]
 OURS = "ours"
 REFERENCE = "reference"
 SIZE = (480, 640)
+CHECKED, SAME = 4, 0.98  # golden pictures that tell whether a checkpoint is the bundle's, and the mean mask IoU from which it is
 PICTURE_SEED = 500  # after the first of export's pictures, which calibrated or judged other things
 _NOT_JUDGED = {"mask_iou_mean": None, "mask_iou_min": None, "flips": None, "judged": 0}  # another model has masks of its own
 REST = 0.02  # seconds before each turn: thread pools go on spinning for a while and would take the cores from whoever is next
@@ -102,6 +103,8 @@ def measure(request: Request, show: Show) -> dict[str, Any]:
     """
     bundle = Bundle(request.bundle)
     reference = _reference(request, bundle)
+    if reference is not None:
+        _check_reference(reference, bundle, request, show)
     told = environment(request.threads, bundle.id)  # now: what the machine did before the candidates made it busy
     with tempfile.TemporaryDirectory(prefix="agvas-bench-") as work, contextlib.ExitStack() as open_children:
         candidates = _candidates(request, Path(work), show)
@@ -164,6 +167,23 @@ def _reference(request: Request, bundle: Bundle) -> str | None:
     return _absolute(checkpoint) if checkpoint and has_torch else None
 
 
+def _check_reference(checkpoint: str, bundle: Bundle, request: Request, show: Show) -> None:
+    """RequestError where the checkpoint does not draw the bundle's golden masks: one of the same name that was tuned, for instance."""
+    golden = _golden_masks(bundle)[:CHECKED]
+    with tempfile.TemporaryDirectory(prefix="agvas-bench-") as name:
+        work = Path(name)
+        with _opened(Candidate(REFERENCE, "torch", checkpoint, device=request.device, threads=request.threads), work) as child:
+            for index, path in enumerate(_golden_pictures(bundle, work)[:CHECKED]):
+                child.segment(path, work / f"{index}.npz")
+                show("checking the reference", index + 1, len(golden))
+        agreed = float(_quality(work, "", golden)["mask_iou_mean"])
+    if agreed < SAME:
+        raise RequestError(
+            f"--checkpoint {Path(checkpoint).name}: expected the one that {bundle.folder} was exported from, got one with other masks "
+            f"(mean IoU {agreed:.3f} on {len(golden)} golden pictures); give --checkpoint DIR"
+        )
+
+
 def _candidates(request: Request, work: Path, show: Show) -> list[Candidate]:
     """Ours first; engines chosen, plain graphs exported."""
     common: dict[str, Any] = {"device": request.device, "threads": request.threads}
@@ -210,7 +230,9 @@ def _bundle_candidate(name: str, folder: Path, request: Request, common: Mapping
 def _pictures(request: Request, bundle: Bundle, has_reference: bool, work: Path) -> tuple[list[Path], str]:
     """Files of the distinct pictures, and what they are."""
     if request.images is not None:
-        return find_images([str(request.images)])[: request.effort.pictures], request.images.resolve().name
+        # Absolute, since the processes that measure do not run where this one does.
+        found = [path.absolute() for path in find_images([str(request.images)])]
+        return found[: request.effort.pictures], request.images.resolve().name
     if not has_reference or importlib.util.find_spec("cv2") is None:
         return _golden_pictures(bundle, work), "golden"
     from export.pictures import FIRST_SEED, procedural_picture

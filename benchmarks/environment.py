@@ -51,8 +51,9 @@ def _processor() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor()
-    wanted = ("model name", "cpu family", "model\t")
-    found = [line.split(":", 1)[1].strip() for line in lines if line.startswith(wanted)][:3]
+    fields = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in reversed(lines))}
+    wanted = {"model name": "", "cpu family": "family ", "model": "model "}
+    found = [f"{label}{fields[name]}" for name, label in wanted.items() if fields.get(name)]
     flags = next((line for line in lines if line.startswith("flags")), "")
     extra = [flag for flag in ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16") if flag in flags.split()]
     return " ".join([*found, *extra])

@@ -25,6 +25,7 @@ import onnx_ir as ir
 
 from agvas.checkpoint import CheckpointError, OpenedCheckpoint, load, open_checkpoint, weight_files
 from agvas.config import ROLES, AGVASConfig
+from agvas.interruption import held_back
 from agvas.model import AGVAS
 from agvas.weights import LazyTensor
 from engines import EngineOptions
@@ -229,12 +230,13 @@ def _write_embeddings(path: Path, table: LazyTensor, precision: str) -> None:
 def _write_stage(folder: Path, stage: str, graph: ir.Model, settings: ExportSettings, quantisation: Quantisation) -> None:
     """One stage's graph with its integers, in its precision. The graph given stays in float where there are integers."""
     weights, ranges = quantisation.in_stage(stage)
-    if weights:
-        graph = graph.clone()
-        store_integers(graph, weights)
-        round_inputs(graph, ranges)
-    if settings.stage_precision(stage) in LOW_TYPES:
-        lower_precision(graph, settings.precision)
+    with held_back():  # passes wrap what is raised in them
+        if weights:
+            graph = graph.clone()
+            store_integers(graph, weights)
+            round_inputs(graph, ranges)
+        if settings.stage_precision(stage) in LOW_TYPES:
+            lower_precision(graph, settings.precision)
     write(graph, folder / stage, stage)
     write_cuda_form(folder / stage, stage)
 

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import signal
 import sys
-import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
+
+from agvas.interruption import terminated_as_interrupted
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 WEIGHTS = ("float", "int8", "gptq4")
@@ -61,25 +58,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--force", action="store_true", help="go on where memory or disk will not do by the estimate")
     parser.add_argument("--json", action="store_true", help="last line of stdout as JSON")
     options = parser.parse_args(arguments)
-    with _terminated_as_interrupted():
+    with terminated_as_interrupted():
         return _main(options)
-
-
-@contextlib.contextmanager
-def _terminated_as_interrupted() -> Iterator[None]:
-    """SIGTERM (of a service manager, a container's stop) ends the block as Ctrl-C does, so that no half-written folder is left."""
-    if threading.current_thread() is not threading.main_thread():  # where no handler can be set
-        yield
-        return
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _main(options: argparse.Namespace) -> int:

@@ -19,6 +19,7 @@ from onnx_ir.passes.common import InlinePass
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from agvas.interruption import held_back
 from agvas.weights import LazyTensor, LazyTensors
 from export.adapters import ADAPTERS, example_inputs
 from export.passes import turn_weights
@@ -49,7 +50,8 @@ def export_stage(module: nn.Module, stage: str, sizes: dict[str, int], weights: 
     dimensions = {axis: torch.export.Dim(AXIS_NAMES[axis]) for axis in FREE_AXES}
     shapes = tuple({i: dimensions[axis] for i, axis in enumerate(tensor.shape) if axis in FREE_AXES} for tensor in spec.inputs)
     # Under the device's context: what a module makes while computing (arange) has to lie where its inputs do.
-    with _quiet(), torch.no_grad(), sdpa_kernel([SDPBackend.MATH]), device:
+    # Ctrl-C waits for the graph: inside, it can be lost in a callback, or meet C++ that ends the process.
+    with held_back(f"the graph of {stage}"), _quiet(), torch.no_grad(), sdpa_kernel([SDPBackend.MATH]), device:
         program = torch.onnx.export(
             module.eval(),
             inputs,

@@ -29,6 +29,14 @@ class Preprocessing:
     semantic_mean: tuple[float, float, float]
     semantic_std: tuple[float, float, float]
 
+    def __post_init__(self) -> None:
+        for name in ("pixel_mean", "pixel_std", "semantic_mean", "semantic_std"):
+            values = getattr(self, name)
+            if len(values) != 3 or not all(isinstance(value, (int, float)) and math.isfinite(value) for value in values):
+                raise ValueError(f"preprocessing.{name}: expected three numbers, red, green and blue, got {list(values)}")
+            if name.endswith("std") and min(values) < 1:
+                raise ValueError(f"preprocessing.{name}: expected grey levels of 0..255, 1 at least, got {list(values)}")
+
 
 @dataclass(frozen=True)
 class Frame:

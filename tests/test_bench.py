@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from pathlib import Path
@@ -9,10 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from conftest import picture
 from PIL import Image
 
-from agvas import load
+from agvas import AGVAS, load, save
 from agvas.config import nano, ov_7b
 from benchmarks import bench
 from benchmarks.bench_power import PowerSampler, read_tegrastats_line
@@ -91,6 +93,29 @@ def test_a_checkpoint_may_be_named_by_a_relative_path(
     arguments = ["--bundle", str(tiny_bundle), "--engine", "onnxruntime", "--threads", "1", "--checkpoint", tiny_checkpoint.name]
     assert bench.main([*arguments, "--against", "torch", "--quick", "--queries", "1"]) == 0
     assert last_line(capsys)["reference"] == f"torch fp32 with generate, {tiny_checkpoint.name}"
+
+
+def test_pictures_may_be_named_by_a_relative_path(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "parts").mkdir()
+    Image.fromarray(picture()).save(tmp_path / "parts" / "one.png")
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--bundle", str(tiny_bundle), "--engine", "onnxruntime", "--threads", "1", "--images", "parts"]
+    assert bench.main([*arguments, "--quick", "--queries", "1"]) == 0
+    assert last_line(capsys)["pictures"]["source"] == "parts"
+
+
+def test_another_checkpoint_than_the_bundles_is_refused_before_measuring(
+    tiny_bundle: Path, tiny_model: AGVAS, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tuned = copy.deepcopy(tiny_model)
+    with torch.no_grad():
+        tuned.mask_decoder.queries.mul_(-3)
+    save(tuned, tmp_path / "tuned")
+    arguments = ["--bundle", str(tiny_bundle), "--engine", "onnxruntime", "--threads", "1", "--quick", "--queries", "1"]
+    assert bench.main([*arguments, "--checkpoint", str(tmp_path / "tuned")]) == 2
+    assert "--checkpoint tuned: expected the one that" in capsys.readouterr().err
 
 
 def test_the_stages_and_the_gap_make_the_whole(measured: Path) -> None:

@@ -111,6 +111,15 @@ def test_a_manifest_whose_part_lacks_a_field_names_it(
     assert field in refusal(folder, BundleCorrupt)
 
 
+@pytest.mark.parametrize(
+    ("field", "values"),
+    [("pixel_std", [0, 0, 0]), ("semantic_std", [0.229, 0.224, 0.225]), ("pixel_mean", [1, 2]), ("semantic_mean", [1, 2, "three"])],
+)
+def test_means_and_deviations_that_no_picture_has_are_refused(field: str, values: list[object], copy_of_bundle: Callable[[], Path]) -> None:
+    folder = edit(copy_of_bundle(), lambda fields: fields["preprocessing"].update({field: values}))
+    assert f"preprocessing.{field}: expected" in refusal(folder, BundleCorrupt)
+
+
 def test_a_manifest_with_an_impossible_threshold_is_named(copy_of_bundle: Callable[[], Path]) -> None:
     folder = edit(copy_of_bundle(), lambda fields: fields.update(threshold=5))
     said = refusal(folder, BundleCorrupt)

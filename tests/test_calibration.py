@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -195,6 +196,18 @@ def test_another_calibrations_work_folder_is_refused(model: AGVAS, tmp_path: Pat
     (tmp_path / "other" / "thesis.tex").write_text("years of work")
     with pytest.raises(PlanError, match="other files"):
         calibrate(model, PICTURES[:2], SETTINGS, work=tmp_path / "other")
+
+
+def test_a_work_folder_that_another_process_works_in_is_refused(model: AGVAS, tmp_path: Path) -> None:
+    fcntl = pytest.importorskip("fcntl")
+    work = tmp_path / "work"
+    work.mkdir()
+    opened = os.open(work, os.O_RDONLY)
+    fcntl.flock(opened, fcntl.LOCK_EX)
+    with pytest.raises(PlanError, match="work: another calibration is at work in it; wait for it"):
+        calibrate(model, PICTURES[:1], SETTINGS, work=work)
+    os.close(opened)
+    calibrate(model, PICTURES[:1], SETTINGS, work=work)
 
 
 def test_a_group_that_does_not_divide_a_layer_is_refused_before_any_work(model: AGVAS, tmp_path: Path) -> None:

@@ -697,6 +697,15 @@ def test_the_demo_leaves_a_folder_of_other_files_alone(
 # Both command lines
 
 
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+def test_a_closed_stream_changes_nothing_that_a_command_does(closed: str, tiny_bundle: Path, photos: Path, tmp_path: Path) -> None:
+    command = f"{sys.executable} -m runtime.cli.segment {photos} --bundle {tiny_bundle} --engine onnxruntime"
+    line = f"{command} --output {tmp_path / 'out'} {closed}"
+    done = subprocess.run(["bash", "-c", line], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "Traceback" not in done.stderr
+    assert list((tmp_path / "out").glob("*_mask.png"))
+
+
 @pytest.mark.parametrize("module", ["runtime.cli.segment", "runtime.cli.verify"])
 def test_help_loads_neither_torch_nor_an_engine(module: str) -> None:
     code = (

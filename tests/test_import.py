@@ -512,6 +512,12 @@ def test_parts_are_not_written_over_by_what_is_made_of_them(parts: Published, tm
     assert {path.name: path.stat().st_size for path in (tmp_path / "start").iterdir()} == before
 
 
+def test_parts_without_a_training_say_what_to_give(parts: Published, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"no part has a mask decoder; give what a training left \(--trained FOLDER\), or --untrained"):
+        import_parts(ImportSettings(parts.onevision, tmp_path / "out", parts.sam))
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_single_anchors_training_is_imported_with_that_anchor_alone(parts: Published, tmp_path: Path) -> None:
     config = ablated(load(parts.start).config, "single-anchor")
     (tmp_path / "ablated.json").write_text(config.to_json())

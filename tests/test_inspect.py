@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import published
@@ -78,6 +80,17 @@ def test_a_bundle_is_told_by_its_manifest(tiny_bundle: Path, capsys: pytest.Capt
     sizes = {name: record.bytes for name, record in Bundle(tiny_bundle).manifest.files.items()}
     assert found["stages"]["language"]["bytes"] == sum(size for name, size in sizes.items() if name.startswith("language/"))
     assert "parity passed on 6 pictures" in text
+
+
+def test_a_bundles_files_that_are_cut_short_or_missing_are_told(
+    copy_of_bundle: Callable[[], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = copy_of_bundle()
+    os.truncate(bundle / "spam" / "spam.onnx", 100)
+    (bundle / "tokenizer.json").unlink()
+    code, text, found = inspect(capsys, bundle)
+    assert code == 1 and len(found["problems"]) == 2
+    assert "spam/spam.onnx: expected" in text and "got 100; copy or export the bundle again" in text and "got no file" in text
 
 
 @pytest.mark.parametrize("what", ["nowhere", "empty", "photo.png"])

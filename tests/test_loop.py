@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -105,6 +107,25 @@ def test_a_stopped_run_ends_where_an_uninterrupted_one_does(tmp_path: Path, unin
     assert [{k: v for k, v in line.items() if k not in timing} for line in logged(tmp_path)] == [
         {k: v for k, v in line.items() if k not in timing} for line in uninterrupted[1]
     ]
+
+
+def test_ctrl_c_waits_for_its_step_and_keeps_it(tmp_path: Path, uninterrupted: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    class Pressed(Learner):
+        def forward(self, batch: Batch, step: int) -> dict[str, Tensor]:
+            if step == 2 and not self.pressed:
+                self.pressed = True
+                os.kill(os.getpid(), signal.SIGINT)
+            return super().forward(batch, step)
+
+        pressed = False
+
+    with pytest.raises(KeyboardInterrupt):
+        trained(tmp_path, module=Pressed())
+    assert "stopping after this step, and saving its state" in capsys.readouterr().err
+    source = Noise()
+    weights = trained(tmp_path, source=source)
+    assert min(step for step, _ in source.asked) == 3, "a run without Ctrl-C saves behind steps 1 and 3 alone"
+    assert_same(weights, uninterrupted[0])
 
 
 def test_a_finished_run_takes_no_more_steps_and_gives_the_same_weights(tmp_path: Path, uninterrupted: Any) -> None:

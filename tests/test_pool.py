@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -201,6 +203,21 @@ def test_plain_samples_come_first_in_a_pool(tmp_path: Path, monkeypatch: pytest.
         np.testing.assert_array_equal(pool.images[index], expected.image)
         np.testing.assert_array_equal(pool.masks[index], expected.mask)
         assert pool.kind(index) == expected.kind
+
+
+def test_a_disk_without_room_for_the_samples_is_told_before_they_are_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Into a mapped file that found no room, a sample would end the process without a word."""
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(pool_module.os, "posix_fallocate", full)
+    monkeypatch.setattr(pool_module, "make_samples", stand_in_samples)
+    with pytest.raises(OSError, match=r"images.npy: expected room for 0.00 GB of samples, got: No space left on device; free some space"):
+        SamplePool.make(tmp_path, PoolSettings(samples=5, plain=2, side=6, seed=40), 0)
+    monkeypatch.undo()
+    monkeypatch.setattr(pool_module, "make_samples", stand_in_samples)
+    assert len(SamplePool.make(tmp_path, PoolSettings(samples=5, plain=2, side=6, seed=40), 0).images) == 5
 
 
 @pytest.mark.parametrize("plain", [120, 60])

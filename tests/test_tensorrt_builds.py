@@ -340,6 +340,7 @@ def test_the_table_tells_sizes_fusion_and_that_nothing_was_verified(tiny_bundle:
     assert command.main(arguments) == 0
     lines = capsys.readouterr().out
     assert "attention fused 0 of 1" in lines and "not fused: node_Softmax" in lines
+    assert "export with --precision fp16 or bf16" in lines
     assert "built, not verified: no GPU here; run agvas-verify on the device" in lines
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from agvas.config import ABLATIONS
+from agvas.interruption import terminated_as_interrupted
 from agvas.training.settings import read_settings
 from agvas.training.sources.layouts import LAYOUTS_HELP
 
@@ -29,6 +30,11 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     if options.output is None:
         options.output = OUTPUT if options.checkpoint is None else TUNING_OUTPUT
+    with terminated_as_interrupted():
+        return _run(options)
+
+
+def _run(options: argparse.Namespace) -> int:
     try:
         for name in ("steps", "batch", "micro_batch", "samples"):
             if (number := getattr(options, name)) is not None and number < 1:
@@ -44,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"agvas-train: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"agvas-train: stopped; the same command goes on from the last save in {options.output}", file=sys.stderr)
+        print(f"agvas-train: stopped; the same command goes on from what was saved in {options.output}", file=sys.stderr)
         return 130
     if output is not None:
         print(f"saved {output}")

@@ -14,7 +14,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,6 +28,7 @@ from tensorboardX import SummaryWriter
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from agvas.interruption import Held, held_back
 from agvas.training.batch import Batch
 from agvas.training.sample import TrainingSample
 
@@ -164,34 +165,39 @@ def run(
         range(first, settings.steps), initial=first, total=settings.steps, desc=name, unit="step", disable=not accelerator.is_main_process
     )
     batches = _batches(source, collate, settings, accelerator, first, workers)
-    for step in bar:
-        # Dropout must not depend on how often a run was interrupted.
-        torch.manual_seed((settings.seed * 1_000_003 + step) * 1_009 + accelerator.process_index)
-        for group in prepared.param_groups:
-            group["lr"] = settings.learning_rate * group["share"] * warmup_decay(step, settings.warmup_steps, settings.steps)
-        sums: dict[str, Tensor] = {}
-        for _ in range(accumulation):
-            with accelerator.accumulate(wrapped):
-                batch = next(batches).to(accelerator.device)
-                with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
-                    losses = wrapped(batch, step)
-                loss = torch.stack(list(losses.values())).sum()
-                accelerator.backward(loss)
-                for key, value in losses.items():
-                    sums[key] = sums.get(key, 0) + value.detach() / accumulation
-                if accelerator.sync_gradients:
-                    means = accelerator.reduce(sums, "mean")
-                    norm = accelerator.clip_grad_norm_([p for group in groups for p in group.parameters], settings.clip_norm)
-                    _check_finite(step, {**means, "gradient": norm}, folder)
-                prepared.step()
-                prepared.zero_grad(set_to_none=True)
-        state.average(step)
-        values = {key: float(value) for key, value in means.items()} | ({} if norm is None else {"norm": float(norm)})
-        if log is not None and (step % settings.log_every == 0 or step + 1 == settings.steps):
-            bar.set_postfix({key: f"{value:.3f}" for key, value in values.items()})
-            log.write(step, values | {"rate": float(prepared.param_groups[0]["lr"])}, settings.global_batch)
-        if (step + 1) % settings.save_every == 0 or step + 1 == settings.steps:
-            state.save(step + 1)
+    # Ctrl-C waits for the step and saves it; of several processes none knows at which step the others would end.
+    alone = accelerator.num_processes == 1
+    with held_back("this step, and saving its state") if alone else nullcontext(Held()) as held:
+        for step in bar:
+            # Dropout must not depend on how often a run was interrupted.
+            torch.manual_seed((settings.seed * 1_000_003 + step) * 1_009 + accelerator.process_index)
+            for group in prepared.param_groups:
+                group["lr"] = settings.learning_rate * group["share"] * warmup_decay(step, settings.warmup_steps, settings.steps)
+            sums: dict[str, Tensor] = {}
+            for _ in range(accumulation):
+                with accelerator.accumulate(wrapped):
+                    batch = next(batches).to(accelerator.device)
+                    with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
+                        losses = wrapped(batch, step)
+                    loss = torch.stack(list(losses.values())).sum()
+                    accelerator.backward(loss)
+                    for key, value in losses.items():
+                        sums[key] = sums.get(key, 0) + value.detach() / accumulation
+                    if accelerator.sync_gradients:
+                        means = accelerator.reduce(sums, "mean")
+                        norm = accelerator.clip_grad_norm_([p for group in groups for p in group.parameters], settings.clip_norm)
+                        _check_finite(step, {**means, "gradient": norm}, folder)
+                    prepared.step()
+                    prepared.zero_grad(set_to_none=True)
+            state.average(step)
+            values = {key: float(value) for key, value in means.items()} | ({} if norm is None else {"norm": float(norm)})
+            if log is not None and (step % settings.log_every == 0 or step + 1 == settings.steps):
+                bar.set_postfix({key: f"{value:.3f}" for key, value in values.items()})
+                log.write(step, values | {"rate": float(prepared.param_groups[0]["lr"])}, settings.global_batch)
+            if held.asked or (step + 1) % settings.save_every == 0 or step + 1 == settings.steps:
+                state.save(step + 1)
+            if held.asked:
+                break
     if log is not None:
         log.close()
     state.keep_average()

@@ -8,12 +8,15 @@ an uninterrupted one would have drawn.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import cv2
 import numpy as np
+import numpy.typing as npt
 from tqdm import tqdm
 
 from agvas.config import ANCHORS
@@ -71,10 +74,10 @@ class SamplePool:
         made = int(state["made"])  # type: ignore[call-overload]
         if made < settings.samples:
             shape = (settings.samples, settings.side, settings.side)
-            mode = "r+" if made else "w+"
-            images = np.lib.format.open_memmap(folder / "images.npy", mode, np.uint8, (*shape, 3))
-            masks = np.lib.format.open_memmap(folder / "masks.npy", mode, np.bool_, shape)
-            kinds = np.lib.format.open_memmap(folder / "kinds.npy", mode, np.uint8, shape[:1])
+            mode: Literal["r+", "w+"] = "r+" if made else "w+"
+            images = _reserved(folder / "images.npy", mode, np.uint8, (*shape, 3))
+            masks = _reserved(folder / "masks.npy", mode, np.bool_, shape)
+            kinds = _reserved(folder / "kinds.npy", mode, np.uint8, shape[:1])
             number = {kind: place for place, kind in enumerate(("", *KINDS))}
             bar = tqdm(total=settings.samples, initial=made, desc="procedural samples", unit="image")
             for sample in _samples(settings, made, workers):
@@ -88,6 +91,25 @@ class SamplePool:
                     progress_file.write_text(json.dumps({"settings": asdict(settings), "made": made}))
             bar.close()
         return cls(folder, settings)
+
+
+def _reserved(path: Path, mode: Literal["r+", "w+"], kind: npt.DTypeLike, shape: tuple[int, ...]) -> np.memmap[Any, Any]:
+    """A mapped array whose room on the disk is taken now: a page that found none later would end the process without a word.
+
+    Raises:
+        OSError: the disk has not so much; says how much is needed.
+    """
+    array = np.lib.format.open_memmap(path, mode, kind, shape)
+    if hasattr(os, "posix_fallocate"):
+        with open(path, "r+b") as file:
+            try:
+                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+            except OSError as error:
+                size, reason = path.stat().st_size, os.strerror(error.errno or 0)
+                if mode == "w+":
+                    path.unlink()
+                raise OSError(f"{path}: expected room for {size / 1e9:.2f} GB of samples, got: {reason}; free some space") from error
+    return array
 
 
 def _samples(settings: PoolSettings, made: int, workers: int) -> Iterator[Sample]:

@@ -17,7 +17,7 @@ from typing import Any
 from engines import EngineError
 from engines.tensorrt_library import TENSORRT_ENGINES
 from runtime.bundle import Bundle
-from runtime.cli.common import Progress, close_stdout, json_line, say
+from runtime.cli.common import Progress, close_stdout, json_line, open_streams, say
 from runtime.engine_builds import BuildSettings, build_engines
 from runtime.errors import AgvasError, RequestError
 
@@ -25,6 +25,7 @@ CAPABILITY = re.compile(r"[0-9]{1,2}\.[0-9]")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    open_streams()
     parser = argparse.ArgumentParser(
         prog="agvas-build",
         description="Build a bundle's engines with TensorRT or TensorRT for RTX, and verify them where they can run.",
@@ -95,6 +96,8 @@ def _table(report: dict[str, Any]) -> list[str]:
         )
         if entry["unfused"]:
             lines.append(f"          {'':<16}        not fused: {', '.join(entry['unfused'])}")
+    if any(entry["attention"] and entry["attention_fused"] == 0 for entry in report["engines"]):
+        lines.append("note      TensorRT fuses attention in 16 bit alone: export with --precision fp16 or bf16 for faster engines")
     verdict = {None: "built", True: "verified", False: "FAILED"}[report["verified"]]
     return [*lines, f"{verdict:<9} {report['note']}; {report['seconds']:.1f} s"]
 

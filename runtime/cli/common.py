@@ -70,6 +70,13 @@ def json_line(record: Any) -> str:
     return json.dumps(finite(record), allow_nan=False)
 
 
+def open_streams() -> None:
+    """Give stdout and stderr somewhere to go where they were closed (`>&-`): what a command tells must not change what it does."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))
+
+
 def say(line: str) -> None:
     """Print to stdout at once: another program may be waiting for the line.
 

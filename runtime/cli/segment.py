@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from engines import EngineError
-from runtime.cli.common import AUTO, Progress, add_engine_arguments, close_stdout, describe, engine_options, json_line, say
+from runtime.cli.common import AUTO, Progress, add_engine_arguments, close_stdout, describe, engine_options, json_line, open_streams, say
 from runtime.errors import AgvasError, ImageError, OutputError, RequestError, choose
 from runtime.images import PIXEL_LIMIT, find_images
 from runtime.prompts import DIRECT, MODES, PLUS
@@ -35,6 +35,7 @@ KINDS = ("mask", "overlay")  # of a picture's results, behind its stem
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    open_streams()
     arguments = _parser().parse_args(argv)
     try:
         with warnings.catch_warnings():  # _run shows them as notes

@@ -24,7 +24,7 @@ from typing import Any
 from engines import ENGINES, EngineError, EngineFailed, EngineOptions, EngineUnavailable
 from engines.tensorrt_library import TENSORRT_ENGINES
 from runtime.bundle import Bundle
-from runtime.cli.common import AUTO, Progress, add_engine_arguments, close_stdout, describe, engine_options, json_line, say
+from runtime.cli.common import AUTO, Progress, add_engine_arguments, close_stdout, describe, engine_options, json_line, open_streams, say
 from runtime.engine_builds import judge
 from runtime.errors import AgvasError, RequestError
 from runtime.images import find_images, read_image
@@ -37,6 +37,7 @@ REFERENCES = ("onnxruntime", "openvino")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    open_streams()
     parser = argparse.ArgumentParser(
         prog="agvas-verify",
         description="Replay a bundle's golden traces on this machine's engine; compare the masks with the reference's.",
