@@ -219,7 +219,7 @@ def _bundle(folder: Path) -> Contents:
         if "mask_iou_mean" in parity:
             state = "passed" if parity.get("passed") else "FAILED"
             facts.append(f"parity {state} on {parity['images']} pictures ({parity['engine']}): mean mask IoU {parity['mask_iou_mean']:.4f}")
-        tokens = _tokens(folder, vocabulary, anchors)
+        tokens = _tokens(folder, vocabulary, anchors) if (folder / "tokenizer.json").is_file() else {}
         found = {name: (folder / name).stat().st_size if (folder / name).is_file() else None for name in sizes}
         problems = [
             f"{name}: expected {sizes[name]:,} bytes, got {'no file' if size is None else f'{size:,}'}; copy or export the bundle again"
