@@ -21,11 +21,11 @@ from benchmarks.datasets import Judged
 from benchmarks.evaluation import Predict, Prediction
 from runtime.errors import choose
 from runtime.prompts import DIRECT, MODES, PLUS, with_normal_state
+from runtime.segmentation import MAP_SLACK
 
 __all__ = ["BASELINES", "Predictor", "Question", "Source", "open_predictor", "read_normal_text"]
 
 BASELINES = ("constant", "median", "gradient")  # as in baselines.py, which loads OpenCV; a test compares the two
-_MAP_SLACK = 1e-4  # as runtime.segmentation allows
 
 
 @dataclass(frozen=True)
@@ -243,7 +243,7 @@ def _checkpoint_predictor(source: Source, question: Question) -> Predictor:
 def _prediction(result: Any) -> Prediction:
     """Of a model's result. Resampling leaves [0, 1] by rounding, which is undone here; more is left, to be refused."""
     anomaly_map = np.asarray(result.anomaly_map)
-    if anomaly_map.size and anomaly_map.min() >= -_MAP_SLACK and anomaly_map.max() <= 1 + _MAP_SLACK:
+    if anomaly_map.size and anomaly_map.min() >= -MAP_SLACK and anomaly_map.max() <= 1 + MAP_SLACK:
         anomaly_map = anomaly_map.clip(0, 1)
     return Prediction(anomaly_map, np.asarray(result.mask), float(result.score), str(result.text))
 

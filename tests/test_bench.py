@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from benchmarks.midsize import random_checkpoint
 from benchmarks.roofline import DEVICES, Device, floor_ms, roofline
 from benchmarks.roofline import table as roofline_table
 from benchmarks.work import StageWork, stage_work
+from runtime.bundle import GOLDEN, sha256_of
 from runtime.contract import STAGES
 
 
@@ -116,6 +118,21 @@ def test_another_checkpoint_than_the_bundles_is_refused_before_measuring(
     arguments = ["--bundle", str(tiny_bundle), "--engine", "onnxruntime", "--threads", "1", "--quick", "--queries", "1"]
     assert bench.main([*arguments, "--checkpoint", str(tmp_path / "tuned")]) == 2
     assert "--checkpoint tuned: expected the one that" in capsys.readouterr().err
+
+
+def test_a_bundle_without_golden_pictures_is_measured_by_the_checkpoint_that_is_given(
+    copy_of_bundle: Callable[[], Path], tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As --parity none leaves it."""
+    bundle = copy_of_bundle()
+    np.savez_compressed(bundle / GOLDEN)
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    manifest["files"][GOLDEN] = {"bytes": (bundle / GOLDEN).stat().st_size, "sha256": sha256_of(bundle / GOLDEN)}
+    manifest["parity"] = {"passed": False, "compared": False}
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    arguments = ["--bundle", str(bundle), "--engine", "onnxruntime", "--threads", "1", "--checkpoint", str(tiny_checkpoint)]
+    assert bench.main([*arguments, "--quick", "--queries", "1", "--pictures", "1"]) == 0
+    assert last_line(capsys)["mask_iou_mean"] > 0.99
 
 
 def test_the_stages_and_the_gap_make_the_whole(measured: Path) -> None:
