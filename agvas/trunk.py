@@ -1,7 +1,7 @@
 """EfficientNet-Lite0's convolutions up to stride 32 (Tan & Le 2019): features of photographs, which no drawn sample teaches.
 
 The paper's encoders come pretrained on photographs. A nano that learns from drawn samples alone takes what no drawing shows, the grain of
-leather or uneven light on a tile, for defects; beside this trunk it does so less (README, *Measured*). The trunk keeps still while nano
+leather or uneven light on a tile, for defects; beside this trunk it does so less (benchmarks/README.md). The trunk keeps still while nano
 learns. Batch normalisation stands in the convolutions from the start: there are no statistics to keep. The classifier and the layer
 before it are left out. The published weights (Apache License 2.0) come from a package of the train extra.
 """

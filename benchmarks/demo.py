@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 from engines import EngineError
 from runtime import Segmentation, Segmenter
@@ -45,7 +45,10 @@ TIMED_CALLS = 20  # at least; every picture equally often
 WARM_UP_CALLS = 3
 
 _CELL = 256  # of the contact sheet, pixels
-_LABEL = 20
+_LABEL = 28
+_GAP = 24  # between two pictures of a row
+_FONT = 17
+_LETTERS = 28  # of a label that fits its cell
 
 
 @dataclass(frozen=True)
@@ -200,22 +203,24 @@ def measure_latency(segmenter: Segmenter, images: Sequence[npt.NDArray[np.uint8]
 
 
 def contact_sheet(pictures: Sequence[DemoPicture], results: Sequence[Segmentation], records: Sequence[dict[str, Any]]) -> Image.Image:
-    """A row for each picture: the picture, its anomaly map (white where it is 1), what is marked, where the defect was drawn."""
-    sheet = Image.new("RGB", (4 * _CELL, len(pictures) * (_CELL + _LABEL)), "white")
-    draw = ImageDraw.Draw(sheet)
-    for row, (picture, result, record) in enumerate(zip(pictures, results, records, strict=True)):
-        top = row * (_CELL + _LABEL)
-        iou = f", IoU with the truth {record['true_iou']:.2f}" if "true_iou" in record else ""
-        labels = (picture.path.name, f"highest {result.score:.2f}", f"{_verdict(record)}{iou}", _truth_in_words(picture))
+    """Two pictures a row, each with its anomaly map (white where it is 1), what is marked, and where the defect was drawn."""
+    beside = min(2, len(pictures))
+    sheet = Image.new("RGB", (beside * (4 * _CELL + _GAP) - _GAP, math.ceil(len(pictures) / beside) * (_CELL + _LABEL)), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(_FONT)
+    for index, (picture, result, record) in enumerate(zip(pictures, results, records, strict=True)):
+        row, column = divmod(index, beside)
+        top, left = row * (_CELL + _LABEL), column * (4 * _CELL + _GAP)
+        iou = f", IoU {record['true_iou']:.2f}" if "true_iou" in record else ""
+        labels = (picture.path.name, f"map, highest {result.score:.2f}", f"marked: {_verdict(record)}{iou}", _truth_in_words(picture))
         heat = Image.fromarray((result.anomaly_map * 255).round().astype(np.uint8))
         truth = None if picture.truth is None else Image.fromarray(picture.truth)
         cells = (Image.fromarray(picture.image), heat, result.overlay(), truth)
-        for column, (cell, label) in enumerate(zip(cells, labels, strict=True)):
-            draw.text((column * _CELL + 4, top + 4), label.encode("ascii", "replace").decode()[:40], fill="black")
+        for place, (cell, label) in enumerate(zip(cells, labels, strict=True)):
+            draw.text((left + place * _CELL + 4, top + 4), label.encode("ascii", "replace").decode()[:_LETTERS], fill="black", font=font)
             if cell is not None:
                 small = cell.convert("RGB")
-                small.thumbnail((_CELL, _CELL))
-                sheet.paste(small, (column * _CELL + (_CELL - small.width) // 2, top + _LABEL))
+                small.thumbnail((_CELL - _GAP // 4, _CELL - _GAP // 4))
+                sheet.paste(small, (left + place * _CELL + (_CELL - small.width) // 2, top + _LABEL))
     return sheet
 
 

@@ -4,7 +4,7 @@
 
 Calibrates once for 4 and once for 8 bit, then runs agvas-export for each pair, in a process of its own so that its peak memory is its own.
 With data sets (folders with a manifest.csv) every bundle is judged on them as agvas-eval does it, on the first engine that runs it as
-exported. What lies in --work is not made again. Prints the README's table. Exit code 1 where an export failed its gates.
+exported. What lies in --work is not made again. Prints calibration/README.md's table. Exit code 1 where an export failed its gates.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def line(row: dict[str, Any]) -> str:
-    """A row of the README's table; with data sets the AP on them comes before the last column."""
+    """A row of calibration/README.md's table; with data sets the AP on them comes before the last column."""
     precision, language = row["bundle"].split("-")
     parity, stages = row["parity"], row["stages"]
     ap = f"{row['accuracy']['ap']:.4f} | " if "accuracy" in row else ""

@@ -67,12 +67,12 @@ def test_no_seed_is_the_demos_or_a_trainings() -> None:
     assert threshold.PHOTOGRAPH_SEED - FIRST_SEED > 40 * 1000 and 1_000_000 + 10_000_000 < threshold.PROCEDURAL_SEED < 8_000_000_000
 
 
-def test_nanos_rule_is_what_was_proposed_for_it_and_what_the_readme_says() -> None:
+def test_nanos_rule_is_what_was_proposed_for_it_and_what_is_written_of_it() -> None:
     root = Path(threshold.__file__).parents[1]
     rule = nano().mask_decoder.mask_rule
     assert MaskRule(**json.loads((root / "benchmarks" / "results" / "threshold_nano.json").read_text())["proposed"]) == rule
     assert load("nano").config.mask_decoder.mask_rule == rule
-    assert f"With nano's {rule.threshold} and {rule.relative_threshold}," in (root / "README.md").read_text()
+    assert f"With nano's {rule.threshold} and {rule.relative_threshold}," in (root / "runtime" / "README.md").read_text()
 
 
 def test_the_command_tells_both_curves(tmp_path: Path, tiny_model: AGVAS, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,8 +67,12 @@ def _parser() -> argparse.ArgumentParser:
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--config", choices=("nano", "tiny"), help="train this named size from nothing on procedural samples (default nano)")
     what.add_argument("--checkpoint", metavar="nano|DIR", help="tune this checkpoint: LoRA, SPAM, AGMD, embeddings and head (paper B.2)")
-    parser.add_argument("--mixture", type=Path, metavar="FILE.json", help="what to tune on: sources as below, in the form the README shows")
-    parser.add_argument("--settings", type=Path, metavar="FILE.json", help="tuning settings that differ from the paper's; see the README")
+    parser.add_argument(
+        "--mixture", type=Path, metavar="FILE.json", help="what to tune on: sources as below, in the form agvas/training/README.md shows"
+    )
+    parser.add_argument(
+        "--settings", type=Path, metavar="FILE.json", help="tuning settings that differ from the paper's; see agvas/training/README.md"
+    )
     parser.add_argument("--feature-cache", type=Path, metavar="DIR", help="keep what the frozen encoders say of each picture")
     where = f"folder of states, logs and checkpoint (default {OUTPUT}, with --checkpoint {TUNING_OUTPUT})"
     parser.add_argument("--output", type=Path, metavar="DIR", help=where)
@@ -107,7 +111,7 @@ def _tune(options: argparse.Namespace) -> Path | None:
         if getattr(options, name) is not None:
             raise ValueError(f"--{name} is for training from nothing; leave it or --checkpoint out")
     if options.mixture is None:
-        raise ValueError("--checkpoint needs what to tune on; give --mixture FILE.json (see the README)")
+        raise ValueError("--checkpoint needs what to tune on; give --mixture FILE.json (see agvas/training/README.md)")
     from agvas.checkpoint import load
     from agvas.training.loop import is_main_process
     from agvas.training.mixture import Mixture, MixtureSettings

@@ -40,7 +40,7 @@ def read_own_json(path: Path, holding: str) -> Any:
         raise DatasetError(path, None, f"JSON with {holding}", str(error), "save the file as UTF-8") from error
     except OSError as error:
         found = "no such file" if isinstance(error, FileNotFoundError) else str(error.strerror)
-        remedy = "correct the path, or write the file as the README shows"
+        remedy = "correct the path, or write the file as agvas/training/README.md shows"
         raise DatasetError(path, None, f"a JSON file with {holding}", found, remedy) from error
 
 

@@ -23,7 +23,7 @@ sources of --mixture by group and kind, as published (ROOT is the source's "root
   refclef       as refcoco, in ROOT/refclef, and ROOT/images/saiapr_tc-12
   manifest      ROOT/manifest.csv with image, mask, label 1 and text, what the mask shows [split: the column's value]
  instruct
-  anomaly-instruct  ROOT/instruct.jsonl, as agvas-instruct writes it [annotations: accepted.jsonl; modes: see the README]
+  anomaly-instruct  ROOT/instruct.jsonl, as agvas-instruct writes it [annotations: accepted.jsonl; modes: see agvas/training/README.md]
  anomaly
   real-iad      ROOT/realiad_jsons/CLASS.json and ROOT/realiad_1024/CLASS/... [annotations, images: folders below ROOT; split: train, test]
   goods-ad      ROOT/CLASS/train/good, ROOT/CLASS/test/good, ROOT/CLASS/test/KIND/NAME.* and ROOT/CLASS/ground_truth/KIND/NAME_mask.png or
