@@ -7,6 +7,8 @@ import time
 
 from tqdm import tqdm
 
+from runtime.progress import pace
+
 
 class Progress:
     """Announces steps with the seconds the last one took."""
@@ -21,7 +23,7 @@ class Progress:
         self.end()
         self._step, self._started = step, time.monotonic()
         if total and not self.quiet:
-            self._bar = tqdm(total=total, desc=step, unit="image")
+            self._bar = tqdm(total=total, desc=step, unit="image", **pace())
 
     def advance(self) -> None:
         if self._bar:

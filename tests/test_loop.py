@@ -87,6 +87,12 @@ def assert_same(got: dict[str, Tensor], expected: dict[str, Tensor], tolerance: 
         torch.testing.assert_close(tensor, expected[name], atol=tolerance, rtol=0, msg=name)
 
 
+def test_a_log_is_not_filled_with_bars(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trained(tmp_path, replace(SETTINGS, steps=40))
+    bars = capsys.readouterr().err.count("step/s")
+    assert 1 <= bars <= 4  # stderr is no terminal here: one at the beginning, one in ten seconds, one at the end
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
     folder = tmp_path_factory.mktemp("uninterrupted")

@@ -274,11 +274,10 @@ class _Bar:
     def __init__(self, total: int, options: argparse.Namespace) -> None:
         from tqdm import tqdm
 
+        from runtime.progress import pace
+
         self._options = options
-        seconds = 0.1 if sys.stderr.isatty() else 10.0
-        self._tqdm = tqdm(
-            total=total, desc="describing", unit="sample", file=sys.stderr, disable=options.quiet, mininterval=seconds, maxinterval=seconds
-        )
+        self._tqdm = tqdm(total=total, desc="describing", unit="sample", file=sys.stderr, disable=options.quiet, **pace())
 
     def __call__(self, tally: Tally) -> None:
         cost = _cost(self._options, tally)

@@ -31,6 +31,7 @@ from tqdm import tqdm
 from agvas.interruption import Held, held_back
 from agvas.training.batch import Batch
 from agvas.training.sample import TrainingSample
+from runtime.progress import pace
 
 PRECISIONS = ("no", "bf16")
 
@@ -162,7 +163,13 @@ def run(
     log = _Log(folder, first, accelerator.num_processes) if accelerator.is_main_process else None
     accumulation = accelerator.gradient_accumulation_steps
     bar = tqdm(
-        range(first, settings.steps), initial=first, total=settings.steps, desc=name, unit="step", disable=not accelerator.is_main_process
+        range(first, settings.steps),
+        initial=first,
+        total=settings.steps,
+        desc=name,
+        unit="step",
+        disable=not accelerator.is_main_process,
+        **pace(),
     )
     batches = _batches(source, collate, settings, accelerator, first, workers)
     # Ctrl-C waits for the step and saves it; of several processes none knows at which step the others would end.
@@ -192,7 +199,7 @@ def run(
             state.average(step)
             values = {key: float(value) for key, value in means.items()} | ({} if norm is None else {"norm": float(norm)})
             if log is not None and (step % settings.log_every == 0 or step + 1 == settings.steps):
-                bar.set_postfix({key: f"{value:.3f}" for key, value in values.items()})
+                bar.set_postfix({key: f"{value:.3f}" for key, value in values.items()}, refresh=False)
                 log.write(step, values | {"rate": float(prepared.param_groups[0]["lr"])}, settings.global_batch)
             if held.asked or (step + 1) % settings.save_every == 0 or step + 1 == settings.steps:
                 state.save(step + 1)

@@ -25,6 +25,7 @@ from agvas.training.descriptions import describe
 from agvas.training.instructions import dialogue, with_anchors
 from agvas.training.procedural import Sample, make_samples
 from agvas.training.sample import TrainingSample
+from runtime.progress import pace
 from runtime.prompts import DIRECT
 
 OVERLAID_SHARE = 0.4
@@ -79,7 +80,7 @@ class SamplePool:
             masks = _reserved(folder / "masks.npy", mode, np.bool_, shape)
             kinds = _reserved(folder / "kinds.npy", mode, np.uint8, shape[:1])
             number = {kind: place for place, kind in enumerate(("", *KINDS))}
-            bar = tqdm(total=settings.samples, initial=made, desc="procedural samples", unit="image")
+            bar = tqdm(total=settings.samples, initial=made, desc="procedural samples", unit="image", **pace())
             for sample in _samples(settings, made, workers):
                 images[made], masks[made], kinds[made] = sample.image, sample.mask, number[sample.kind]
                 made += 1

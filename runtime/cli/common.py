@@ -12,12 +12,11 @@ from typing import Any
 from engines import ENGINES, INFERENCE_PRECISIONS, EngineOptions
 from runtime.errors import OutputError, RequestError, choose
 from runtime.parity import finite
+from runtime.progress import pace
 
 AUTO = "auto"
 
-# A log file has no use for a bar on a handful of pictures, and one line in ten seconds is enough for a long run.
-_LOGGED_FROM = 9
-_LOG_SECONDS = 10.0
+_LOGGED_FROM = 9  # steps: a log file has no use for a bar on a handful of pictures
 
 
 def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
@@ -133,15 +132,13 @@ class Progress:
         from tqdm import tqdm
 
         hidden = self._quiet or total < (2 if self._terminal else _LOGGED_FROM)
-        seconds = 0.1 if self._terminal else _LOG_SECONDS
         return tqdm(
             desc=label,
             total=total,
             disable=hidden,
             file=sys.stderr,
-            mininterval=seconds,
-            maxinterval=seconds,
             leave=not self._terminal,
+            **pace(),
         )
 
 
