@@ -34,6 +34,7 @@ from export.adapters import axis_sizes
 from export.cuda_fusion import fuse
 from export.estimate import TABLE, Estimate, available_memory, estimate
 from export.gate import MEASURED, GateBudget, Kept, by_sensitivity, search, sensitivities
+from export.half_range import HalfRange
 from export.integer_weights import round_inputs, store_integers
 from export.onnx_writer import export_stage, stage_module, write
 from export.parity import ParityReport, hardest, measure, outcome_of_reference
@@ -42,7 +43,7 @@ from export.pictures import Pictures, parity_pictures
 from export.progress import Progress
 from export.quantisation import ENCODERS, RTN, Quantisation, fake_quantised, quantise
 from export.stage_weights import all_weights, stage_weights
-from export.streamed_reference import measure_streamed
+from export.streamed_reference import in_pieces, measure_streamed
 from export.streamed_tensor import StreamedTensor
 from runtime.bundle import (
     EMBEDDINGS,
@@ -307,8 +308,10 @@ def _verify(
     exported = open_pipeline(bundle, engine, options)
     progress.begin("compare with the reference", len(pictures))
     twin = fake_quantised(model, quantisation) if quantisation.weights else None
-    gates = limits(bundle, options)
-    report, golden = measure(model, exported, engine, pictures, gates, GATES["fp32"], progress.advance, reference, twin)
+    gates, ranges = limits(bundle, options), HalfRange(bundle, engine)
+    report, golden = measure(model, exported, engine, pictures, gates, GATES["fp32"], progress.advance, reference, twin, ranges)
+    del exported  # its weights; what follows opens the stages again, one by one
+    report = _within_half_range(report, ranges, progress)
     np.savez_compressed(folder / GOLDEN, **golden)  # type: ignore[arg-type]
     kept_float = {name: f"changed the anomaly map by {sensitivity[name]:.1e} on average when alone in integers" for name in kept.names}
     gate = {
@@ -333,10 +336,22 @@ def _verify_streamed(
     bundle, options = Bundle(folder, check_hashes=False, unfinished=True), EngineOptions()
     engine, gates = verification_engine(settings.precision), limits(bundle, options)
     progress.begin("compare with the reference, layer by layer", len(pictures))
-    report, golden = measure_streamed(opened, bundle, engine, memory, pictures, gates, progress.advance, quantisation)
+    ranges = HalfRange(bundle, engine, in_pieces(bundle, memory))
+    report, golden = measure_streamed(opened, bundle, engine, memory, pictures, gates, progress.advance, quantisation, ranges)
+    report = _within_half_range(report, ranges, progress)
     gate = {"limits": asdict(gates), "kept_float": {}, "trials": [], "not_searched": "the model was not held in memory"}
     _write_report(folder, bundle.manifest, report, golden, gate)
     return report
+
+
+def _within_half_range(report: ParityReport, ranges: HalfRange, progress: Progress) -> ParityReport:
+    """The report with what fp16 stages reach, and with a failure for each that leaves fp16's range."""
+    if not ranges.watches:
+        return report
+    progress.begin("look for fp16's end")
+    ranges.measure()
+    progress.note(f"largest number in fp16: {ranges.largest()}")
+    return replace(report, fp16_range=ranges.to_json(), failures=[*report.failures, *ranges.failures()])
 
 
 def _write_report(

@@ -18,6 +18,7 @@ from torch import nn
 from agvas.model import AGVAS, Segmented
 from engines.spec import StageSpec
 from export.adapters import axis_sizes
+from export.half_range import HalfRange
 from export.onnx_writer import stage_module
 from runtime.contract import STAGES
 from runtime.masking import MaskRule
@@ -73,6 +74,7 @@ class ParityReport:
         golden: comparison (4) on the golden pictures alone.
         quantisation: comparison (2) as `stages` tells it; empty where nothing is in integers.
         layers: comparison (3) inside the language model: relative error of each layer's keys and values.
+        fp16_range: the largest magnitude of each fp16 stage, see half_range.py; beyond fp16's end it is a failure.
     """
 
     glue: Parity | None
@@ -83,6 +85,7 @@ class ParityReport:
     golden: Parity
     quantisation: dict[str, dict[str, float]]
     layers: dict[str, list[float]] = field(default_factory=dict)
+    fp16_range: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -96,6 +99,7 @@ class ParityReport:
             "golden": self.golden.to_json(),
             "quantisation": finite(self.quantisation),
             "layers": finite(self.layers),
+            "fp16_range": finite(self.fp16_range),
         }
 
 
@@ -120,6 +124,7 @@ def measure(
     progress: Callable[[], None],
     reference: Sequence[Outcome] = (),
     twin: AGVAS | None = None,
+    ranges: HalfRange | None = None,
 ) -> tuple[ParityReport, dict[str, np.ndarray]]:
     """Run every picture through the reference, the torch pipeline and the exported chain.
 
@@ -127,6 +132,7 @@ def measure(
         images: uint8 RGB [H, W, 3] each; the golden ones are asked for twice.
         reference: the reference's outcomes where they are known.
         twin: the fake-quantised model, where there are integers.
+        ranges: shown what the reference fed its stages on the traced pictures.
 
     Returns:
         The report, and the golden traces for the bundle (the reference's tensors) of the pictures hardest to keep.
@@ -155,6 +161,8 @@ def measure(
             tensors = pipeline_over(model, recorders).run(image, prompt).tensors
             # Where no anchors were said, the mask decoder did not run and has no feeds.
             feeds = {name: recorder.feeds for name, recorder in recorders.items() if recorder.feeds is not None}
+            if ranges is not None:
+                ranges.note(feeds)
             wanted = {name: recorders[name].outputs for name in feeds}
             if twin is not None:
                 float_outputs, twins = wanted, torch_stages(twin)

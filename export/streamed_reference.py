@@ -18,6 +18,7 @@ from agvas.streamed import stream
 from agvas.weights import LazyTensor, LazyTensors
 from engines import EngineOptions
 from export.adapters import axis_sizes
+from export.half_range import HalfRange
 from export.onnx_writer import stage_module
 from export.parity import (
     GOLDEN_PICTURES,
@@ -78,13 +79,18 @@ def streamed_pipeline(opened: OpenedCheckpoint, stages: Mapping[str, Stage], wei
 
 def exported_stages(bundle: Bundle, engine: str, options: EngineOptions, memory: int | None) -> dict[str, Stage]:
     """A bundle's stages for a machine with so many bytes to spare (None: enough): one open at a time, and those too large in pieces."""
-    turn = Turn()
+    turn, pieces = Turn(), in_pieces(bundle, memory)
     stages: dict[str, Stage] = {}
     for name, spec in STAGES.items():
         stages[name] = TurnStage(turn, bundle.graph(name), spec, engine, options)
-        if memory is not None and resident_bytes(bundle, name) > memory / 2:
-            stages[name] = PiecewiseStage(bundle.graph(name), spec, engine, options, PIECE_BYTES)
+        if name in pieces:
+            stages[name] = PiecewiseStage(bundle.graph(name), spec, engine, options, pieces[name])
     return stages
+
+
+def in_pieces(bundle: Bundle, memory: int | None) -> dict[str, int]:
+    """Stages that a machine with so many bytes to spare (None: enough) cannot hold, and the bytes of weights that a piece may have."""
+    return {name: PIECE_BYTES for name in STAGES if memory is not None and resident_bytes(bundle, name) > memory / 2}
 
 
 def resident_bytes(bundle: Bundle, stage: str) -> int:
@@ -105,12 +111,14 @@ def measure_streamed(
     gates: Gates,
     progress: Callable[[], None],
     quantisation: Quantisation,
+    ranges: HalfRange | None = None,
 ) -> tuple[ParityReport, dict[str, np.ndarray]]:
     """Run every picture through the reference, layer by layer, and the exported chain.
 
     Args:
         memory: bytes to spare.
         images: uint8 RGB [H, W, 3] each.
+        ranges: shown what the reference fed its stages on the first picture.
 
     Returns:
         The report, and the golden traces for the bundle.
@@ -141,6 +149,8 @@ def measure_streamed(
         chain.append(run_outcome(exported, image, rule)[0])
         if place < TRACED_PICTURES:
             feeds = {name: recorder.feeds for name, recorder in recorders.items() if recorder.feeds is not None}
+            if ranges is not None and place == 0:
+                ranges.note(feeds)
             floats = {name: recorders[name].outputs for name in feeds}
             wanted = {name: twins[name].run(fed) if name in twins else floats[name] for name, fed in feeds.items()}
             if twins:
