@@ -25,6 +25,7 @@ from agvas.model import AGVAS
 from agvas.parts import FILE as PARTS_FILE
 from agvas.parts import TRAINED_FILE, Gathered, Parts, gather, model_type
 from agvas.weights import LazyTensor, LazyTensors, in_type, index_of, overflows, safetensors_folder
+from agvas.writing import disk_errors
 
 NANO = Path(__file__).parent / "nano"
 WEIGHTS = "model.safetensors"
@@ -221,7 +222,8 @@ def save(model: AGVAS, folder: str | Path, dtype: torch.dtype | None = None) -> 
         del state[HEAD]  # the embeddings, which the file has once
     partial = {name: folder / f"{name}.partial" for name in FILES}
     partial["config.json"].write_text(model.config.to_json())
-    save_file(state, partial["model.safetensors"], metadata={"format": "pt"})
+    with disk_errors(partial["model.safetensors"]):
+        save_file(state, partial["model.safetensors"], metadata={"format": "pt"})
     model.tokenizer.save(str(partial["tokenizer.json"]))
     for name, path in partial.items():
         os.replace(path, folder / name)

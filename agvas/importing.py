@@ -25,6 +25,7 @@ from agvas.published import Derived, derive, with_anchors, with_vocabulary
 from agvas.spam import SPAM
 from agvas.torch_file import torch_file
 from agvas.vision_transformer import VisionTransformer
+from agvas.writing import disk_errors
 
 UNTRAINED = "untrained.safetensors"
 
@@ -180,6 +181,7 @@ def _new_parts(path: Path, config: AGVASConfig, seed: int) -> None:
     if config.pixel.kind != "sam":
         neck = VisionTransformer(dataclasses.replace(config.pixel, layers=1)).neck  # the backbone is not kept
         state |= {f"pixel_encoder.neck.{name}": tensor for name, tensor in neck.state_dict().items()}
-    save_file(state, path, metadata={"format": "pt"})
+    with disk_errors(path):
+        save_file(state, path, metadata={"format": "pt"})
 
 

@@ -30,6 +30,7 @@ from safetensors.numpy import save_file
 from torch import Tensor, nn
 
 from agvas.model import AGVAS
+from agvas.writing import disk_errors
 from calibration.conversations import conversation, modes_in_turn
 from calibration.gptq import GPTQSettings, curvature, gptq, output_error, round_to_nearest
 from calibration.observers import HessianSum, Ranges, input_of
@@ -377,7 +378,8 @@ def _at(device: torch.device, modules: Sequence[nn.Module]) -> Iterator[None]:
 def _write(path: Path, write: Callable[[Path], Any]) -> None:
     """A whole file or none."""
     partial = path.with_name(f"{path.name}.partial")
-    write(partial)
+    with disk_errors(partial):
+        write(partial)
     os.replace(partial, path)
 
 

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 
 from agvas.model import AGVAS
 from agvas.weights import LazyTensors
+from agvas.writing import disk_errors
 from calibration.truth import linear_of
 from calibration.weights import LazyQuantizedWeight, QuantizedWeight
 
@@ -152,7 +153,8 @@ def write_gptq_checkpoint(model: AGVAS, weights: Mapping[str, QuantizedWeight], 
     dtype = str(model.language.lm_head.weight.dtype).removeprefix("torch.")
     config |= {"architectures": [type(model.language).__name__], "dtype": dtype, "quantization_config": quantization}
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / FILE, metadata={"format": "pt"})
+    with disk_errors(folder / FILE):
+        save_file(tensors, folder / FILE, metadata={"format": "pt"})
     model.tokenizer.save(str(folder / "tokenizer.json"))
     end = model.config.prompts.end
     tokens = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end, "pad_token": end}

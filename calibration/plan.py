@@ -24,6 +24,7 @@ from safetensors.numpy import save_file
 from torch import nn
 
 from agvas.weights import LazyTensors
+from agvas.writing import disk_errors
 from calibration.gptq import GPTQSettings
 from calibration.weights import LazyQuantizedWeight, QuantizedWeight
 from runtime.bundle import sha256_of
@@ -143,7 +144,8 @@ def write_plan(folder: Path, plan: QuantPlan, weights: Mapping[str, QuantizedWei
     tensors |= {name + SCALES: weight.scales for name, weight in weights.items()}
     tensors |= {name + RANGE: np.asarray(channels, np.float32) for name, channels in ranges.items()}
     partial = folder / f"{WEIGHTS}.partial"
-    save_file({name: np.ascontiguousarray(values) for name, values in tensors.items()}, partial)
+    with disk_errors(partial):
+        save_file({name: np.ascontiguousarray(values) for name, values in tensors.items()}, partial)
     # An old plan.json must not vouch for new tensors, not even for a moment.
     (folder / PLAN).unlink(missing_ok=True)
     os.replace(partial, folder / WEIGHTS)

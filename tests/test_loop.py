@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import resource
 import signal
 import struct
 from collections.abc import Callable, Sequence
@@ -85,6 +86,18 @@ def assert_same(got: dict[str, Tensor], expected: dict[str, Tensor], tolerance: 
     assert got.keys() == expected.keys()
     for name, tensor in got.items():
         torch.testing.assert_close(tensor, expected[name], atol=tolerance, rtol=0, msg=name)
+
+
+def test_a_state_that_cannot_be_written_is_told_in_words_and_the_run_goes_on_once_there_is_room(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))  # as a full disk, for the state is larger and all else smaller
+    try:
+        with pytest.raises(OSError, match=r"state\.partial: expected to be written whole, got: .*; free some space"):
+            trained(tmp_path / "run")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list((tmp_path / "run").glob("state*"))
+    assert_same(trained(tmp_path / "run"), trained(tmp_path / "whole"))
 
 
 def test_a_log_is_not_filled_with_bars(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,6 +17,7 @@ from torch import nn
 
 from agvas.model import AGVAS
 from agvas.training.loop import Group
+from agvas.writing import disk_errors
 
 ADAPTER = "default"
 
@@ -99,11 +100,9 @@ class Adaptation:
         if self._lora is not None:
             self._config.save_pretrained(str(folder))
             adapter = get_peft_model_state_dict(self.model.language, adapter_name=ADAPTER)
-            save_file(
-                {f"base_model.model.{name}": tensor.detach().contiguous() for name, tensor in adapter.items()},
-                folder / "adapter_model.safetensors",
-                metadata={"format": "pt"},
-            )
+            renamed = {f"base_model.model.{name}": tensor.detach().contiguous() for name, tensor in adapter.items()}
+            with disk_errors(path := folder / "adapter_model.safetensors"):
+                save_file(renamed, path, metadata={"format": "pt"})
         rest = {
             name: parameter.detach().contiguous().clone()
             for name, parameter in self.model.named_parameters()
@@ -117,7 +116,8 @@ class Adaptation:
             for name, buffer in self.model.named_buffers()
             if name in persistent and name.partition(".")[0] in parts
         }
-        save_file(rest, folder / "trained.safetensors", metadata={"format": "pt"})
+        with disk_errors(path := folder / "trained.safetensors"):
+            save_file(rest, path, metadata={"format": "pt"})
         (folder / "config.json").write_text(self.model.config.to_json())
         self.model.tokenizer.save(str(folder / "tokenizer.json"))
         (folder / "trained.json").write_text(json.dumps({"parts": sorted({name.split(".")[0] for name in rest})}, indent=2) + "\n")

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from agvas.model import AGVAS, Features
 from agvas.training.batch import Batch
+from agvas.writing import disk_errors
 
 
 class FeatureCache:
@@ -44,7 +45,8 @@ class FeatureCache:
         if missing:
             for i, parts in zip(missing, zip(*model.encode(batch.pixel_image[missing], batch.semantic_image[missing]))):
                 partial = paths[i].with_suffix(f".{os.getpid()}.{threading.get_ident()}.partial")
-                save_file({name: part.contiguous().clone() for name, part in zip(Features._fields, parts)}, partial)
+                with disk_errors(partial):
+                    save_file({name: part.contiguous().clone() for name, part in zip(Features._fields, parts)}, partial)
                 os.replace(partial, paths[i])
         entries = [load_file(path, device=str(batch.pixel_image.device)) for path in paths]
         return Features(*(torch.stack([entry[name] for entry in entries]) for name in Features._fields))

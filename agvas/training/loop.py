@@ -31,6 +31,7 @@ from tqdm import tqdm
 from agvas.interruption import Held, held_back
 from agvas.training.batch import Batch
 from agvas.training.sample import TrainingSample
+from agvas.writing import disk_errors
 from runtime.progress import pace
 
 PRECISIONS = ("no", "bf16")
@@ -357,7 +358,8 @@ class _State:
                 state |= {f"optimizer.{slot}.{names[id(parameter)]}": tensor for slot, tensor in slots.items()}
             partial = self.folder / "state.partial"
             copied = {name: tensor.detach().clone().contiguous() for name, tensor in state.items()}
-            save_file(copied, partial, metadata={"step": str(step)})
+            with disk_errors(partial):
+                save_file(copied, partial, metadata={"step": str(step)})
             os.replace(partial, self.folder / "state.safetensors")
         self.accelerator.wait_for_everyone()
 
