@@ -109,7 +109,7 @@ def measure(request: Request, show: Show) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="agvas-bench-") as work, contextlib.ExitStack() as open_children:
         candidates = _candidates(request, Path(work), show)
         pictures, source = _pictures(request, bundle, reference is not None, Path(work))
-        golden = _golden_pictures(bundle, Path(work)) if reference is None else []
+        golden = _golden_pictures(bundle, Path(work)) if reference is None and bundle.compared else []
         sampler = open_children.enter_context(PowerSampler(request.device))
         children: dict[str, _Child] = {}
         for done, candidate in enumerate(candidates):
@@ -123,10 +123,12 @@ def measure(request: Request, show: Show) -> dict[str, Any]:
         for name, child in children.items():
             for index, path in enumerate(golden):
                 child.segment(path, Path(work) / f"{name}-golden-{index}.npz")
-        truth = _reference_masks(reference, pictures, samples, Path(work), request, show) if reference else _golden_masks(bundle)
+        truth: list[np.ndarray] | None = _golden_masks(bundle) if bundle.compared else None
+        if reference:
+            truth = _reference_masks(reference, pictures, samples, Path(work), request, show)
         kept = "golden-" if reference is None else ""
         quality = {
-            name: _NOT_JUDGED if child.candidate.kind == DETECTOR else _quality(Path(work), f"{name}-{kept}", truth)
+            name: _NOT_JUDGED if truth is None or child.candidate.kind == DETECTOR else _quality(Path(work), f"{name}-{kept}", truth)
             for name, child in children.items()
         }
         runs = {
@@ -145,13 +147,19 @@ def measure(request: Request, show: Show) -> dict[str, Any]:
         "ratio_spreads": spreads,
         "mask_iou_mean": runs[OURS]["mask_iou_mean"],
         "flips": runs[OURS]["flips"],
-        "reference": f"torch fp32 with generate, {Path(reference).name}" if reference else "the bundle's golden traces",
+        "reference": _reference_in_words(reference, bundle),
         "model": bundle.manifest.model,
         "pictures": {"source": source, "count": len(pictures), "sizes": sizes[:8]},
         "effort": asdict(request.effort),
         "power": sampler.summary(),
         "environment": told,
     }
+
+
+def _reference_in_words(reference: str | None, bundle: Bundle) -> str:
+    if reference:
+        return f"torch fp32 with generate, {Path(reference).name}"
+    return "the bundle's golden traces" if bundle.compared else "nothing: the bundle was exported without a comparison"
 
 
 def _reference(request: Request, bundle: Bundle) -> str | None:
@@ -169,7 +177,7 @@ def _reference(request: Request, bundle: Bundle) -> str | None:
 
 def _check_reference(checkpoint: str, bundle: Bundle, request: Request, show: Show) -> None:
     """RequestError where the checkpoint does not draw the bundle's golden masks: one of the same name that was tuned, for instance."""
-    if bundle.manifest.parity.get("compared") is False:  # exported with --parity none: it has no golden pictures to tell by
+    if not bundle.compared:  # exported with --parity none: it has no golden pictures to tell by
         return
     golden = _golden_masks(bundle)[:CHECKED]
     with tempfile.TemporaryDirectory(prefix="agvas-bench-") as name:
@@ -235,6 +243,8 @@ def _pictures(request: Request, bundle: Bundle, has_reference: bool, work: Path)
         # Absolute, since the processes that measure do not run where this one does.
         found = [path.absolute() for path in find_images([str(request.images)])]
         return found[: request.effort.pictures], request.images.resolve().name
+    if not bundle.compared and not has_reference:
+        raise RequestError(f"--images: {bundle.folder} has no golden pictures (--parity none); give pictures, or --checkpoint DIR")
     if not has_reference or importlib.util.find_spec("cv2") is None:
         return _golden_pictures(bundle, work), "golden"
     from export.pictures import FIRST_SEED, procedural_picture

@@ -18,14 +18,16 @@ from tokenizers import Tokenizer
 
 from engines.cache import CUDA_FORM, graph_hash
 from runtime.contract import CONTRACT_VERSION, STAGES
-from runtime.errors import BundleCorrupt, BundleMissing, BundleVersionError
+from runtime.errors import BundleCorrupt, BundleMissing, BundleVersionError, NotCompared
 from runtime.masking import MaskRule
 from runtime.parity import GATES, Gates
 from runtime.preprocess import Preprocessing
 from runtime.prompts import PromptEncoder, Prompts
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 OLDEST_SCHEMA = 1  # before quantisation: what it lacks has defaults
+SEALED_SCHEMA = 3  # from which a manifest holds its own sha256
+SEAL = "sha256"
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
 EMBEDDINGS = "embeddings.npy"
@@ -92,11 +94,15 @@ class Manifest:
         return any(name.startswith("language.") for name in self.quantisation.get("layers", {}))
 
     def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+        """With the sha256 of all that it says, so that a threshold changed by hand is told."""
+        fields = dataclasses.asdict(self)
+        if self.schema_version >= SEALED_SCHEMA:
+            fields[SEAL] = seal_of(fields)
+        return json.dumps(fields, indent=2) + "\n"
 
     @classmethod
     def from_json(cls, text: str, where: str = MANIFEST) -> Manifest:
-        """Raises BundleCorrupt when it is no manifest, BundleVersionError when it is one of another version."""
+        """Raises BundleCorrupt when it is no manifest or was changed since export, BundleVersionError when it is one of another version."""
         try:
             fields = json.loads(text)
             versions = int(fields["schema_version"]), int(fields["contract_version"])
@@ -105,6 +111,7 @@ class Manifest:
         if versions[0] < OLDEST_SCHEMA or versions[0] > SCHEMA_VERSION:
             _check_version("schema", versions[0], SCHEMA_VERSION, where)
         _check_version("contract", versions[1], CONTRACT_VERSION, where)
+        seal = fields.pop(SEAL, None)
         try:
             for group, names in WHOLE_NUMBERS.items():
                 for name in names:
@@ -120,9 +127,15 @@ class Manifest:
             Gates(**(fields.get("gates") or dataclasses.asdict(GATES["fp32"])))  # a misspelt one must not pass for none
             if missing := {"L", "H", "C"} - fields["sizes"].keys():
                 raise KeyError(f"sizes lacks {', '.join(sorted(missing))}")
-            return cls(**fields)
+            manifest = cls(**fields)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise BundleCorrupt(f"{where} does not describe a bundle: {error}; export the bundle again") from error
+        if versions[0] >= SEALED_SCHEMA and seal != seal_of(json.loads(text)):
+            raise BundleCorrupt(
+                f"{where} was changed after export: its sha256 is not that of what it says; copy or export the bundle again, and judge "
+                "otherwise by --threshold and --relative-threshold (threshold=, relative_threshold=)"
+            )
+        return manifest
 
 
 class Bundle:
@@ -189,9 +202,23 @@ class Bundle:
         return np.load(self.folder / EMBEDDINGS, mmap_mode="r", allow_pickle=False)
 
     def golden(self) -> dict[str, np.ndarray]:
-        """The reference's traces, see runtime.verify."""
+        """The reference's traces, see runtime.verify.
+
+        Raises:
+            NotCompared: export made none.
+        """
+        if not self.compared:
+            raise NotCompared(
+                f"{self.folder} was exported without a comparison (--parity none) and has no golden pictures, to verify it or choose an "
+                "engine by; name an engine (--engine), or export it without --parity none"
+            )
         with np.load(self.folder / GOLDEN, allow_pickle=False) as file:
             return dict(file)
+
+    @property
+    def compared(self) -> bool:
+        """False where export was told not to compare it with the reference."""
+        return self.manifest.parity.get("compared") is not False
 
     @property
     def bytes(self) -> int:
@@ -210,6 +237,11 @@ class Bundle:
             raise BundleCorrupt(f"{path} has {size} bytes, the manifest says {record.bytes}; copy or export the bundle again")
         if check_hash and sha256_of(path) != record.sha256:
             raise BundleCorrupt(f"{path} was altered: its sha256 is not the manifest's; copy or export the bundle again")
+
+
+def seal_of(fields: dict[str, Any]) -> str:
+    """Hexadecimal sha256 of a manifest's fields but the seal itself, however they are laid out."""
+    return hashlib.sha256(json.dumps({name: fields[name] for name in fields if name != SEAL}, sort_keys=True).encode()).hexdigest()
 
 
 def sha256_of(path: Path) -> str:

@@ -34,6 +34,10 @@ class BundleVersionError(BundleError):
     """The bundle was written for another schema or contract version than this runtime reads."""
 
 
+class NotCompared(BundleError):
+    """A bundle that export was told not to compare with the reference: there is nothing to verify it by."""
+
+
 class ParityFailed(BundleError):
     """An exported chain leaves the reference by more than the gates allow; no bundle was written."""
 

@@ -156,6 +156,7 @@ class Pipeline:
         """Resize and normalise a picture (uint8 RGB [H, W, 3]) for both encoders; no engine is asked."""
         started = time.perf_counter()
         pixel_image, semantic_image, frame = preprocess.encoder_images(image, self.preprocessing)
+        preprocess.warn_of_slivers(frame)
         return Prepared(pixel_image, semantic_image, frame, (time.perf_counter() - started) * 1e3)
 
     def look(self, prepared: Prepared) -> Vision:

@@ -8,12 +8,14 @@ no resize stands inside an exported graph, where engines disagree about it.
 from __future__ import annotations
 
 import math
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
 
+SLIVER = 16  # pixels; a shorter side below it, of a picture or as the model sees it, is no more than a patch of the network
 # Pixels from which a map is enlarged by our own rows: below, Pillow's single call is faster (480 × 640: 0.8 ms against 1.1).
 LARGE = 500_000
 
@@ -59,6 +61,16 @@ def frame_of(height: int, width: int, padded_size: int) -> Frame:
         max(1, int(width * scale + 0.5)),
         padded_size,
     )
+
+
+def warn_of_slivers(frame: Frame) -> None:
+    """Warn where a picture is so narrow, or becomes so, that hardly anything of it is seen: it would be judged OK."""
+    if min(frame.height, frame.width, frame.resized_height, frame.resized_width) < SLIVER:
+        warnings.warn(
+            f"a picture of {frame.width} × {frame.height} pixels is seen at {frame.resized_width} × {frame.resized_height}, where hardly "
+            "any defect shows, and likely judged OK; cut it into parts whose sides are alike",
+            stacklevel=2,
+        )
 
 
 def encoder_images(image: np.ndarray, settings: Preprocessing) -> tuple[np.ndarray, np.ndarray, Frame]:

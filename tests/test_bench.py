@@ -24,7 +24,7 @@ from benchmarks.midsize import random_checkpoint
 from benchmarks.roofline import DEVICES, Device, floor_ms, roofline
 from benchmarks.roofline import table as roofline_table
 from benchmarks.work import StageWork, stage_work
-from runtime.bundle import GOLDEN, sha256_of
+from runtime.bundle import GOLDEN, SEAL, seal_of, sha256_of
 from runtime.contract import STAGES
 
 
@@ -129,10 +129,16 @@ def test_a_bundle_without_golden_pictures_is_measured_by_the_checkpoint_that_is_
     manifest = json.loads((bundle / "manifest.json").read_text())
     manifest["files"][GOLDEN] = {"bytes": (bundle / GOLDEN).stat().st_size, "sha256": sha256_of(bundle / GOLDEN)}
     manifest["parity"] = {"passed": False, "compared": False}
-    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    (bundle / "manifest.json").write_text(json.dumps(manifest | {SEAL: seal_of(manifest)}))
     arguments = ["--bundle", str(bundle), "--engine", "onnxruntime", "--threads", "1", "--checkpoint", str(tiny_checkpoint)]
     assert bench.main([*arguments, "--quick", "--queries", "1", "--pictures", "1"]) == 0
     assert last_line(capsys)["mask_iou_mean"] > 0.99
+    alone = [*arguments[:-2], "--quick", "--queries", "1", "--pictures", "1"]
+    assert bench.main(alone) == 2 and "has no golden pictures (--parity none)" in capsys.readouterr().err
+    Image.fromarray(picture()).save(bundle.parent / "one.png")
+    assert bench.main([*alone, "--images", str(bundle.parent / "one.png")]) == 0
+    told = last_line(capsys)
+    assert told["mask_iou_mean"] is None and told["runs"]["ours"]["judged"] == 0 and "without a comparison" in told["reference"]
 
 
 def test_the_stages_and_the_gap_make_the_whole(measured: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from runtime.bundle import OLDEST_SCHEMA, SCHEMA_VERSION, WHOLE_NUMBERS, Bundle, Manifest, sha256_of
+from runtime.bundle import OLDEST_SCHEMA, SCHEMA_VERSION, SEAL, SEALED_SCHEMA, WHOLE_NUMBERS, Bundle, Manifest, seal_of, sha256_of
 from runtime.contract import STAGES
 from runtime.errors import BundleCorrupt, BundleMissing, BundleVersionError
 
@@ -24,6 +24,7 @@ def edit(folder: Path, change: Callable[[dict[str, Any]], Any]) -> Path:
     path = folder / "manifest.json"
     fields = json.loads(path.read_text())
     change(fields)
+    fields[SEAL] = seal_of(fields)
     path.write_text(json.dumps(fields))
     return folder
 
@@ -137,6 +138,35 @@ def test_a_missing_file_is_named(name: str, copy_of_bundle: Callable[[], Path]) 
     (folder / name).unlink()
     assert str(folder / name) in refusal(folder, BundleMissing)
     assert str(folder / name) in refusal(folder, BundleMissing, check_hashes=False)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda fields: fields.update(threshold=0.999),
+        lambda fields: fields["preprocessing"].update(pixel_mean=[1.0, 2.0, 3.0]),
+        lambda fields: fields.pop(SEAL),
+    ],
+)
+def test_a_manifest_that_was_changed_by_hand_is_refused(
+    change: Callable[[dict[str, Any]], Any], copy_of_bundle: Callable[[], Path]
+) -> None:
+    folder = copy_of_bundle()
+    fields = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(fields))  # laid out otherwise: the same
+    Bundle(folder)
+    change(fields)
+    (folder / "manifest.json").write_text(json.dumps(fields))
+    message = refusal(folder, BundleCorrupt)
+    assert "manifest.json was changed after export" in message and "--threshold" in message
+
+
+def test_a_manifest_of_before_the_seal_is_read(copy_of_bundle: Callable[[], Path]) -> None:
+    folder = copy_of_bundle()
+    fields = json.loads((folder / "manifest.json").read_text())
+    del fields[SEAL]
+    (folder / "manifest.json").write_text(json.dumps(fields | {"schema_version": SEALED_SCHEMA - 1}))
+    assert Bundle(folder).manifest.schema_version == SEALED_SCHEMA - 1
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "embeddings.npy", "golden.npz", "language/language.onnx"])

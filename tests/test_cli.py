@@ -31,7 +31,7 @@ from runtime.segmentation import Segmentation
 SEGMENT_KEYS = {
     *("image", "score", "is_anomalous", "mask", "area", "text", "answer_verified", "anchors_found", "threshold", "relative_threshold"),
     *("instruction", "mode", "anchor_groups", "truncated"),
-    *("timings_ms", "engine", "inference_precision", "device"),
+    *("timings_ms", "engine", "inference_precision", "device", "warnings"),
 }
 PARITY_KEYS = {"images", "mask_iou_mean", "mask_iou_min", "flips", "map_max_abs", "anchor_cosine_min"}
 
@@ -119,9 +119,24 @@ def test_in_words_a_line_has_verdict_score_area_time_and_path(run_segment: Any, 
 def test_a_dim_16_bit_picture_is_judged_with_a_warning(run_segment: Any, tmp_path: Path) -> None:
     for name in ("a.png", "b.png"):
         Image.fromarray(np.full((40, 50), 4095, np.uint16)).save(tmp_path / name)
-    code, lines, errors = run_segment(tmp_path / "a.png", tmp_path / "b.png")
-    assert code == 0 and len(lines) == 2
-    assert errors.count("agvas-segment: warning: the samples of a 16-bit picture all lie below 16384") == 1 and "12 bits" in errors
+    for quiet in ([], ["--quiet"]):
+        code, lines, errors = run_segment(tmp_path / "a.png", tmp_path / "b.png", "--json", *quiet)
+        assert code == 0 and len(lines) == 2
+        said = f"agvas-segment: warning: {tmp_path / 'a.png'}: the samples of a 16-bit picture all lie below 16384"
+        assert errors.count("warning") == errors.count(said) == 1 and "12 bits" in errors  # told once, with the first picture's name
+        for line in lines:  # and of every picture
+            (warning,) = json.loads(line)["warnings"]
+            assert "16-bit" in warning
+
+
+def test_a_sliver_is_judged_with_a_warning(run_segment: Any, tmp_path: Path) -> None:
+    Image.new("RGB", (2000, 20)).save(tmp_path / "long.png")
+    Image.new("RGB", (1, 1)).save(tmp_path / "dot.png")
+    Image.new("RGB", (67, 41)).save(tmp_path / "fine.png")
+    code, lines, errors = run_segment(tmp_path / "long.png", tmp_path / "dot.png", tmp_path / "fine.png", "--json")
+    counts = {Path(record["image"]).name: len(record["warnings"]) for record in map(json.loads, lines)}
+    assert code == 0 and counts == {"long.png": 1, "dot.png": 1, "fine.png": 0}
+    assert "long.png: a picture of 2000 × 20 pixels is seen at 56 × 1" in errors and "dot.png: a picture of 1 × 1" in errors
 
 
 def test_a_picture_without_a_map_is_neither_ok_nor_ng(

@@ -76,7 +76,8 @@ def segment_pictures(
     Yields:
         {"image", "error"} for a picture that could not be read or looked at, and with "instruction" for one about which
         this instruction failed; else "image", what Segmentation.to_json gives ("mask" is the file's path, None without
-        `output`), "overlay" if asked for, and the segmenter's "engine", "inference_precision" and "device".
+        `output`), "overlay" if asked for, "warnings" (what may have spoiled the verdict: dark 16-bit samples, a sliver), and the
+        segmenter's "engine", "inference_precision" and "device".
 
     Raises:
         RequestError: the mode or an instruction is refused, or a result would overwrite one of the pictures.
@@ -90,7 +91,9 @@ def segment_pictures(
         _spare_inputs(pictures, every, Path(output))
     for path, stem in zip(pictures, stems, strict=True):
         try:
-            inspection = segmenter.inspect(path)
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always", UserWarning)
+                inspection = segmenter.inspect(path)
         except _OF_ONE_PICTURE as error:
             for ending in endings:
                 _forget(output, stem + ending)
@@ -103,7 +106,7 @@ def segment_pictures(
                 _forget(output, stem + ending)
                 yield {"image": str(path), "instruction": request.instruction, "error": str(error) or type(error).__name__}
                 continue
-            record = {"image": str(path), **result.to_json(polygons=polygons)}
+            record = {"image": str(path), **result.to_json(polygons=polygons), "warnings": [str(warning.message) for warning in caught]}
             if not result.anchors_found:  # an empty mask would say OK
                 _forget(output, stem + ending)
             elif output is not None:
@@ -188,7 +191,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--overlay", action="store_true", help="write <stem>_overlay.png too")
     add("--polygons", action="store_true", help="with --json: the outline of each mask too")
     add("--json", action="store_true", help="one JSON object for each picture, in place of words")
-    add("--quiet", action="store_true", help="no notes and no progress bar on stderr, only errors")
+    add("--quiet", action="store_true", help="no notes and no progress bar on stderr, only errors and warnings")
     return parser
 
 
@@ -226,7 +229,7 @@ def _run(arguments: argparse.Namespace) -> int:
         note(f"{describe(segmenter.engine, chosen)}, chosen by auto: {segmenter.choice.milliseconds:.1f} ms a picture{when}")
         for name, reason in () if segmenter.choice.remembered else segmenter.choice.rejected.items():
             note(f"  not {name}: {reason}")
-    verdicts: Counter[str] = Counter(failed=len(failed))
+    verdicts, warned = Counter[str](failed=len(failed)), set[str]()
     instructions = arguments.instruction or [None]
     with Progress(quiet=arguments.quiet) as progress:
         records = segment_pictures(
@@ -243,6 +246,7 @@ def _run(arguments: argparse.Namespace) -> int:
         done, several = 0, len(instructions) > 1
         for record in records:
             progress.step_aside()
+            _warn(record, warned)
             _report(record, arguments.json, several)
             verdicts[_verdict(record)] += 1
             done += 1 if "instruction" in record else len(instructions)  # a picture that cannot be read leaves none to ask
@@ -301,6 +305,14 @@ def _prepare(output: str) -> None:
         ) from error
     if not writable:
         raise OutputError(f"--output {output}: expected a writable folder, got one that is not; choose another or change permissions")
+
+
+def _warn(record: dict[str, Any], warned: set[str]) -> None:
+    """On stderr, each warning of the first picture that it is about: a line's log does not fill."""
+    for warning in record.get("warnings", ()):
+        if warning not in warned:
+            warned.add(warning)
+            print(f"agvas-segment: warning: {record['image']}: {warning} (told once)", file=sys.stderr)
 
 
 def _report(record: dict[str, Any], as_json: bool, several: bool) -> None:
