@@ -7,6 +7,7 @@ this package ships, `tiny` the one its tests use. No weights here.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
 from dataclasses import dataclass, replace
 from typing import Any
@@ -211,8 +212,10 @@ class AGVASConfig:
             "preprocessing": Preprocessing,
             "prompts": Prompts,
         }
+        _known("config.json", cls, fields)
         try:
-            return cls(**{key: _build(parts[key], value) if key in parts and value is not None else value for key, value in fields.items()})
+            built = {key: _build(key, parts[key], fields[key]) for key in parts if fields.get(key) is not None}
+            return cls(**(fields | built))
         except (AttributeError, TypeError) as error:  # the first where a value is no object
             raise ValueError(f"config.json does not describe an AG-VAS: {error}") from error
 
@@ -222,7 +225,18 @@ def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {value!r}")
 
 
-def _build(kind: type, fields: dict[str, Any]) -> Any:
+def _known(where: str, kind: type, fields: Any) -> None:
+    """ValueError for a field that the configuration does not have, with the one that was meant."""
+    names = [field.name for field in dataclasses.fields(kind)]
+    for name in fields if isinstance(fields, dict) else ():
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(names)}"
+            raise ValueError(f"{where}: expected no field {name!r}; {hint}")
+
+
+def _build(name: str, kind: type, fields: dict[str, Any]) -> Any:
+    _known(f"config.json: {name}", kind, fields)
     return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()})
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from agvas import lora, parts
 from agvas.checkpoint import NANO, CheckpointError, Examined, OpenedCheckpoint, examine
 from agvas.weights import LazyTensor
+from runtime.images import SUFFIXES
 
 MANIFEST = "manifest.json"
 STAGES = ("pixel_encoder", "semantic_encoder", "spam", "language", "mask_decoder")
@@ -81,6 +82,8 @@ def contents(path: str | Path) -> Contents:
         raise CheckpointError(f"{path} is not there; give a checkpoint, a bundle, or a part: a folder or file")
     if (place / MANIFEST).is_file():
         return _bundle(place)
+    if place.is_file() and place.suffix.lower() in SUFFIXES:
+        raise CheckpointError(f"{path} is a picture; agvas-segment takes those, and agvas-inspect a checkpoint, a bundle, or a part")
     try:
         if place.is_dir() and (place / "config.json").is_file() and parts.model_type(place) is None and not _is_trained(place):
             return _examined(examine(place))
@@ -219,6 +222,9 @@ def _bundle(folder: Path) -> Contents:
         if "mask_iou_mean" in parity:
             state = "passed" if parity.get("passed") else "FAILED"
             facts.append(f"parity {state} on {parity['images']} pictures ({parity['engine']}): mean mask IoU {parity['mask_iou_mean']:.4f}")
+        if parity.get("compared") is False:
+            facts.append("not compared with the reference (--parity none): no golden pictures for engine auto to choose by")
+        facts.append(f"masks: threshold {manifest['threshold']:g}, relative threshold {manifest.get('relative_threshold', 1):g}")
         tokens = _tokens(folder, vocabulary, anchors) if (folder / "tokenizer.json").is_file() else {}
         found = {name: (folder / name).stat().st_size if (folder / name).is_file() else None for name in sizes}
         problems = [

@@ -73,6 +73,10 @@ def import_parts(settings: ImportSettings) -> Imported:
     for path in given:
         if output.resolve() in (path.resolve(), *path.resolve().parents):
             raise CheckpointError(f"{output} would replace {path}, which it is to be made of; choose another --output")
+    if settings.base.is_file():
+        swapped = settings.pixel_encoder is not None and settings.pixel_encoder.is_dir()
+        what = "are --base and --pixel-encoder swapped?" if swapped else "give the folder that holds its config.json and weights"
+        raise CheckpointError(f"--base {settings.base}: expected a folder of Hugging Face's or of this package, got a file; {what}")
     partial = output.parent / f".{output.name}.partial-{uuid.uuid4().hex[:8]}"
     partial.mkdir(parents=True)
     try:

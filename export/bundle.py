@@ -415,6 +415,10 @@ def _write_manifest(folder: Path, manifest: Manifest, changed: Collection[str] |
 def _check_output(output: Path) -> None:
     if output.exists() and not (output / MANIFEST).is_file() and (not output.is_dir() or any(output.iterdir())):
         raise OutputError(f"{output} exists and is not a bundle; choose another --output, or remove it")
+    existing = next(parent for parent in output.absolute().parents if parent.exists())
+    if not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):  # told now, and not after hours of calibration
+        what = "no permission to" if existing.is_dir() else "a file"
+        raise OutputError(f"{output}: expected to write in {existing}, got {what}; choose another --output, or change permissions")
 
 
 def _check_needs(settings: ExportSettings, needs: Estimate, memory: int | None, streamed: bool, pictures: int, progress: Progress) -> None:

@@ -131,6 +131,11 @@ class Segmentation:
         """The picture is anomalous where its score exceeds it."""
         return self.rule.threshold
 
+    @property
+    def relative_threshold(self) -> float:
+        """Share of the score that a pixel of the mask exceeded, 0..1."""
+        return self.rule.relative_threshold
+
     def with_threshold(self, threshold: float | None = None, *, relative_threshold: float | None = None) -> Segmentation:
         """The same map judged by another threshold; score, text and timings stay.
 

@@ -45,6 +45,7 @@ class Segmenter:
         check_hashes: read every file of the bundle to compare its sha256 (about a second per GB).
         low_memory: one stage in memory at a time, for models whose stages together do not fit. Every picture opens every stage again;
             needs a named engine.
+        remeasure: let `auto` measure the engines now, whatever it has found in an earlier, perhaps busier, hour.
 
     Raises:
         BundleError: the bundle is missing, altered or of another version.
@@ -71,6 +72,7 @@ class Segmenter:
         pixel_limit: int = PIXEL_LIMIT,
         check_hashes: bool = True,
         low_memory: bool = False,
+        remeasure: bool = False,
     ) -> None:
         choose("engine", engine, ("auto", *ENGINES))
         if inference_precision is not None:
@@ -81,6 +83,8 @@ class Segmenter:
             raise RequestError(str(error)) from error
         if low_memory and engine == "auto":
             raise RequestError("low_memory: expected a named engine, got auto, which would hold all of them to compare; name onnxruntime")
+        if remeasure and engine != "auto":
+            raise RequestError(f"remeasure: expected engine auto, got {engine}, which is taken as it is; leave one of them out")
         if pixel_limit < 1:
             raise RequestError(f"pixel_limit: expected at least 1, got {pixel_limit}")
         self.bundle = Bundle(Path(bundle), check_hashes=check_hashes)
@@ -89,7 +93,7 @@ class Segmenter:
         self.device = device
         self.choice: Choice | None = None
         if engine == "auto":
-            self._pipeline, self.choice = choose_engine(self.bundle, options, inference_precision)
+            self._pipeline, self.choice = choose_engine(self.bundle, options, inference_precision, remeasure=remeasure)
             self.engine, self.inference_precision = self.choice.engine, self.choice.inference_precision
         else:
             self._pipeline = open_pipeline(self.bundle, engine, options)

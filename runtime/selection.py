@@ -54,17 +54,20 @@ class Choice:
     remembered: bool = False
 
 
-def choose_engine(bundle: Bundle, options: EngineOptions, precision: str | None = None) -> tuple[Pipeline, Choice]:
+def choose_engine(
+    bundle: Bundle, options: EngineOptions, precision: str | None = None, *, remeasure: bool = False
+) -> tuple[Pipeline, Choice]:
     """Open the fastest engine that passes the bundle's gates on `options.device`.
 
     Args:
         precision: consider this inference precision alone; None considers all.
+        remeasure: measure now, whatever is remembered; what is found is remembered in its place.
 
     Raises:
         EngineUnavailable: none does; the message has every candidate's reason.
     """
     cache = _remembered(bundle, options, precision)
-    if (known := _read(cache)) is not None:
+    if not remeasure and (known := _read(cache)) is not None:
         try:
             pipeline = open_pipeline(bundle, known.engine, replace(options, inference_precision=known.inference_precision))
         except EngineError:

@@ -180,6 +180,8 @@ def _set(key: str, value: object) -> Callable[[dict], None]:  # type: ignore[typ
     [
         (_set("colour", "red"), "colour"),
         (_set("pixel.colour", "red"), "colour"),
+        (_set("semanticx", {}), "config.json: expected no field 'semanticx'; did you mean 'semantic'"),
+        (_set("pixel.patch_syze", 3), "config.json: pixel: expected no field 'patch_syze'; did you mean 'patch_size'"),
         (_set("spam", 3), "config.json"),
         (lambda fields: fields["language"].pop("width"), "width"),
         (lambda fields: fields.pop("prompts"), "prompts"),

@@ -505,3 +505,10 @@ def test_the_golden_traces_hold_picture_answer_and_every_stages_outputs(tiny_bun
     np.testing.assert_allclose(golden["1.map"], reference.anomaly_map, atol=1e-5)
     assert reference.anchor_states is not None
     np.testing.assert_allclose(golden["1.anchor_states"], reference.anchor_states, atol=1e-4)
+
+
+def test_an_output_that_cannot_be_written_is_told_before_anything_is_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("export.bundle.os.access", lambda path, mode: Path(path) != tmp_path)
+    monkeypatch.setattr("export.bundle.open_checkpoint", lambda name: pytest.fail("it began"))
+    with pytest.raises(OutputError, match="bundle: expected to write in .*, got no permission to"):
+        export_bundle(ExportSettings("nano", "fp32", tmp_path / "below" / "bundle"), Progress(quiet=True))

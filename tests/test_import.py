@@ -512,6 +512,14 @@ def test_parts_are_not_written_over_by_what_is_made_of_them(parts: Published, tm
     assert {path.name: path.stat().st_size for path in (tmp_path / "start").iterdir()} == before
 
 
+def test_a_base_that_is_a_file_is_asked_for_as_a_folder(parts: Published, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="expected a folder .*got a file; are --base and --pixel-encoder swapped"):
+        import_parts(ImportSettings(parts.sam, tmp_path / "out", parts.onevision, untrained=0))
+    with pytest.raises(CheckpointError, match="expected a folder .*got a file; give the folder that holds"):
+        import_parts(ImportSettings(parts.sam, tmp_path / "out", untrained=0))
+    assert not list(tmp_path.iterdir())
+
+
 def test_parts_without_a_training_say_what_to_give(parts: Published, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no part has a mask decoder; give what a training left .*or --untrained"):
         import_parts(ImportSettings(parts.onevision, tmp_path / "out", parts.sam))

@@ -79,7 +79,16 @@ def test_a_bundle_is_told_by_its_manifest(tiny_bundle: Path, capsys: pytest.Capt
     assert (code, found["layout"], found["model"]) == (0, "bundle", "tiny")
     sizes = {name: record.bytes for name, record in Bundle(tiny_bundle).manifest.files.items()}
     assert found["stages"]["language"]["bytes"] == sum(size for name, size in sizes.items() if name.startswith("language/"))
+    rule = Bundle(tiny_bundle).manifest.mask_rule
     assert "parity passed on 6 pictures" in text
+    assert f"masks: threshold {rule.threshold:g}, relative threshold {rule.relative_threshold:g}" in text
+
+
+def test_a_bundle_that_was_not_compared_says_so(copy_of_bundle: Callable[[], Path], capsys: pytest.CaptureFixture[str]) -> None:
+    bundle = copy_of_bundle()
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    (bundle / "manifest.json").write_text(json.dumps(manifest | {"parity": {"passed": False, "compared": False}}))
+    assert "not compared with the reference" in inspect(capsys, bundle)[1]
 
 
 def test_a_bundles_files_that_are_cut_short_or_missing_are_told(
@@ -101,6 +110,7 @@ def test_what_is_nothing_known_is_one_line_and_exit_code_2(what: str, tmp_path: 
     captured = capsys.readouterr()
     assert captured.err.startswith("agvas-inspect: ") and len(captured.err.splitlines()) == 1 and captured.out == ""
     assert what in captured.err
+    assert ("is a picture; agvas-segment takes those" in captured.err) is (what == "photo.png")
 
 
 def test_what_exporting_takes_is_what_the_export_itself_foresees(tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -340,6 +340,11 @@ def test_auto_remembers_its_choice_and_measures_again_only_when_something_change
     assert_same(second(picture()), first(picture()))
     Segmenter(tiny_bundle, threads=1)
     assert len(verified) == 2 * measured, "other threads, another choice"
+    again = Segmenter(tiny_bundle, remeasure=True)
+    assert len(verified) == 3 * measured and again.choice is not None and not again.choice.remembered
+    assert Segmenter(tiny_bundle).choice == replace(again.choice, remembered=True)
+    with pytest.raises(RequestError, match="remeasure: expected engine auto, got onnxruntime"):
+        Segmenter(tiny_bundle, "onnxruntime", remeasure=True)
 
 
 def test_a_choice_on_a_gpu_is_of_that_gpu_and_driver(tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

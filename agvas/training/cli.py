@@ -39,6 +39,9 @@ def _run(options: argparse.Namespace) -> int:
         for name in ("steps", "batch", "micro_batch", "samples"):
             if (number := getattr(options, name)) is not None and number < 1:
                 raise ValueError(f"--{name.replace('_', '-')}: expected at least 1, got {number}")
+        from agvas.training.loop import check_device
+
+        check_device(options.device)  # first: samples take minutes and gigabytes
         output = _tune(options) if options.checkpoint is not None else _from_nothing(options)
     except ModuleNotFoundError as error:
         print(f'agvas-train: {error.name} is not installed; pip install "agvas[train]"', file=sys.stderr)

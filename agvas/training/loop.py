@@ -89,15 +89,24 @@ class Group:
     share: float = 1.0
 
 
+def check_device(device: str) -> None:
+    """ValueError for a device that is none or is not there: before anything is made for it."""
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise ValueError(f"device: expected cpu, cuda or cuda:N, got {device!r}") from error
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device: expected a CUDA device, got {device}, and torch {torch.__version__} sees none; use --device cpu")
+
+
 def accelerator_for(settings: LoopSettings, device: str) -> Accelerator:
     """The accelerator of this process, as `accelerate launch` or `torchrun` set it up; alone without them.
 
     Raises:
         ValueError: a global batch that processes and micro-batch do not divide; a device that is none or is not there.
     """
+    check_device(device)
     kind = torch.device(device).type
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device: expected a CUDA device, got {device}, and torch {torch.__version__} sees none; use --device cpu")
     if torch.device(device).index is not None:
         torch.cuda.set_device(torch.device(device))
     processes = int(os.environ.get("WORLD_SIZE", 1))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -35,8 +36,8 @@ OVERLAID_SHARE = 0.4
 class PoolSettings:
     """How many samples, how many of them plain (they come first), their side in pixels, and the first seed (sample i: `seed + i`)."""
 
-    samples: int = 10_000
-    plain: int = 4_000
+    samples: int = 15_000
+    plain: int = 6_000
     side: int = 448
     seed: int = 1_000_000
 
@@ -80,6 +81,7 @@ class SamplePool:
             masks = _reserved(folder / "masks.npy", mode, np.bool_, shape)
             kinds = _reserved(folder / "kinds.npy", mode, np.uint8, shape[:1])
             number = {kind: place for place, kind in enumerate(("", *KINDS))}
+            tqdm.write(f"{settings.samples - made} samples to make; all take {images.nbytes / 1e9 * 4 / 3:.1f} GB in {folder}", sys.stderr)
             bar = tqdm(total=settings.samples, initial=made, desc="procedural samples", unit="image", **pace())
             for sample in _samples(settings, made, workers):
                 images[made], masks[made], kinds[made] = sample.image, sample.mask, number[sample.kind]

@@ -31,7 +31,7 @@ class PretrainingSettings:
     """
 
     loop: LoopSettings = LoopSettings(
-        steps=2400,
+        steps=4800,
         global_batch=32,
         micro_batch=32,
         learning_rate=2e-3,

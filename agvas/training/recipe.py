@@ -19,7 +19,7 @@ from agvas.training.batch import collate
 from agvas.training.descriptions import all_sentences
 from agvas.training.instructions import all_instructions
 from agvas.training.language_pretraining import LanguagePretraining, LanguagePretrainingSettings
-from agvas.training.loop import LoopSettings, is_main_process, keep_settings, main_process_first, run
+from agvas.training.loop import LoopSettings, check_device, is_main_process, keep_settings, main_process_first, run
 from agvas.training.losses import MaskLossWeights
 from agvas.training.objective import ObjectiveSettings
 from agvas.training.pool import PoolSettings, ProceduralSource, SamplePool
@@ -110,6 +110,7 @@ def train_from_nothing(recipe: Recipe, folder: Path, device: str = "cpu", worker
         ValueError: the folder holds another run; a pretrained trunk's package is not installed.
         Diverged: see loop.py.
     """
+    check_device(device)
     model = new_model(recipe.config, recipe.seed, recipe.ablation)  # first: what it lacks is told before the samples are made
     folder.mkdir(parents=True, exist_ok=True)
     with main_process_first(device):

@@ -41,6 +41,11 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
         help="CPU threads of one inference (default 0: the engine's choice)",
     )
     parser.add_argument(
+        "--remeasure",
+        action="store_true",
+        help=f"with engine {AUTO}: measure the engines now, whatever an earlier, perhaps busier, hour has found",
+    )
+    parser.add_argument(
         "--low-memory",
         action="store_true",
         help="one stage in memory at a time: slower, for models that do not fit (name an engine)",
@@ -56,6 +61,8 @@ def engine_options(arguments: argparse.Namespace) -> EngineOptions:
     choose("--engine", arguments.engine, (AUTO, *ENGINES))
     if arguments.inference_precision is not None:
         choose("--inference-precision", arguments.inference_precision, INFERENCE_PRECISIONS)
+    if arguments.remeasure and arguments.engine != AUTO:
+        raise RequestError(f"--remeasure: expected --engine {AUTO}, got {arguments.engine}, which is taken as it is; leave one of them out")
     if arguments.low_memory and arguments.engine == AUTO:
         raise RequestError(f"--low-memory: expected a named engine, got {AUTO}, which would hold all of them to compare; add --engine")
     try:

@@ -219,6 +219,7 @@ def _run(arguments: argparse.Namespace) -> int:
         inference_precision=arguments.inference_precision,
         threads=options.threads,
         low_memory=options.low_memory,
+        remeasure=arguments.remeasure,
         threshold=arguments.threshold,
         relative_threshold=arguments.relative_threshold,
         pixel_limit=arguments.pixel_limit,

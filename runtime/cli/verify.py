@@ -77,6 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 options,
                 precision=arguments.inference_precision,
                 images=arguments.images,
+                remeasure=arguments.remeasure,
                 progress=progress,
             )
         say(json_line(report) if arguments.json else "\n".join(_table(report)))
@@ -101,6 +102,7 @@ def verify_bundle(
     *,
     precision: str | None = None,
     images: str | Path | None = None,
+    remeasure: bool = False,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Verify a bundle on one engine.
@@ -111,6 +113,7 @@ def verify_bundle(
             remembered and fails now is forgotten: the next one to ask for "auto" measures again.
         precision: the inference precision that "auto" is held to; None for any.
         images: pictures to compare with another engine on.
+        remeasure: "auto" measures now, whatever is remembered.
         progress: called with (work, steps done, steps in all).
 
     Returns:
@@ -128,7 +131,7 @@ def verify_bundle(
     bundle = Bundle(folder)
     options = options or EngineOptions()
     asked, asked_options = engine, options
-    pipeline, engine, options, why = _open(bundle, engine, options, precision)
+    pipeline, engine, options, why = _open(bundle, engine, options, precision, remeasure)
     against = _open_reference(bundle, engine, options) if pictures else None
     try:
         verification = verify(bundle, pipeline, options, _labelled(progress, "golden traces"))
@@ -234,12 +237,14 @@ def _finding(report: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _open(bundle: Bundle, engine: str, options: EngineOptions, precision: str | None) -> tuple[Pipeline, str, EngineOptions, str]:
+def _open(
+    bundle: Bundle, engine: str, options: EngineOptions, precision: str | None, remeasure: bool
+) -> tuple[Pipeline, str, EngineOptions, str]:
     """Pipeline, engine and options in use, and why `auto` could choose none."""
     if engine != AUTO:
         return open_pipeline(bundle, engine, options), engine, options, ""
     try:
-        pipeline, choice = choose_engine(bundle, options, precision)
+        pipeline, choice = choose_engine(bundle, options, precision, remeasure=remeasure)
     except EngineUnavailable as error:
         for name, computes_in in CPU_CANDIDATES if options.device == "cpu" else CUDA_CANDIDATES:
             # What the graphs state is verified, not a coarser precision that auto tries because it is faster.
