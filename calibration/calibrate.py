@@ -171,11 +171,18 @@ class _Run:
         self.layers: Sequence[nn.Module] = model.language.model.layers
         self.modes = modes_in_turn(model.prompt_encoder, len(images))
         self.conversations = [conversation(model.prompt_encoder, mode, number) for number, mode in enumerate(self.modes)]
-        steps = len(images) * (1 + PASSES * len(self.layers))
-        self.step = lambda done: progress("calibrating", done, steps)
+        self._progress = progress
         self.hashes = tuple(image_sha256(image) for image in images)
         self.weights_sha256 = weights_sha256
         self._claim()
+
+    def step(self, done: int) -> None:
+        """Told as two works, each with a time of its own: seeing a picture takes many times what one of its passes through a layer does."""
+        pictures = len(self.images)
+        if done < pictures:
+            self._progress("see the pictures", done + 1, pictures)
+        else:
+            self._progress("calibrate layer by layer", done - pictures, pictures * PASSES * len(self.layers))
 
     def finished(self) -> Calibration:
         ranges = self._look()

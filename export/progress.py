@@ -30,10 +30,13 @@ class Progress:
             self._bar.update()
 
     def show(self, what: str, done: int, total: int) -> None:
-        """`done` of `total` steps: for work that counts by itself, with a bar whose length it tells."""
-        if self._bar:
-            self._bar.total = total
-            self._bar.update(done - self._bar.n)
+        """`done` of `total` steps of `what`: for work that counts by itself, with a bar of its own for each such work."""
+        if self._bar is None:
+            return
+        if what != self._bar.desc:
+            self._bar.close()
+            self._bar = tqdm(total=total, desc=what, unit="step", **pace())
+        self._bar.update(done - self._bar.n)
 
     def note(self, line: str) -> None:
         """A line between steps."""

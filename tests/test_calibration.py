@@ -165,12 +165,13 @@ def test_an_interrupted_run_goes_on_and_ends_as_an_uninterrupted_one(model: AGVA
     steps = []
 
     def report(what: str, done: int, total: int) -> None:
-        steps.append((done, total))
+        steps.append((what, done, total))
 
-    for stop in (3, 20, 45):  # among the pictures, in the first layer, in the second
+    pictures, layers, each = "see the pictures", "calibrate layer by layer", 5 * len(PICTURES)
+    for stop in ((pictures, 3), (layers, each // 2), (layers, each + each // 2)):  # in the first layer, in the second
 
-        def interrupt(what: str, done: int, total: int, stop: int = stop) -> None:
-            if done == stop:
+        def interrupt(what: str, done: int, total: int, stop: tuple[str, int] = stop) -> None:
+            if (what, done) == stop:
                 raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
@@ -181,8 +182,7 @@ def test_an_interrupted_run_goes_on_and_ends_as_an_uninterrupted_one(model: AGVA
         assert np.array_equal(again.weights[name].codes, weight.codes) and np.array_equal(again.weights[name].scales, weight.scales)
     assert again.ranges.keys() == calibrated.ranges.keys()
     assert all(np.array_equal(again.ranges[name], values) for name, values in calibrated.ranges.items())
-    total = len(PICTURES) * 11
-    assert steps[0][0] > 20 and steps[-1] == (total, total)  # the first layer was not computed again
+    assert steps[0][:2] == (layers, each) and steps[-1] == (layers, 2 * each, 2 * each)  # the first layer was not computed again
     assert not (tmp_path / "work" / "hidden" / "000").exists()
 
 
