@@ -78,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--threshold", type=float, default=1.05, help="of --compare: slower beyond this ratio (default 1.05)")
     parser.add_argument("--roofline", action="store_true", help="work of each stage, floors of devices; with --bundle, --model or --json")
     parser.add_argument("--model", metavar="NAME", help="of --roofline: ov_7b, nano, tiny, or a checkpoint's folder")
-    parser.set_defaults(low_memory=False)  # what engine_options reads, and what a latency is never measured with
+    parser.set_defaults(low_memory=False, remeasure=False)  # what engine_options reads, and what a latency is never measured with
     return parser
 
 
