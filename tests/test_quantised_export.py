@@ -30,7 +30,7 @@ from export.cli import main
 from export.progress import Progress
 from export.quantisation import encoder_linears, quantise
 from runtime import Segmenter
-from runtime.bundle import Bundle, Manifest
+from runtime.bundle import SCHEMA_VERSION, Bundle, Manifest
 from runtime.contract import STAGES
 from runtime.errors import BundleVersionError, ParityFailed
 from runtime.footprint import WHOLE, footprints
@@ -314,7 +314,7 @@ def test_a_bundle_from_before_quantisation_opens_and_a_later_one_does_not(copy_o
         del fields[name]
     path.write_text(json.dumps(fields | {"schema_version": 1}))
     assert Bundle(folder).manifest.lmm == "float" and not Bundle(folder).manifest.integer_weights
-    path.write_text(json.dumps(fields | {"schema_version": 3}))
+    path.write_text(json.dumps(fields | {"schema_version": SCHEMA_VERSION + 1}))
     with pytest.raises(BundleVersionError, match="install a newer agvas"):
         Bundle(folder)
 
