@@ -4,7 +4,7 @@
 
 Both answers must be alike, in text, verdict and mask (within the gate of fp32); exit code 1 where a pair is not. Ratios are taken pair by
 pair, so that a machine whose speed drifts drifts for both: of the time by the clock, of the processor's time, which other programs on the
-machine disturb less, and of the language stage alone, since a fresh call also runs both encoders. Absolute times of a shared CPU are context.
+machine disturb less, and of the language stage alone, since a fresh call also runs both encoders. Absolute times are context.
 """
 
 from __future__ import annotations
