@@ -14,11 +14,11 @@ from typing import Any
 from agvas import lora, parts
 from agvas.checkpoint import NANO, CheckpointError, Examined, OpenedCheckpoint, examine
 from agvas.weights import LazyTensor
-from runtime.images import SUFFIXES
 
 MANIFEST = "manifest.json"
 STAGES = ("pixel_encoder", "semantic_encoder", "spam", "language", "mask_decoder")
 SHOWN = 12  # problems; --json has them all
+PICTURES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff")
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def contents(path: str | Path) -> Contents:
         raise CheckpointError(f"{path} is not there; give a checkpoint, a bundle, or a part: a folder or file")
     if (place / MANIFEST).is_file():
         return _bundle(place)
-    if place.is_file() and place.suffix.lower() in SUFFIXES:
+    if place.is_file() and place.suffix.lower() in PICTURES:
         raise CheckpointError(f"{path} is a picture; agvas-segment takes those, and agvas-inspect a checkpoint, a bundle, or a part")
     try:
         if place.is_dir() and (place / "config.json").is_file() and parts.model_type(place) is None and not _is_trained(place):

@@ -176,9 +176,12 @@ def _largest(graph: ir.Graph, node: ir.Node, value: ir.Value, number: int) -> ir
     axis = ir.node("Constant", [], attributes={"value": ir.tensor(np.array([0], np.int64), name=f"axis_{number}")})
     single = ir.node("Cast", [value], attributes={"to": int(ir.DataType.FLOAT)})
     line = ir.node("Reshape", [single.outputs[0], flat.outputs[0]])
-    magnitude = ir.node("Abs", [line.outputs[0]])
-    largest = ir.node("ReduceMax", [magnitude.outputs[0], axis.outputs[0]], attributes={"keepdims": 1})
-    added = [flat, axis, single, line, magnitude, largest]
+    # Not the maximum of |value|, which would be a copy of it: attention scores of SAM ViT-H are a gigabyte.
+    above = ir.node("ReduceMax", [line.outputs[0], axis.outputs[0]], attributes={"keepdims": 1})
+    below = ir.node("ReduceMin", [line.outputs[0], axis.outputs[0]], attributes={"keepdims": 1})
+    below_turned = ir.node("Neg", [below.outputs[0]])
+    largest = ir.node("Max", [above.outputs[0], below_turned.outputs[0]])
+    added = [flat, axis, single, line, above, below, below_turned, largest]
     for place, extra in enumerate(added):
         extra.name = f"range_{number}_{place}"
         extra.outputs[0].name = f"range_{number}_{place}_output"

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 ALLOWED = {
     "engines": set(),
     "runtime": {"engines"},
-    "agvas": {"runtime.masking", "runtime.preprocess", "runtime.prompts"},
+    "agvas": {"runtime.masking", "runtime.preprocess", "runtime.progress", "runtime.prompts"},  # what has to be one and the same
     "calibration": {"agvas", "runtime"},
     "export": {"agvas", "calibration", "engines", "runtime"},
     "benchmarks": {"agvas", "calibration", "engines", "export", "runtime"},
