@@ -102,3 +102,13 @@ def test_an_export_whose_numbers_leave_fp16_says_which_and_where(tiny_checkpoint
     assert "transformer.layers.0.mlp" in failure and "of mask_decoder" in failure and "--precision bf16 or fp32" in failure
     assert not [line for line in reports["sound"].failures if line.startswith("fp16: ")]
     assert 0 < reports["sound"].fp16_range["mask_decoder"]["magnitude"] < LARGEST / 100
+
+
+def test_where_memory_is_short_it_is_said_that_nobody_looked(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("export.bundle.available_memory", lambda: 3 << 30)
+    settings = ExportSettings(str(tiny_checkpoint), "fp16", tmp_path / "bundle", strict=False, pictures=1, streamed=True, force=True)
+    _, report = export_bundle(settings, Progress())
+    assert report is not None and not report.fp16_range
+    assert "not looked for fp16's end: it takes 13 GiB of memory, and 3.0 are available" in capsys.readouterr().err
