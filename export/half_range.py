@@ -25,7 +25,7 @@ from runtime.pipeline import Stage
 
 LARGEST = 65504.0  # that fp16 holds
 RESULT = "largest_magnitudes"
-# Bytes that a model takes which does not fit whole: SAM ViT-H's global attention, tensor by tensor, took 10 GB; its weights in fp32 are 2.5.
+# Bytes, of a model that does not fit whole: SAM ViT-H's global attention, tensor by tensor, took 10 GB; its weights in fp32 are 2.5.
 FULL_SIZE = 13 << 30
 SCOPES = "pkg.torch.onnx.name_scopes"
 
