@@ -18,12 +18,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from tqdm import tqdm
 
 from benchmarks.environment import environment
 from runtime import Segmenter
-from runtime.parity import GATES
+from runtime.parity import GATES, mask_iou
 from runtime.prompts import DIRECT
 
 SIZE = (480, 640)
@@ -47,12 +46,6 @@ class _Pairs:
         ratio = statistics.median(a / b for a, b in zip(self.fresh, self.later))
         medians = statistics.median(self.fresh), statistics.median(self.later)
         return {"fresh_ms": round(medians[0], 2), "later_ms": round(medians[1], 2), "fresh_to_later": round(ratio, 2)}
-
-
-def _iou(one: np.ndarray, other: np.ndarray) -> float:
-    """Of two masks: kept keys and values are rounded in another order than those computed anew, and a pixel at the level may turn."""
-    union = np.count_nonzero(one | other)
-    return np.count_nonzero(one & other) / union if union else 1.0
 
 
 def measure(bundle: Path, engines: list[str], modes: list[str], pictures: int, threads: int) -> dict[str, Any]:
@@ -80,7 +73,8 @@ def measure(bundle: Path, engines: list[str], modes: list[str], pictures: int, t
                     processor.add((processor_1 - processor_0) * 1e3, (processor_2 - processor_1) * 1e3)
                     language.add(fresh.timings["language"], later.timings["language"])
                     unlike += fresh.text != later.text or fresh.is_anomalous != later.is_anomalous
-                    least = min(least, _iou(fresh.mask, later.mask))
+                    # Kept keys and values are rounded in another order than those computed anew: a pixel at the level may turn.
+                    least = min(least, mask_iou(fresh.mask, later.mask))
             rows.append(
                 {
                     "engine": engine,

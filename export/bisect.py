@@ -289,21 +289,26 @@ def search(graph: _Graph, probe: _Probe, stage: str, stage_error: float, target:
         if worse:
             bad = min(worse, key=graph.order.__getitem__)
     node = graph.producer[bad]
-    scopes = next((entry.value for entry in node.metadata_props if entry.key == SCOPES), "")
-    modules = [part.strip(" '\"") for part in scopes.strip("[]").split(",")]
+    module = module_of(next((entry.value for entry in node.metadata_props if entry.key == SCOPES), ""))
     return Finding(
         stage=stage,
         stage_error=stage_error,
         node=node.name or None,
         operator=node.op_type,
         output=bad,
-        module=modules[-2] if len(modules) >= 2 and modules[-2] else None,
+        module=module or None,
         error=known[bad],
         input_errors={name: known[name] for name in _float_inputs(graph, bad, probe.candidates) if name in known},
         in_fusion=in_fusion,
         tolerance=allowed,
         tries=probe.tries,
     )
+
+
+def module_of(scopes: str) -> str:
+    """The torch module that a node was exported from, by its SCOPES; "" where they do not tell."""
+    parts = [part.strip(" '\"") for part in scopes.strip("[]").split(",")]
+    return parts[-2] if len(parts) >= 2 else ""
 
 
 def _float_inputs(graph: _Graph, tensor: str, candidates: set[str]) -> list[str]:

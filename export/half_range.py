@@ -17,6 +17,7 @@ import numpy as np
 import onnx_ir as ir
 
 from engines import EngineOptions, StageSpec, TensorSpec, open_engine
+from export.bisect import SCOPES, module_of
 from export.piecewise import PiecewiseStage
 from runtime.bundle import Bundle
 from runtime.contract import STAGES
@@ -27,7 +28,6 @@ LARGEST = 65504.0  # that fp16 holds
 RESULT = "largest_magnitudes"
 # Bytes, of a model that does not fit whole: SAM ViT-H's global attention, tensor by tensor, took 10 GB; its weights in fp32 are 2.5.
 FULL_SIZE = 13 << 30
-SCOPES = "pkg.torch.onnx.name_scopes"
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ def watch(model: ir.Model, empty: set[str]) -> list[tuple[str, str]]:
             continue
         for value in node.outputs:
             if value.dtype == ir.DataType.FLOAT16:
-                watched.append((str(value.name), _module(node)))
+                watched.append((str(value.name), module_of(node.metadata_props.get(SCOPES, ""))))
                 largest.append(_largest(graph, node, value, len(largest)))
     if not watched:
         return []
@@ -191,9 +191,3 @@ def _largest(graph: ir.Graph, node: ir.Node, value: ir.Value, number: int) -> ir
     largest.outputs[0].shape = ir.Shape([1])
     graph.insert_after(node, added)
     return largest.outputs[0]
-
-
-def _module(node: ir.Node) -> str:
-    """The torch module a node was exported from, "" where it does not tell."""
-    parts = [part.strip(" '\"") for part in node.metadata_props.get(SCOPES, "").strip("[]").split(",")]
-    return parts[-2] if len(parts) >= 2 else ""

@@ -165,7 +165,7 @@ def together(parts: Sequence[Parity]) -> Parity:
 
 
 def _of_one(ours: Outcome, reference: Outcome) -> Parity:
-    iou = _iou(ours.mask, reference.mask)
+    iou = mask_iou(ours.mask, reference.mask)
     difference = np.abs(ours.anomaly_map - reference.anomaly_map)
     return Parity(
         images=1,
@@ -209,7 +209,8 @@ def _laxer(pick: Any, a: float | None, b: float | None) -> Any:
     return None if a is None or b is None else pick(a, b)
 
 
-def _iou(a: np.ndarray, b: np.ndarray) -> float:
+def mask_iou(a: np.ndarray, b: np.ndarray) -> float:
+    """Intersection over union of two masks bool [H, W]; 1 where both are empty, and where they are one speck."""
     union = np.count_nonzero(a | b)
     return 1.0 if not union or _one_speck(a, b) else np.count_nonzero(a & b) / union
 

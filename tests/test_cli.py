@@ -771,3 +771,8 @@ def test_a_command_that_needs_torch_says_which_extra_has_it(
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (2, f'{command}: torch is not installed; pip install "agvas[{extra}]"\n')
+
+
+def test_a_named_engine_is_not_measured_again(tiny_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert verify.main(["--bundle", str(tiny_bundle), "--engine", "onnxruntime", "--remeasure"]) == 2
+    assert "--remeasure: expected --engine auto, got onnxruntime" in capsys.readouterr().err

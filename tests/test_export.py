@@ -512,3 +512,13 @@ def test_an_output_that_cannot_be_written_is_told_before_anything_is_computed(tm
     monkeypatch.setattr("export.bundle.open_checkpoint", lambda name: pytest.fail("it began"))
     with pytest.raises(OutputError, match="bundle: expected to write in .*, got no permission to"):
         export_bundle(ExportSettings("nano", "fp32", tmp_path / "below" / "bundle"), Progress(quiet=True))
+
+
+def test_work_that_counts_by_itself_has_a_bar_for_each_of_its_parts(capsys: pytest.CaptureFixture[str]) -> None:
+    progress = Progress()
+    progress.begin("calibrate", 1)
+    for what, done, total in (("see the pictures", 2, 2), ("layer by layer", 3, 3)):
+        progress.show(what, done, total)
+    progress.end()
+    told = capsys.readouterr().err
+    assert "see the pictures: 100%" in told and "layer by layer: 100%" in told

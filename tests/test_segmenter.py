@@ -343,6 +343,7 @@ def test_auto_remembers_its_choice_and_measures_again_only_when_something_change
     again = Segmenter(tiny_bundle, remeasure=True)
     assert len(verified) == 3 * measured and again.choice is not None and not again.choice.remembered
     assert Segmenter(tiny_bundle).choice == replace(again.choice, remembered=True)
+    assert again(picture()).relative_threshold == again.rule.relative_threshold
     with pytest.raises(RequestError, match="remeasure: expected engine auto, got onnxruntime"):
         Segmenter(tiny_bundle, "onnxruntime", remeasure=True)
 
