@@ -152,6 +152,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--inference-precision", help="graph or bf16, as agvas-segment has it; with --bundle")
     parser.add_argument("--threshold", type=float, metavar="P", help="instead of the model's own; with --bundle or --checkpoint")
     parser.add_argument("--relative-threshold", type=float, metavar="R", help="likewise; 1: masks are what exceeds --threshold")
+    parser.add_argument("--tile", type=int, metavar="N", help="see larger pictures in tiles of N × N pixels; with --bundle")
+    parser.add_argument("--tile-overlap", type=int, metavar="N", help="pixels that neighbouring tiles share at least")
     parser.add_argument(
         "--fusion-weight", type=float, metavar="A", help="of the absolute map (eq. 8), instead of the model's own; with --checkpoint"
     )
@@ -249,6 +251,8 @@ def _run(arguments: argparse.Namespace, stack: ExitStack, tables: list[PerImageT
         arguments.relative_threshold,
         arguments.fusion_weight,
         arguments.detector,
+        arguments.tile,
+        arguments.tile_overlap,
     )
     normal_text = None if arguments.normal_text is None else read_normal_text(arguments.normal_text)
     question = Question(arguments.mode, arguments.instruction, normal_text)
@@ -263,6 +267,7 @@ def _run(arguments: argparse.Namespace, stack: ExitStack, tables: list[PerImageT
     settings: dict[str, Any] = {"mode": None if source.bundle is None and source.checkpoint is None else question.mode}
     settings |= {"instruction": question.instruction, "normal_text": question.normal_text}
     settings |= {"threshold": source.threshold, "relative_threshold": source.relative_threshold, "fusion_weight": source.fusion_weight}
+    settings |= {"tile": source.tile, "tile_overlap": source.tile_overlap}
     settings |= {"limit": arguments.limit, "split": arguments.split}
     facts = {"judged": dict(predict.judged), "settings": settings, "versions": versions()}
     results = [result | facts for result in results]

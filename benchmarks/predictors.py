@@ -36,6 +36,7 @@ class Source:
         engine, inference_precision: for a bundle; None means auto, and what Segmenter makes of None.
         device: for a bundle or checkpoint; None means cpu.
         threshold, relative_threshold: for a bundle or checkpoint, in 0..1 (runtime.masking); None means its own.
+        tile, tile_overlap: for a bundle, in pixels: see large pictures in tiles (runtime.tiling); None sees them whole.
         fusion_weight: for a checkpoint, the weight of the absolute map (eq. 8), in 0..1; None means its own. In a bundle it is built in.
     """
 
@@ -49,6 +50,8 @@ class Source:
     relative_threshold: float | None = None
     fusion_weight: float | None = None
     detector: Path | None = None
+    tile: int | None = None
+    tile_overlap: int | None = None
 
     def __post_init__(self) -> None:
         if sum(given is not None for given in (self.bundle, self.checkpoint, self.baseline, self.detector)) != 1:
@@ -59,6 +62,9 @@ class Source:
             raise ValueError(f"engine: only a bundle has engines, got {self.engine}; leave --engine out or give --bundle")
         if self.inference_precision is not None and self.bundle is None:
             raise ValueError(f"inference precision: only a bundle has one, got {self.inference_precision}; leave --inference-precision out")
+        for name, pixels in (("tile", self.tile), ("tile overlap", self.tile_overlap)):
+            if pixels is not None and self.bundle is None:
+                raise ValueError(f"{name}: only a bundle sees pictures in tiles, got {pixels}; leave --{name.replace(' ', '-')} out")
         ours = self.bundle is not None or self.checkpoint is not None
         kind = "baseline" if self.detector is None else "detector"
         if self.device is not None and not ours:
@@ -177,6 +183,8 @@ def _bundle_predictor(source: Source, question: Question) -> Predictor:
         "inference_precision": source.inference_precision,
         "threshold": source.threshold,
         "relative_threshold": source.relative_threshold,
+        "tile": source.tile,
+        "tile_overlap": source.tile_overlap,
     }
     segmenter = Segmenter(source.bundle or "", engine=source.engine or "auto", device=source.device or "cpu", **settings)
     defaults = segmenter.bundle.manifest.prompts.instructions

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
 from engines import EngineFailed
 from runtime.masking import MaskRule
-from runtime.pipeline import Pipeline, Vision
+from runtime.pipeline import Chain
 from runtime.prompts import DIRECT, Prompt
 from runtime.segmentation import MAP_SLACK, Segmentation
 
@@ -21,25 +22,25 @@ from runtime.segmentation import MAP_SLACK, Segmentation
 class Inspection:
     """Answers about one picture; threads may share it.
 
-    It holds the picture, the encoders' outputs and the language model's keys and values of them (of a 7B model about 180 MB): drop it when
-    the picture's last question is answered.
+    It holds the picture, the encoders' outputs and the language model's keys and values of them (of a 7B model about 180 MB; in tiles, the
+    encoders' outputs of each, about 30 MB): drop it when the picture's last question is answered.
 
     Args:
         image: uint8 RGB [H, W, 3].
         rule: how masks are cut from maps.
         engine: named in errors.
-        vision: what the pipeline saw in it, where it has looked already.
+        vision: what the chain saw in it, where it has looked already.
 
     Raises:
         EngineFailed: the engine could not compute.
     """
 
-    def __init__(self, pipeline: Pipeline, image: np.ndarray, rule: MaskRule, engine: str, vision: Vision | None = None) -> None:
+    def __init__(self, chain: Chain, image: np.ndarray, rule: MaskRule, engine: str, vision: Any = None) -> None:
         self.image = image
         self.rule = rule
         self._engine = engine
-        self._pipeline = pipeline
-        self._vision = pipeline.see(image) if vision is None else vision
+        self._chain = chain
+        self._vision = chain.look(chain.prepare(image)) if vision is None else vision
 
     def ask(
         self,
@@ -51,15 +52,16 @@ class Inspection:
         on_text: Callable[[str], object] | None = None,
     ) -> Segmentation:
         """As `Segmenter.__call__`, about this picture."""
-        return self.answer(self._pipeline.prompts.encode(instruction, mode, normal_state, max_new_tokens), on_text)
+        return self.answer(self._chain.prompts.encode(instruction, mode, normal_state, max_new_tokens), on_text)
 
     def answer(self, prompt: Prompt, on_text: Callable[[str], object] | None = None) -> Segmentation:
         """The answer to a request that was encoded already.
 
         Raises:
             EngineFailed: the engine could not compute, or computed NaN or a map outside 0..1.
+            RequestError: `on_text` for a picture in tiles.
         """
-        trace = self._pipeline.answer(self._vision, prompt, on_text)
+        trace = self._chain.answer(self._vision, prompt, on_text)
         lowest, score = float(trace.anomaly_map.min()), float(trace.anomaly_map.max())
         # NumPy's maximum of anything with a NaN is NaN; a NaN would pass every threshold as OK.
         if not (math.isfinite(lowest) and math.isfinite(score)):
@@ -72,7 +74,7 @@ class Inspection:
                 f"engine {self._engine} computed an anomaly map of {lowest:g}..{score:g}, expected probabilities in 0..1; "
                 "agvas-verify tells in which stage it begins. Use another engine, or a bundle of higher precision"
             )
-        said = self._pipeline.prompts.read(trace.answer)
+        said = self._chain.prompts.read(trace.answer)
         mask = self.rule.mask(trace.anomaly_map)
         return Segmentation(
             mask=mask,
@@ -88,4 +90,5 @@ class Inspection:
             rule=self.rule,
             timings=trace.timings,
             image=self.image,
+            tiles=trace.tiles,
         )

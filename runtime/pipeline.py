@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import numpy as np
 
@@ -61,6 +61,7 @@ class Trace:
         anomaly_map: float32 [H, W] at the picture's size; zeros when the answer lacks an anchor.
         timings: milliseconds by stage, "preprocess", "postprocess" and "total"; the first answer about a picture includes what
             seeing it took, later ones do not.
+        tiles: how many pieces the picture was seen in.
     """
 
     tensors: dict[str, np.ndarray] = field(default_factory=dict)
@@ -69,6 +70,7 @@ class Trace:
     anchor_states: np.ndarray | None = None
     anomaly_map: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.float32))
     timings: dict[str, float] = field(default_factory=dict)
+    tiles: int = 1
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
@@ -113,12 +115,28 @@ class Vision:
         """Remember a pass that began with the picture's own `tokens`; nothing is copied until a second answer asks for them."""
         self._prefix, self._past = tokens, (keys, values)
 
+    def forget(self) -> None:
+        """Let go of what was kept: the next answer computes it again."""
+        self._past = None
+
     def past(self) -> tuple[Past, Past] | None:
         """Keys and values [L, 1, H, K, C] of the tokens before the instruction; None before the first pass."""
         if self._past is None:
             return None
         self._past = keys, values = _cut(self._past, self._prefix)
         return keys, values
+
+
+class Chain(Protocol):
+    """What an Inspection and a stream ask of: a Pipeline, or one that takes pictures in tiles, each with a vision of its own kind."""
+
+    prompts: PromptEncoder
+
+    def prepare(self, image: np.ndarray, /) -> Any: ...
+
+    def look(self, prepared: Any, /) -> Any: ...
+
+    def answer(self, vision: Any, prompt: Prompt, on_text: Callable[[str], object] | None = None, /) -> Trace: ...
 
 
 class Embeddings(Protocol):
@@ -156,7 +174,7 @@ class Pipeline:
         """Resize and normalise a picture (uint8 RGB [H, W, 3]) for both encoders; no engine is asked."""
         started = time.perf_counter()
         pixel_image, semantic_image, frame = preprocess.encoder_images(image, self.preprocessing)
-        preprocess.warn_of_slivers(frame)
+        preprocess.warn_of_lost_detail(frame)
         return Prepared(pixel_image, semantic_image, frame, (time.perf_counter() - started) * 1e3)
 
     def look(self, prepared: Prepared) -> Vision:

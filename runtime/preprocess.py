@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
+REDUCED = 8  # times; a frame that is shown so much smaller loses what is that many pixels wide
 SLIVER = 16  # pixels; a shorter side below it, of a picture or as the model sees it, is no more than a patch of the network
 # Pixels from which a map is enlarged by our own rows: below, Pillow's single call is faster (480 × 640: 0.8 ms against 1.1).
 LARGE = 500_000
@@ -63,12 +64,18 @@ def frame_of(height: int, width: int, padded_size: int) -> Frame:
     )
 
 
-def warn_of_slivers(frame: Frame) -> None:
-    """Warn where a picture is so narrow, or becomes so, that hardly anything of it is seen: it would be judged OK."""
+def warn_of_lost_detail(frame: Frame) -> None:
+    """Warn where a picture is so narrow, or is shown so small, that defects may not be seen at all: it would be judged OK."""
     if min(frame.height, frame.width, frame.resized_height, frame.resized_width) < SLIVER:
         warnings.warn(
             f"a picture of {frame.width} × {frame.height} pixels is seen at {frame.resized_width} × {frame.resized_height}, where hardly "
             "any defect shows, and likely judged OK; cut it into parts whose sides are alike",
+            stacklevel=2,
+        )
+    elif (times := max(frame.height, frame.width) / frame.padded_size) > REDUCED:
+        warnings.warn(
+            f"a picture of {frame.width} × {frame.height} pixels is seen at {frame.resized_width} × {frame.resized_height}, where defects "
+            f"of less than {math.ceil(2 * times)} of its pixels hardly show; see it in tiles (tile=, --tile) where such ones matter",
             stacklevel=2,
         )
 

@@ -45,6 +45,8 @@ class Segmentation:
         rule: how the mask was cut from the map.
         timings: milliseconds by stage, and "total"; with several answers about one picture, the first one's include seeing it.
         image: uint8 RGB [H, W, 3] for `overlay`, by reference; None where it was not kept.
+        tiles: how many pieces the picture was seen in.
+        region_share: share of the picture's pixels that the verdict is about, see `within`.
 
     Raises:
         ValueError: an array of another dtype or shape, or a map with NaN or values outside [0, 1]; a NaN would pass
@@ -64,6 +66,8 @@ class Segmentation:
     rule: MaskRule
     timings: dict[str, float]
     image: np.ndarray | None = field(default=None, repr=False)
+    tiles: int = 1
+    region_share: float = 1.0
 
     def __post_init__(self) -> None:
         _check_array("mask", self.mask, "bool", "[H, W]", self.mask.ndim == 2 and self.mask.size > 0)
@@ -151,6 +155,32 @@ class Segmentation:
         mask = rule.mask(self.anomaly_map)
         return replace(self, mask=mask, is_anomalous=bool(mask.any()), rule=rule)
 
+    def within(self, region: np.ndarray) -> Segmentation:
+        """The same map judged in a region of interest alone: outside it the map is 0, so score, verdict and mask are the region's.
+
+        The model saw the whole picture and no second inference is made. Without anchors there is no verdict here either.
+
+        Args:
+            region: bool or uint8 [H, W], the picture's own size; what is not 0 is looked at.
+
+        Raises:
+            RequestError: another size or dtype, or a region without a pixel.
+        """
+        region = np.asarray(region)
+        if region.shape != self.mask.shape or region.dtype not in (np.bool_, np.uint8):
+            raise RequestError(
+                f"region: expected bool or uint8 {list(self.mask.shape)}, as the picture, got {region.dtype} {list(region.shape)}; "
+                "draw it on a picture of this size"
+            )
+        looked_at = region != 0
+        share = float(looked_at.mean())
+        if share == 0:
+            raise RequestError("region: expected at least one pixel to look at, got none; white is looked at, black is not")
+        anomaly_map = np.where(looked_at, self.anomaly_map, np.float32(0))
+        mask = self.rule.mask(anomaly_map)
+        score = float(anomaly_map.max())
+        return replace(self, mask=mask, anomaly_map=anomaly_map, score=score, is_anomalous=bool(mask.any()), region_share=share)
+
     def to_json(self, *, polygons: bool = False) -> dict[str, Any]:
         """What JSON can hold of this result, in the words of agvas-segment's line.
 
@@ -171,6 +201,8 @@ class Segmentation:
             "truncated": bool(self.truncated),
             "threshold": float(self.rule.threshold),
             "relative_threshold": float(self.rule.relative_threshold),
+            "tiles": int(self.tiles),
+            "region_share": float(self.region_share),
             "timings_ms": {stage: float(spent) for stage, spent in self.timings.items()},
         }
         if polygons:

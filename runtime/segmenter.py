@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -19,11 +20,12 @@ from runtime.bundle import Bundle
 from runtime.errors import AgvasError, RequestError, choose
 from runtime.images import PIXEL_LIMIT, as_rgb
 from runtime.inspection import Inspection
-from runtime.pipeline import Prepared
+from runtime.pipeline import Chain
 from runtime.prompts import DIRECT, Prompt
 from runtime.segmentation import Segmentation
 from runtime.selection import Choice, choose_engine
 from runtime.stream import DEPTH, Streamed, in_steps
+from runtime.tiling import TiledPipeline, Tiling
 from runtime.verify import open_pipeline
 
 
@@ -41,6 +43,9 @@ class Segmenter:
         threshold: a picture is anomalous where its map exceeds it, 0..1; None takes the bundle's.
         relative_threshold: in an anomalous picture, the share of the map's maximum above which a pixel belongs to the mask, 0..1 (1: above
             `threshold`); None takes the bundle's. See runtime.masking.MaskRule.
+        tile: side in pixels of the square tiles that larger pictures are seen in, each by an inference of its own; None sees every picture
+            whole, at the model's size. See runtime.tiling.
+        tile_overlap: of neighbouring tiles at least, pixels; None for an eighth of `tile`.
         pixel_limit: largest picture, in pixels.
         check_hashes: read every file of the bundle to compare its sha256 (about a second per GB).
         low_memory: one stage in memory at a time, for models whose stages together do not fit. Every picture opens every stage again;
@@ -57,6 +62,7 @@ class Segmenter:
         engine: name of the engine in use.
         inference_precision: its precision.
         choice: why, when `auto` chose; None otherwise.
+        tiling: how pictures are cut; None where they are not.
     """
 
     def __init__(
@@ -69,6 +75,8 @@ class Segmenter:
         threads: int = 0,
         threshold: float | None = None,
         relative_threshold: float | None = None,
+        tile: int | None = None,
+        tile_overlap: int | None = None,
         pixel_limit: int = PIXEL_LIMIT,
         check_hashes: bool = True,
         low_memory: bool = False,
@@ -87,6 +95,9 @@ class Segmenter:
             raise RequestError(f"remeasure: expected engine auto, got {engine}, which is taken as it is; leave one of them out")
         if pixel_limit < 1:
             raise RequestError(f"pixel_limit: expected at least 1, got {pixel_limit}")
+        if tile is None and tile_overlap is not None:
+            raise RequestError("tile_overlap: expected tile beside it, got none; say how large the tiles are")
+        self.tiling = None if tile is None else Tiling(tile, tile_overlap)
         self.bundle = Bundle(Path(bundle), check_hashes=check_hashes)
         self.rule = self.bundle.manifest.mask_rule.changed(threshold, relative_threshold)
         self.pixel_limit = pixel_limit
@@ -98,6 +109,7 @@ class Segmenter:
         else:
             self._pipeline = open_pipeline(self.bundle, engine, options)
             self.engine, self.inference_precision = engine, options.inference_precision
+        self._chain: Chain = self._pipeline if self.tiling is None else TiledPipeline(self._pipeline, self.tiling)
 
     def __call__(
         self,
@@ -121,7 +133,7 @@ class Segmenter:
 
         Raises:
             ImageError: a picture that cannot be read, see runtime.images.
-            RequestError: see PromptEncoder.encode.
+            RequestError: see PromptEncoder.encode; `on_text` for a picture in tiles.
             EngineFailed: the engine could not compute, or computed NaN or a map outside 0..1.
         """
         prompt = self.request(instruction, mode, normal_state=normal_state, max_new_tokens=max_new_tokens)  # before the picture is read
@@ -135,7 +147,7 @@ class Segmenter:
             EngineFailed: the engine could not compute.
         """
         rgb = as_rgb(image, pixel_limit=self.pixel_limit)
-        return Inspection(self._pipeline, rgb, self.rule, f"{self.engine} ({self.inference_precision})")
+        return Inspection(self._chain, rgb, self.rule, f"{self.engine} ({self.inference_precision})")
 
     def stream(
         self,
@@ -173,13 +185,13 @@ class Segmenter:
         prompt = self.request(instruction, mode, normal_state=normal_state, max_new_tokens=max_new_tokens)
         engine = f"{self.engine} ({self.inference_precision})"
 
-        def read(image: str | os.PathLike[str] | Image.Image | np.ndarray) -> tuple[np.ndarray, Prepared]:
+        def read(image: str | os.PathLike[str] | Image.Image | np.ndarray) -> tuple[np.ndarray, Any]:
             rgb = as_rgb(image, pixel_limit=self.pixel_limit)
-            return rgb, self._pipeline.prepare(rgb)
+            return rgb, self._chain.prepare(rgb)
 
-        def look(read: tuple[np.ndarray, Prepared]) -> Inspection:
+        def look(read: tuple[np.ndarray, Any]) -> Inspection:
             rgb, prepared = read
-            return Inspection(self._pipeline, rgb, self.rule, engine, self._pipeline.look(prepared))
+            return Inspection(self._chain, rgb, self.rule, engine, self._chain.look(prepared))
 
         def answer(inspection: Inspection) -> Segmentation:
             return inspection.answer(prompt)

@@ -654,11 +654,12 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[FakeModel]:
 
 def test_a_bundle_gets_the_settings_that_were_asked_for(opened: list[FakeModel]) -> None:
     open_predictor(Source(bundle=Path("b")))
-    given = {"threshold": 0.2, "relative_threshold": 0.4}
+    given = {"threshold": 0.2, "relative_threshold": 0.4, "tile": 500, "tile_overlap": 60}
+    none = dict.fromkeys(given)
     open_predictor(Source(bundle=Path("b"), engine="openvino", device="cuda:1", inference_precision="bf16", **given))
     assert [model.given for model in opened] == [(Path("b"),)] * 2
     assert [model.settings for model in opened] == [
-        {"engine": "auto", "device": "cpu", "inference_precision": None, "threshold": None, "relative_threshold": None},
+        {"engine": "auto", "device": "cpu", "inference_precision": None, **none},
         {"engine": "openvino", "device": "cuda:1", "inference_precision": "bf16", **given},
     ]
 
@@ -671,6 +672,8 @@ def test_a_bundle_gets_the_settings_that_were_asked_for(opened: list[FakeModel])
         ({"baseline": "median", "threshold": 0.3}, "^threshold: a baseline's is fixed"),
         ({"baseline": "median", "relative_threshold": 0.3}, "^relative threshold: a baseline's is fixed.*--relative-threshold"),
         ({"bundle": Path("b"), "relative_threshold": -0.1}, "relative threshold: expected a number in 0..1, got -0.1; 1 is"),
+        ({"checkpoint": "nano", "tile": 500}, "^tile: only a bundle sees pictures in tiles, got 500; leave --tile out"),
+        ({"baseline": "median", "tile_overlap": 5}, "^tile overlap: only a bundle.*leave --tile-overlap out"),
         ({"baseline": "medium"}, "did you mean 'median'"),
         ({"checkpoint": "nano", "threshold": 1.5}, "threshold: expected a number in 0..1, got 1.5"),
         ({"checkpoint": "nano", "fusion_weight": -1.0}, "fusion weight: expected a number in 0..1"),

@@ -31,7 +31,7 @@ from runtime.segmentation import Segmentation
 SEGMENT_KEYS = {
     *("image", "score", "is_anomalous", "mask", "area", "text", "answer_verified", "anchors_found", "threshold", "relative_threshold"),
     *("instruction", "mode", "anchor_groups", "truncated"),
-    *("timings_ms", "engine", "inference_precision", "device", "warnings"),
+    *("timings_ms", "engine", "inference_precision", "device", "warnings", "tiles", "region_share"),
 }
 PARITY_KEYS = {"images", "mask_iou_mean", "mask_iou_min", "flips", "map_max_abs", "anchor_cosine_min"}
 
@@ -304,6 +304,10 @@ def test_an_engine_that_fails_on_one_picture_goes_on_with_the_next(
         (("--relative-threshold", "2"), "--relative-threshold: expected a number in 0..1, got 2.0"),
         (("--threads", "-1"), "--threads"),
         (("--pixel-limit", "0"), "--pixel-limit"),
+        (("--tile", "20"), "--tile: expected a side of 64 pixels at least, got 20"),
+        (("--tile", "100", "--tile-overlap", "80"), "--tile-overlap: expected 0 to 50 pixels"),
+        (("--tile-overlap", "10"), "--tile-overlap: expected --tile beside it"),
+        (("--region", "nowhere.png"), "nowhere.png"),
         (("--overlay",), "--output"),
         (("--polygons",), "--json"),
     ],
@@ -321,6 +325,24 @@ def test_a_request_that_cannot_be_met_is_exit_code_2_with_a_remedy(
     assert (code, captured.out) == (2, "")
     assert remedy in captured.err
     assert "Traceback" not in captured.err
+
+
+def test_tiles_and_a_region_are_what_the_segmenter_gives(run_segment: Any, tiny_bundle: Path, tmp_path: Path) -> None:
+    part, small = tmp_path / "part.png", save_picture(tmp_path / "small.png")
+    Image.fromarray(picture(3, 90, 130)).save(part)
+    region = np.zeros((90, 130), np.uint8)
+    region[20:50, 30:] = 255
+    Image.fromarray(region).save(tmp_path / "region.png")
+    code, lines, errors = run_segment(part, small, "--json", "--tile", "64", "--region", tmp_path / "region.png", "--threshold", "0.3")
+    record, other = (json.loads(line) for line in lines)
+    expected = Segmenter(tiny_bundle, "onnxruntime", tile=64, threshold=0.3)(part).within(region)
+    assert record["score"] == pytest.approx(expected.score, abs=1e-6)
+    assert (record["tiles"], record["region_share"], record["area"]) == (6, expected.region_share, expected.area)
+    assert code == 1 and "region: expected bool or uint8 [41, 67], as the picture, got bool [90, 130]" in other["error"]
+    assert str(small) in errors
+    Image.fromarray(region * 0).save(tmp_path / "region.png")
+    code, lines, errors = run_segment(part, "--region", tmp_path / "region.png")
+    assert (code, lines) == (2, []) and "black throughout" in errors
 
 
 def test_a_folder_that_is_no_bundle_is_exit_code_2(

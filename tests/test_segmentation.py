@@ -193,6 +193,45 @@ def test_a_threshold_that_is_no_probability_is_refused(threshold):
         segmentation().with_threshold(threshold)
 
 
+def test_a_region_is_judged_alone():
+    """A score of 0.9 lies outside: what the region holds is its own maximum, and its mask its own share of that."""
+    anomaly_map = np.full((HEIGHT, WIDTH), 0.1, np.float32)
+    anomaly_map[0, 0], anomaly_map[2, 2], anomaly_map[2, 3] = 0.9, 0.6, 0.4
+    result = segmentation(anomaly_map > 0.5, anomaly_map=anomaly_map, rule=MaskRule(0.5, 0.5))
+    region = np.zeros((HEIGHT, WIDTH), np.uint8)
+    region[1:4, 1:5] = 255
+    inside = result.within(region)
+    assert inside.score == np.float32(0.6) and inside.is_anomalous
+    assert {tuple(pixel) for pixel in np.argwhere(inside.mask)} == {(2, 2), (2, 3)}
+    np.testing.assert_array_equal(inside.anomaly_map, np.where(region, anomaly_map, 0))
+    assert inside.region_share == 12 / 35 and inside.to_json()["region_share"] == 12 / 35
+    assert inside.text == result.text and inside.image is result.image and result.score == 0.9
+    elsewhere = np.zeros((HEIGHT, WIDTH), bool)
+    elsewhere[3:] = True
+    assert not result.within(elsewhere).is_anomalous
+    assert result.within(elsewhere).with_threshold(0.05).area == elsewhere.sum()
+
+
+def test_a_region_gives_no_verdict_where_there_is_none():
+    nothing = np.zeros((HEIGHT, WIDTH), bool)
+    result = segmentation(nothing, anomaly_map=nothing.astype(np.float32), anchor_groups=0)
+    assert not result.within(~nothing).anchors_found
+
+
+@pytest.mark.parametrize(
+    ("region", "message"),
+    [
+        (np.ones((WIDTH, HEIGHT), bool), r"expected bool or uint8 \[5, 7\], as the picture, got bool \[7, 5\]"),
+        (np.ones((HEIGHT, WIDTH)), "got float64"),
+        (np.ones((HEIGHT, WIDTH, 3), np.uint8), r"got uint8 \[5, 7, 3\]"),
+        (np.zeros((HEIGHT, WIDTH), bool), "at least one pixel to look at"),
+    ],
+)
+def test_a_region_that_does_not_fit_is_refused(region, message):
+    with pytest.raises(RequestError, match=message):
+        segmentation().within(region)
+
+
 def test_a_map_with_nan_is_refused_instead_of_passing_as_normal():
     poisoned = np.full((HEIGHT, WIDTH), 0.1, np.float32)
     poisoned[2, 2] = np.nan
@@ -243,6 +282,8 @@ def test_json_holds_the_keys_of_the_command_line_and_only_plain_values():
         "truncated": False,
         "threshold": 0.5,
         "relative_threshold": 1.0,
+        "tiles": 1,
+        "region_share": 1.0,
         "timings_ms": {"total": 20.0},
     }
     record = json.loads(json.dumps(result.to_json(polygons=True)))

@@ -21,12 +21,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from engines import EngineError
 from runtime.cli.common import AUTO, Progress, add_engine_arguments, close_stdout, describe, engine_options, json_line, open_streams, say
 from runtime.errors import AgvasError, ImageError, OutputError, RequestError, choose
-from runtime.images import PIXEL_LIMIT, find_images
+from runtime.images import PIXEL_LIMIT, find_images, read_image
 from runtime.prompts import DIRECT, MODES, PLUS
 from runtime.segmenter import Segmenter
+from runtime.tiling import Tiling
 
 # What leaves the next picture a chance; ImageError is a ValueError.
 _OF_ONE_PICTURE = (EngineError, ValueError, MemoryError)
@@ -62,6 +65,7 @@ def segment_pictures(
     output: str | os.PathLike[str] | None = None,
     overlay: bool = False,
     polygons: bool = False,
+    region: np.ndarray | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Segment one picture after the other; each instruction gives the record that agvas-segment prints as JSON.
 
@@ -72,6 +76,7 @@ def segment_pictures(
             output_stems. A picture without a verdict has neither, and what an earlier run left under its names is
             removed, as is an overlay where none is asked for. With several instructions the first one's stem is `<stem>__1`, and so on.
         polygons: also give the outline of each mask.
+        region: judge this part of every picture alone, see Segmentation.within; a picture of another size is one that failed.
 
     Yields:
         {"image", "error"} for a picture that could not be read or looked at, and with "instruction" for one about which
@@ -99,14 +104,16 @@ def segment_pictures(
                 _forget(output, stem + ending)
             yield {"image": str(path), "error": str(error) or type(error).__name__}
             continue
+        told = list(dict.fromkeys(str(warning.message) for warning in caught))  # tiles tell the same
         for request, ending in zip(requests, endings, strict=True):
             try:
                 result = inspection.answer(request)
+                result = result if region is None else result.within(region)
             except _OF_ONE_PICTURE as error:
                 _forget(output, stem + ending)
                 yield {"image": str(path), "instruction": request.instruction, "error": str(error) or type(error).__name__}
                 continue
-            record = {"image": str(path), **result.to_json(polygons=polygons), "warnings": [str(warning.message) for warning in caught]}
+            record = {"image": str(path), **result.to_json(polygons=polygons), "warnings": told}
             if not result.anchors_found:  # an empty mask would say OK
                 _forget(output, stem + ending)
             elif output is not None:
@@ -185,6 +192,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="R",
         help="an anomalous picture's mask is what lies above R times its map's maximum, 0..1; 1: above --threshold (default: the bundle's)",
     )
+    add("--tile", type=int, metavar="N", help="see larger pictures in tiles of N × N pixels, an inference each (default: whole)")
+    add("--tile-overlap", type=int, metavar="N", help="pixels that neighbouring tiles share at least (default: an eighth of --tile)")
+    add("--region", metavar="FILE", help="a picture, white where to look and black where not; all pictures must have its size")
     add("--pixel-limit", type=int, default=PIXEL_LIMIT, metavar="N", help=f"largest picture (default {PIXEL_LIMIT})")
     add("--recursive", action="store_true", help="look into subfolders too")
     add("--output", metavar="DIR", help="write <stem>_mask.png (0 and 255) there, in place of older files")
@@ -208,6 +218,7 @@ def _run(arguments: argparse.Namespace) -> int:
         _report(record, arguments.json, False)
     if not pictures:
         return 2
+    region = None if arguments.region is None else _read_region(arguments.region)
     if arguments.output is not None:
         _prepare(arguments.output)  # before the model is opened, which can take minutes
     if arguments.engine == AUTO:
@@ -222,6 +233,8 @@ def _run(arguments: argparse.Namespace) -> int:
         remeasure=arguments.remeasure,
         threshold=arguments.threshold,
         relative_threshold=arguments.relative_threshold,
+        tile=arguments.tile,
+        tile_overlap=arguments.tile_overlap,
         pixel_limit=arguments.pixel_limit,
     )
     if segmenter.choice is not None:
@@ -243,6 +256,7 @@ def _run(arguments: argparse.Namespace) -> int:
             output=arguments.output,
             overlay=arguments.overlay,
             polygons=arguments.polygons,
+            region=region,
         )
         done, several = 0, len(instructions) > 1
         for record in records:
@@ -269,6 +283,21 @@ def _check(arguments: argparse.Namespace) -> None:
             raise RequestError(f"--{option.replace('_', '-')}: expected a number in 0..1, got {given}")
     if arguments.pixel_limit < 1:
         raise RequestError(f"--pixel-limit: expected at least 1, got {arguments.pixel_limit}")
+    if arguments.tile is None and arguments.tile_overlap is not None:
+        raise RequestError("--tile-overlap: expected --tile beside it, got none; say how large the tiles are")
+    if arguments.tile is not None:
+        try:
+            Tiling(arguments.tile, arguments.tile_overlap)
+        except RequestError as error:
+            raise RequestError(f"--{str(error).replace('tile_overlap', 'tile-overlap')}") from error
+
+
+def _read_region(path: str) -> np.ndarray:
+    """bool [H, W], True where the picture is nearer to white than to black."""
+    region: np.ndarray = np.max(read_image(path), axis=2) > 127
+    if not region.any():
+        raise RequestError(f"--region {path}: expected a picture with white where to look, got one that is black throughout")
+    return region
 
 
 def _find(inputs: Sequence[str], recursive: bool) -> tuple[list[Path], list[dict[str, Any]]]:

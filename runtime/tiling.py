@@ -1,0 +1,150 @@
+"""Large pictures in overlapping tiles: each goes through the whole chain as a picture of its own, and the maps are put together.
+
+The model sees a picture at one size, whatever its own; in tiles, what is small in a large frame stays large enough to be seen, at one
+inference a tile. Neighbours overlap so that every pixel is judged with context around it, and each pixel of the map comes from one
+tile, the one whose border is further away (the overlap-tile strategy of U-Net, Ronneberger et al. 2015): nothing is averaged, so a
+defect that one tile shows whole is not halved by another that shows its end.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from runtime.errors import RequestError
+from runtime.pipeline import Pipeline, Prepared, Trace, Vision
+from runtime.prompts import Prompt
+
+LEAST_SIDE = 64  # pixels of the picture; smaller tiles show the model texture and nothing of the part
+
+
+@dataclass(frozen=True)
+class Span:
+    """One tile along one axis, in pixels of the picture: it sees `start` to `end`, and `kept_from` to `kept_to` are kept of it."""
+
+    start: int
+    end: int
+    kept_from: int
+    kept_to: int
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How pictures are cut.
+
+    Args:
+        side: of a square tile, pixels of the picture; a picture that is no larger stays whole.
+        overlap: of neighbouring tiles at least, pixels; None for an eighth of `side`.
+
+    Raises:
+        RequestError: a side below LEAST_SIDE, or an overlap of more than half of it.
+    """
+
+    side: int
+    overlap: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.side < LEAST_SIDE:
+            raise RequestError(f"tile: expected a side of {LEAST_SIDE} pixels at least, got {self.side}; leave it out for whole pictures")
+        if self.overlap is not None and not 0 <= self.overlap <= self.side // 2:
+            raise RequestError(f"tile_overlap: expected 0 to {self.side // 2} pixels, half of a tile's side, got {self.overlap}")
+
+    def spans(self, length: int) -> list[Span]:
+        """Tiles along an axis of `length` pixels, evenly spaced and all of the same size; what they keep covers it once."""
+        if length <= self.side:
+            return [Span(0, length, 0, length)]
+        overlap = self.side // 8 if self.overlap is None else self.overlap
+        count = math.ceil((length - overlap) / (self.side - overlap))
+        starts = [index * (length - self.side) // (count - 1) for index in range(count)]
+        seams = [0, *((left + self.side + right) // 2 for left, right in zip(starts, starts[1:])), length]
+        return [Span(start, start + self.side, *kept) for start, *kept in zip(starts, seams, seams[1:])]
+
+    def tiles(self, height: int, width: int) -> list[tuple[Span, Span]]:
+        """(rows, columns) of each tile of a picture, row by row."""
+        return [(rows, columns) for rows in self.spans(height) for columns in self.spans(width)]
+
+
+class TiledPipeline:
+    """A pipeline that takes pictures in tiles; it offers what an Inspection and a stream ask of a Pipeline.
+
+    One question is put to every tile. What is said of the picture is the answer of the tile whose map is highest; where a tile's answer
+    lacks an anchor, it is that one, and the picture has no map and no verdict, as a whole picture then has none. Between questions the
+    encoders' outputs of every tile are kept and the language model's keys and values are not: they would be the larger part by far.
+    """
+
+    def __init__(self, pipeline: Pipeline, tiling: Tiling) -> None:
+        self.pipeline = pipeline
+        self.tiling = tiling
+        self.prompts = pipeline.prompts
+
+    def prepare(self, image: np.ndarray) -> TiledPrepared:
+        """`Pipeline.prepare` of every tile of a picture (uint8 RGB [H, W, 3])."""
+        height, width = image.shape[:2]
+        tiles = self.tiling.tiles(height, width)
+        cut = (np.ascontiguousarray(image[rows.start : rows.end, columns.start : columns.end]) for rows, columns in tiles)
+        return TiledPrepared(height, width, tiles, [self.pipeline.prepare(tile) for tile in cut])
+
+    def look(self, prepared: TiledPrepared) -> TiledVision:
+        """`Pipeline.look` at every tile."""
+        visions = [self.pipeline.look(tile) for tile in prepared.prepared]
+        return TiledVision(prepared.height, prepared.width, prepared.tiles, visions)
+
+    def answer(self, vision: TiledVision, prompt: Prompt, on_text: Callable[[str], object] | None = None) -> Trace:
+        """The tiles' answers as one; `timings` are their sums. A trace of tiles holds no tensors.
+
+        Raises:
+            RequestError: `on_text` for a picture of several tiles, whose texts would run into one another.
+            EngineFailed: as Pipeline.answer.
+        """
+        if len(vision.tiles) == 1:
+            return self.pipeline.answer(vision.visions[0], prompt, on_text)
+        if on_text is not None:
+            raise RequestError(f"on_text: expected a picture in one piece, got {len(vision.tiles)} tiles, each with a text of its own")
+        anomaly_map = np.zeros((vision.height, vision.width), np.float32)
+        timings = Counter[str]()
+        said: tuple[int, ...] = ()
+        without: tuple[int, ...] | None = None
+        verified, highest, joining = True, -math.inf, 0.0
+        for (rows, columns), tile in zip(vision.tiles, vision.visions, strict=True):
+            trace = self.pipeline.answer(tile, prompt)
+            tile.forget()
+            started = time.perf_counter()
+            timings.update(trace.timings)
+            verified = verified and trace.verified
+            if trace.anchor_states is None:
+                without = trace.answer if without is None else without
+            top, left = rows.kept_from - rows.start, columns.kept_from - columns.start
+            kept = trace.anomaly_map[top : rows.kept_to - rows.start, left : columns.kept_to - columns.start]
+            anomaly_map[rows.kept_from : rows.kept_to, columns.kept_from : columns.kept_to] = kept
+            if not said or kept.max() > highest:
+                said, highest = trace.answer, float(kept.max())
+            joining += (time.perf_counter() - started) * 1e3
+        if without is not None:
+            said, anomaly_map = without, np.zeros_like(anomaly_map)
+        timings.update({"postprocess": joining, "total": joining})
+        return Trace(answer=said, verified=verified, anomaly_map=anomaly_map, timings=dict(timings), tiles=len(vision.tiles))
+
+
+@dataclass(frozen=True, eq=False)
+class TiledPrepared:
+    """A picture's size and tiles in pixels, and each tile as the encoders take it."""
+
+    height: int
+    width: int
+    tiles: list[tuple[Span, Span]]
+    prepared: list[Prepared]
+
+
+@dataclass(frozen=True, eq=False)
+class TiledVision:
+    """A picture's size and tiles in pixels, and what each tile contributes to every answer."""
+
+    height: int
+    width: int
+    tiles: list[tuple[Span, Span]]
+    visions: list[Vision]

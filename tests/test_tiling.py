@@ -1,0 +1,183 @@
+"""Tiles: they cover a picture once, each gives what it gives alone, and a picture that fits is what it was without them."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import picture
+
+from engines import EngineFailed
+from runtime import Segmenter
+from runtime.errors import RequestError
+from runtime.pipeline import Trace
+from runtime.preprocess import frame_of, warn_of_lost_detail
+from runtime.tiling import TiledPipeline, Tiling
+
+LARGE = picture(5, 150, 230)
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_bundle: Path) -> Segmenter:
+    return Segmenter(tiny_bundle, engine="onnxruntime")
+
+
+@pytest.fixture
+def tiled(tiny_bundle: Path) -> Segmenter:
+    return Segmenter(tiny_bundle, engine="onnxruntime", tile=64, tile_overlap=16)
+
+
+@pytest.mark.parametrize(("side", "overlap"), [(64, 0), (64, None), (64, 32), (100, 7), (65, 31)])
+def test_the_kept_parts_cover_an_axis_once_with_context_on_both_sides(side: int, overlap: int | None) -> None:
+    tiling = Tiling(side, overlap)
+    shared = side // 8 if overlap is None else overlap
+    for length in (1, side - 1, side, side + 1, 2 * side - shared, 2 * side - shared + 1, 777):
+        spans = tiling.spans(length)
+        assert spans[0].kept_from == 0 and spans[-1].kept_to == length
+        for span in spans:
+            assert 0 <= span.start <= span.kept_from < span.kept_to <= span.end <= length
+            assert span.end - span.start == min(side, length)
+        for left, right in itertools.pairwise(spans):
+            assert left.kept_to == right.kept_from
+            assert left.end - right.start >= shared
+            assert abs((left.end - left.kept_to) - (right.kept_from - right.start)) <= 1  # the seam is the overlap's middle
+
+
+def test_no_more_tiles_than_needed() -> None:
+    assert len(Tiling(100, 20).spans(100)) == 1
+    assert len(Tiling(100, 20).spans(180)) == 2
+    assert len(Tiling(100, 20).spans(181)) == 3
+
+
+def test_each_part_of_the_map_is_what_its_tile_gives_alone(whole: Segmenter, tiled: Segmenter) -> None:
+    result = tiled(LARGE)
+    tiles = Tiling(64, 16).tiles(150, 230)
+    assert result.tiles == len(tiles) == 3 * 5
+    highest = 0.0
+    for rows, columns in tiles:
+        alone = whole(np.ascontiguousarray(LARGE[rows.start : rows.end, columns.start : columns.end])).anomaly_map
+        top, left = rows.start, columns.start
+        kept = alone[rows.kept_from - top : rows.kept_to - top, columns.kept_from - left : columns.kept_to - left]
+        np.testing.assert_array_equal(result.anomaly_map[rows.kept_from : rows.kept_to, columns.kept_from : columns.kept_to], kept)
+        highest = max(highest, float(kept.max()))
+    assert result.score == highest
+    np.testing.assert_array_equal(result.mask, result.rule.mask(result.anomaly_map))
+    assert not np.array_equal(result.anomaly_map, whole(LARGE).anomaly_map)
+
+
+def test_times_are_the_tiles_sums(whole: Segmenter, tiled: Segmenter) -> None:
+    timings = tiled(LARGE).timings
+    assert timings.keys() == whole(LARGE).timings.keys()
+    stages = sum(spent for name, spent in timings.items() if name != "total")
+    assert stages <= timings["total"] * 1.0001
+    assert timings["pixel_encoder"] > 0
+
+
+def test_a_picture_that_fits_is_one_tile(whole: Segmenter, tiled: Segmenter) -> None:
+    small = picture(1, 41, 64)
+    np.testing.assert_array_equal(tiled(small).anomaly_map, whole(small).anomaly_map)
+    assert tiled(small).tiles == 1
+    said: list[str] = []
+    tiled(small, on_text=said.append)
+    assert "".join(said) == whole(small).text
+
+
+def test_a_stream_and_further_questions_are_tiled_too(tiled: Segmenter) -> None:
+    first = tiled(LARGE)
+    (streamed,) = tiled.stream([LARGE])
+    np.testing.assert_array_equal(streamed.get().anomaly_map, first.anomaly_map)
+    inspection = tiled.inspect(LARGE)
+    np.testing.assert_array_equal(inspection.ask().anomaly_map, first.anomaly_map)
+    again = inspection.ask()
+    np.testing.assert_array_equal(again.anomaly_map, first.anomaly_map)
+    assert "pixel_encoder" not in again.timings  # what the encoders saw was kept
+
+
+def test_tiles_keep_no_keys_and_values(tiled: Segmenter) -> None:
+    chain = tiled._chain
+    assert isinstance(chain, TiledPipeline)
+    vision = chain.look(chain.prepare(LARGE))
+    chain.answer(vision, tiled.request())
+    assert all(tile.past() is None for tile in vision.visions)
+
+
+def test_a_tile_without_anchors_leaves_the_picture_without_a_verdict(tiled: Segmenter) -> None:
+    chain = tiled._chain
+    assert isinstance(chain, TiledPipeline)
+    answer, calls = chain.pipeline.answer, itertools.count()
+
+    def one_without(*arguments: object) -> Trace:
+        trace = answer(*arguments)  # type: ignore[arg-type]
+        if next(calls) == 3:
+            return dataclasses.replace(trace, answer=trace.answer[:2], anchor_states=None, anomaly_map=np.zeros_like(trace.anomaly_map))
+        return trace
+
+    chain.pipeline.answer = one_without  # type: ignore[method-assign, assignment]
+    result = tiled(LARGE, "Segment it.")
+    assert not result.anchors_found and not result.is_anomalous and result.score == 0
+    assert "[SEG]" not in result.text
+
+
+def test_the_text_is_that_of_the_tile_with_the_highest_map(tiled: Segmenter) -> None:
+    chain = tiled._chain
+    assert isinstance(chain, TiledPipeline)
+    answer, maps = chain.pipeline.answer, []
+
+    def numbered(*arguments: object) -> Trace:
+        trace = answer(*arguments)  # type: ignore[arg-type]
+        maps.append(trace.anomaly_map)
+        return dataclasses.replace(trace, answer=(len(maps), *trace.answer), verified=len(maps) != 2)
+
+    chain.pipeline.answer = numbered  # type: ignore[method-assign, assignment]
+    vision = chain.look(chain.prepare(LARGE))
+    trace = chain.answer(vision, tiled.request())
+    kept = [
+        one[rows.kept_from - rows.start : rows.kept_to - rows.start, columns.kept_from - columns.start : columns.kept_to - columns.start]
+        for one, (rows, columns) in zip(maps, vision.tiles, strict=True)
+    ]
+    assert trace.answer[0] == 1 + int(np.argmax([part.max() for part in kept]))
+    assert trace.verified is False
+
+
+def test_a_map_out_of_range_in_one_tile_is_an_engines_failure(tiled: Segmenter) -> None:
+    decoder, decoded = tiled._pipeline.stages["mask_decoder"], itertools.count()
+
+    class Spoilt:
+        def run(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+            outputs = decoder.run(feeds)
+            return {"anomaly_map": outputs["anomaly_map"] * np.float32(np.nan if next(decoded) == 7 else 1)}
+
+    tiled._pipeline.stages = {**tiled._pipeline.stages, "mask_decoder": Spoilt()}
+    with pytest.raises(EngineFailed, match="NaN or infinity"):
+        tiled(LARGE)
+
+
+def test_texts_of_several_tiles_are_not_streamed(tiled: Segmenter) -> None:
+    with pytest.raises(RequestError, match=r"on_text: expected a picture in one piece, got 15 tiles"):
+        tiled(LARGE, on_text=lambda piece: None)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"tile": 63}, "tile: expected a side of 64 pixels at least, got 63"),
+        ({"tile": 100, "tile_overlap": 51}, "tile_overlap: expected 0 to 50 pixels"),
+        ({"tile": 100, "tile_overlap": -1}, "tile_overlap: expected 0 to 50 pixels"),
+        ({"tile_overlap": 10}, "tile_overlap: expected tile beside it"),
+    ],
+)
+def test_bad_tiles_are_refused_before_the_bundle_is_opened(tmp_path: Path, settings: dict[str, int], message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        Segmenter(tmp_path / "no bundle", "onnxruntime", **settings)  # type: ignore[arg-type]
+
+
+def test_a_frame_that_is_shown_much_smaller_is_told() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_lost_detail(frame_of(3000, 4096, 512))
+    with pytest.warns(UserWarning, match=r"seen at 512 × 384, where defects of less than 32 of its pixels .* --tile"):
+        warn_of_lost_detail(frame_of(6000, 8000, 512))
