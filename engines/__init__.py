@@ -6,6 +6,7 @@ falls back. Choosing among engines is the runtime's business.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -15,6 +16,10 @@ import numpy as np
 from engines.cuda import GPU
 from engines.errors import EngineError, EngineFailed, EngineUnavailable, TensorMismatch
 from engines.spec import Resident, StageSpec, TensorSpec
+
+# onnxruntime's official builds tell Microsoft about sessions and models over the network from 1.29 on, unless this stands in the
+# environment before it is loaded. A line's PC calls nobody: a user who wants it says ORT_DISABLE_TELEMETRY=0.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 ENGINES = ("onnxruntime", "openvino", "tensorrt", "tensorrt-rtx")
 INFERENCE_PRECISIONS = ("graph", "bf16", "int8")

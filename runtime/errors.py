@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from numbers import Integral
 
 
 class AgvasError(Exception):
@@ -48,6 +49,12 @@ class RequestError(AgvasError, ValueError):
 
 class OutputError(AgvasError, OSError):
     """A result that cannot be written: unwritable folder, full disk."""
+
+
+def check_whole(name: str, value: object) -> None:
+    """Raises RequestError where a setting is no whole number: "1000", 0.5, True."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise RequestError(f"{name}: expected a whole number, got {value!r}")
 
 
 def choose(name: str, value: str, allowed: Iterable[str], remedy: str = "") -> str:

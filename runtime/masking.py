@@ -31,9 +31,9 @@ class MaskRule:
     relative_threshold: float = 1.0
 
     def __post_init__(self) -> None:
-        for name, value, usual in (("threshold", self.threshold, 0.5), ("relative_threshold", self.relative_threshold, 1)):
+        for name, value in (("threshold", self.threshold), ("relative_threshold", self.relative_threshold)):
             if isinstance(value, bool) or not (isinstance(value, Real) and 0 <= value <= 1):  # NaN is refused too
-                raise RequestError(f"{name}: expected a number in 0..1, got {value!r}; {usual} is the usual start")
+                raise RequestError(f"{name}: expected a number in 0..1, got {value!r}; leave it out for the model's own")
 
     def level(self, score: float) -> np.float32:
         """What a pixel must exceed in a map with this maximum; float32 is the map's precision."""

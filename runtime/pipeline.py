@@ -170,11 +170,16 @@ class Pipeline:
         """Everything about a picture (uint8 RGB [H, W, 3]) that depends on no words: `prepare` and `look`."""
         return self.look(self.prepare(image))
 
-    def prepare(self, image: np.ndarray) -> Prepared:
-        """Resize and normalise a picture (uint8 RGB [H, W, 3]) for both encoders; no engine is asked."""
+    def prepare(self, image: np.ndarray, *, warn: bool = True) -> Prepared:
+        """Resize and normalise a picture (uint8 RGB [H, W, 3]) for both encoders; no engine is asked.
+
+        With `warn`, a picture that shows nothing, or at a size at which defects are lost, is warned of.
+        """
         started = time.perf_counter()
         pixel_image, semantic_image, frame = preprocess.encoder_images(image, self.preprocessing)
-        preprocess.warn_of_lost_detail(frame)
+        if warn:
+            preprocess.warn_of_one_tone(image)
+            preprocess.warn_of_lost_detail(frame)
         return Prepared(pixel_image, semantic_image, frame, (time.perf_counter() - started) * 1e3)
 
     def look(self, prepared: Prepared) -> Vision:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
+ONE_TONE = 8  # levels of 255; a part under light and a sensor's noise spread further
 REDUCED = 8  # times; a frame that is shown so much smaller loses what is that many pixels wide
 SLIVER = 16  # pixels; a shorter side below it, of a picture or as the model sees it, is no more than a patch of the network
 # Pixels from which a map is enlarged by our own rows: below, Pillow's single call is faster (480 × 640: 0.8 ms against 1.1).
@@ -76,6 +77,19 @@ def warn_of_lost_detail(frame: Frame) -> None:
         warnings.warn(
             f"a picture of {frame.width} × {frame.height} pixels is seen at {frame.resized_width} × {frame.resized_height}, where defects "
             f"of less than {math.ceil(2 * times)} of its pixels hardly show; see it in tiles (tile=, --tile) where such ones matter",
+            stacklevel=2,
+        )
+
+
+def warn_of_one_tone(image: np.ndarray) -> None:
+    """Warn of a frame (uint8 RGB [H, W, 3]) that shows nothing: black, blown out, a lamp or a camera that failed; it would be judged OK."""
+    step = max(1, min(image.shape[:2]) // 128)
+    seen = image[::step, ::step].reshape(-1, 3)
+    lowest, highest = seen.min(axis=0), seen.max(axis=0)
+    if (highest - lowest).max() < ONE_TONE and min(image.shape[:2]) >= SLIVER:
+        warnings.warn(
+            f"a picture of one tone, levels {lowest.min()} to {highest.max()} of 255: it shows no part and is likely judged OK; look at "
+            "lamp, lens and camera",
             stacklevel=2,
         )
 

@@ -20,6 +20,7 @@ from PIL import Image
 
 from runtime.errors import OutputError, RequestError
 from runtime.masking import MaskRule
+from runtime.region import as_region
 
 # How far outside [0, 1] a map may lie: resampling a float32 map adds a few units in its last place.
 MAP_SLACK = 1e-4
@@ -46,7 +47,7 @@ class Segmentation:
         timings: milliseconds by stage, and "total"; with several answers about one picture, the first one's include seeing it.
         image: uint8 RGB [H, W, 3] for `overlay`, by reference; None where it was not kept.
         tiles: how many pieces the picture was seen in.
-        region_share: share of the picture's pixels that the verdict is about, see `within`.
+        region: bool [H, W], the pixels that the verdict is about, see `within`; None for all.
 
     Raises:
         ValueError: an array of another dtype or shape, or a map with NaN or values outside [0, 1]; a NaN would pass
@@ -67,7 +68,7 @@ class Segmentation:
     timings: dict[str, float]
     image: np.ndarray | None = field(default=None, repr=False)
     tiles: int = 1
-    region_share: float = 1.0
+    region: np.ndarray | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         _check_array("mask", self.mask, "bool", "[H, W]", self.mask.ndim == 2 and self.mask.size > 0)
@@ -104,8 +105,14 @@ class Segmentation:
         """
         return _trace(self.mask)
 
+    def boxes(self) -> list[tuple[int, int, int, int]]:
+        """(x, y, width, height) in pixels around each 4-connected component of the mask, in the order of `polygons`."""
+        corners = [np.array(rings[0]) for rings in self.polygons()]
+        lows, highs = [ring.min(axis=0) for ring in corners], [ring.max(axis=0) for ring in corners]
+        return [(int(x), int(y), int(right - x), int(below - y)) for (x, y), (right, below) in zip(lows, highs, strict=True)]
+
     def overlay(self, alpha: float = 0.45, color: tuple[int, int, int] = (255, 0, 64), outline: bool = True) -> Image.Image:
-        """The picture with the mask tinted.
+        """The picture with the mask tinted, and darkened outside a region of interest.
 
         Args:
             alpha: share of `color` in the tint, 0 (the picture alone) to 1.
@@ -122,6 +129,8 @@ class Segmentation:
         if len(color) != 3 or not all(isinstance(level, int) and 0 <= level <= 255 for level in color):
             raise RequestError(f"overlay: expected color as three integers 0..255 (RGB), got {color!r}")
         painted = self.image.copy()
+        if self.region is not None:
+            painted[~self.region] //= 3
         tint = np.asarray(color, np.float32) * alpha
         painted[self.mask] = np.rint(self.image[self.mask] * np.float32(1 - alpha) + tint).astype(np.uint8)
         if outline:
@@ -139,6 +148,11 @@ class Segmentation:
     def relative_threshold(self) -> float:
         """Share of the score that a pixel of the mask exceeded, 0..1."""
         return self.rule.relative_threshold
+
+    @property
+    def region_share(self) -> float:
+        """Share of the picture's pixels that the verdict is about, 0..1."""
+        return 1.0 if self.region is None else float(self.region.mean())
 
     def with_threshold(self, threshold: float | None = None, *, relative_threshold: float | None = None) -> Segmentation:
         """The same map judged by another threshold; score, text and timings stay.
@@ -158,40 +172,46 @@ class Segmentation:
     def within(self, region: np.ndarray) -> Segmentation:
         """The same map judged in a region of interest alone: outside it the map is 0, so score, verdict and mask are the region's.
 
-        The model saw the whole picture and no second inference is made. Without anchors there is no verdict here either.
+        The model saw the whole picture and no second inference is made. Without anchors there is no verdict here either. Of a result
+        that has a region already, what lies in both is judged; several regions of one picture are several calls on its first result.
 
         Args:
-            region: bool or uint8 [H, W], the picture's own size; what is not 0 is looked at.
+            region: bool [H, W], or uint8 of 0 and 1 or 255, of the picture's own size.
 
         Raises:
-            RequestError: another size or dtype, or a region without a pixel.
+            RequestError: a region of another size, with other values, or with nothing to look at.
         """
-        region = np.asarray(region)
-        if region.shape != self.mask.shape or region.dtype not in (np.bool_, np.uint8):
-            raise RequestError(
-                f"region: expected bool or uint8 {list(self.mask.shape)}, as the picture, got {region.dtype} {list(region.shape)}; "
-                "draw it on a picture of this size"
-            )
-        looked_at = region != 0
-        share = float(looked_at.mean())
-        if share == 0:
-            raise RequestError("region: expected at least one pixel to look at, got none; white is looked at, black is not")
+        looked_at = as_region(region)
+        if looked_at.shape != self.mask.shape:
+            own, given = (f"{width} × {height}" for height, width in (self.mask.shape, looked_at.shape))
+            raise RequestError(f"region: expected the picture's size, {own}, got {given}; draw it on a picture of this size")
+        if self.region is not None:
+            looked_at = looked_at & self.region
+            if not looked_at.any():
+                raise RequestError(
+                    "region: expected one that meets the region judged before, got one that lies outside it; "
+                    "judge each region on the first result"
+                )
         anomaly_map = np.where(looked_at, self.anomaly_map, np.float32(0))
         mask = self.rule.mask(anomaly_map)
         score = float(anomaly_map.max())
-        return replace(self, mask=mask, anomaly_map=anomaly_map, score=score, is_anomalous=bool(mask.any()), region_share=share)
+        return replace(self, mask=mask, anomaly_map=anomaly_map, score=score, is_anomalous=bool(mask.any()), region=looked_at)
 
     def to_json(self, *, polygons: bool = False) -> dict[str, Any]:
         """What JSON can hold of this result, in the words of agvas-segment's line.
 
-        "mask" is None: the caller puts the path there, and the picture's name beside it. With `polygons`, the outline
-        too.
+        "mask" is None: agvas-segment puts the path there, and beside it the picture's name, its warnings and the engine. With `polygons`,
+        the outline too.
         """
+        height, width = self.mask.shape
         record: dict[str, Any] = {
             "score": float(self.score),
             "is_anomalous": bool(self.is_anomalous),
             "mask": None,
             "area": self.area,
+            "boxes": [list(box) for box in self.boxes()],
+            "width": width,
+            "height": height,
             "text": self.text,
             "instruction": self.instruction,
             "mode": self.mode,
@@ -202,21 +222,23 @@ class Segmentation:
             "threshold": float(self.rule.threshold),
             "relative_threshold": float(self.rule.relative_threshold),
             "tiles": int(self.tiles),
-            "region_share": float(self.region_share),
+            "region_share": self.region_share,
             "timings_ms": {stage: float(spent) for stage, spent in self.timings.items()},
         }
         if polygons:
             record["polygons"] = self.polygons()
         return record
 
-    def save(self, folder: str | os.PathLike[str], stem: str, *, overlay: bool = False) -> dict[str, Path]:
-        """Write `<stem>_mask.png` (one channel, 0 and 255) and, if asked, `<stem>_overlay.png` into `folder`.
+    def save(self, folder: str | os.PathLike[str], stem: str, *, overlay: bool = False, anomaly_map: bool = False) -> dict[str, Path]:
+        """Write `<stem>_mask.png` (one channel, 0 and 255) and, if asked, `<stem>_overlay.png` and `<stem>_map.png` into `folder`.
+
+        The map's file has one channel of 16 bits, 65535 for a probability of 1.
 
         The folder is made if need be. Each file appears whole or not at all: a reader that polls the folder never sees
         half a mask, and a failure leaves an older file as it was.
 
         Returns:
-            Paths by "mask" and "overlay".
+            Paths by "mask", "overlay" and "map".
 
         Raises:
             RequestError: `stem` is not a plain file name, or the overlay is asked for and the picture was not kept.
@@ -227,6 +249,8 @@ class Segmentation:
         pictures = {"mask": Image.fromarray(self.mask.astype(np.uint8) * 255)}
         if overlay:
             pictures["overlay"] = self.overlay()
+        if anomaly_map:
+            pictures["map"] = Image.fromarray(np.rint(np.clip(self.anomaly_map, 0, 1) * 65535).astype(np.uint16))
         try:
             os.makedirs(folder, exist_ok=True)
         except OSError as error:

@@ -17,7 +17,7 @@ from PIL import Image
 
 from engines import ENGINES, INFERENCE_PRECISIONS, EngineError, EngineOptions
 from runtime.bundle import Bundle
-from runtime.errors import AgvasError, RequestError, choose
+from runtime.errors import AgvasError, RequestError, check_whole, choose
 from runtime.images import PIXEL_LIMIT, as_rgb
 from runtime.inspection import Inspection
 from runtime.pipeline import Chain
@@ -82,7 +82,13 @@ class Segmenter:
         low_memory: bool = False,
         remeasure: bool = False,
     ) -> None:
+        if not isinstance(bundle, (str, os.PathLike)) or not os.fspath(bundle):
+            raise RequestError(f"bundle: expected the folder that agvas-export wrote, got {bundle!r}")
         choose("engine", engine, ("auto", *ENGINES))
+        if not isinstance(device, str):
+            raise RequestError(f"device: expected cpu or cuda:N (cuda:0 is the first GPU), got {device!r}")
+        check_whole("threads", threads)
+        check_whole("pixel_limit", pixel_limit)
         if inference_precision is not None:
             choose("inference_precision", inference_precision, INFERENCE_PRECISIONS)
         try:

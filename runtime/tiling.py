@@ -16,7 +16,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from runtime.errors import RequestError
+from runtime import preprocess
+from runtime.errors import RequestError, check_whole
 from runtime.pipeline import Pipeline, Prepared, Trace, Vision
 from runtime.prompts import Prompt
 
@@ -49,6 +50,9 @@ class Tiling:
     overlap: int | None = None
 
     def __post_init__(self) -> None:
+        check_whole("tile", self.side)
+        if self.overlap is not None:
+            check_whole("tile_overlap", self.overlap)
         if self.side < LEAST_SIDE:
             raise RequestError(f"tile: expected a side of {LEAST_SIDE} pixels at least, got {self.side}; leave it out for whole pictures")
         if self.overlap is not None and not 0 <= self.overlap <= self.side // 2:
@@ -87,7 +91,10 @@ class TiledPipeline:
         height, width = image.shape[:2]
         tiles = self.tiling.tiles(height, width)
         cut = (np.ascontiguousarray(image[rows.start : rows.end, columns.start : columns.end]) for rows, columns in tiles)
-        return TiledPrepared(height, width, tiles, [self.pipeline.prepare(tile) for tile in cut])
+        prepared = [self.pipeline.prepare(tile, warn=False) for tile in cut]
+        preprocess.warn_of_one_tone(image)
+        preprocess.warn_of_lost_detail(prepared[0].frame)  # all tiles are of one size
+        return TiledPrepared(height, width, tiles, prepared)
 
     def look(self, prepared: TiledPrepared) -> TiledVision:
         """`Pipeline.look` at every tile."""

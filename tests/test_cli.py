@@ -31,7 +31,7 @@ from runtime.segmentation import Segmentation
 SEGMENT_KEYS = {
     *("image", "score", "is_anomalous", "mask", "area", "text", "answer_verified", "anchors_found", "threshold", "relative_threshold"),
     *("instruction", "mode", "anchor_groups", "truncated"),
-    *("timings_ms", "engine", "inference_precision", "device", "warnings", "tiles", "region_share"),
+    *("timings_ms", "engine", "inference_precision", "device", "warnings", "tiles", "region_share", "boxes", "width", "height"),
 }
 PARITY_KEYS = {"images", "mask_iou_mean", "mask_iou_min", "flips", "map_max_abs", "anchor_cosine_min"}
 
@@ -118,7 +118,7 @@ def test_in_words_a_line_has_verdict_score_area_time_and_path(run_segment: Any, 
 
 def test_a_dim_16_bit_picture_is_judged_with_a_warning(run_segment: Any, tmp_path: Path) -> None:
     for name in ("a.png", "b.png"):
-        Image.fromarray(np.full((40, 50), 4095, np.uint16)).save(tmp_path / name)
+        Image.fromarray(np.linspace(0, 4095, 2000).astype(np.uint16).reshape(40, 50)).save(tmp_path / name)
     for quiet in ([], ["--quiet"]):
         code, lines, errors = run_segment(tmp_path / "a.png", tmp_path / "b.png", "--json", *quiet)
         assert code == 0 and len(lines) == 2
@@ -130,9 +130,8 @@ def test_a_dim_16_bit_picture_is_judged_with_a_warning(run_segment: Any, tmp_pat
 
 
 def test_a_sliver_is_judged_with_a_warning(run_segment: Any, tmp_path: Path) -> None:
-    Image.new("RGB", (2000, 20)).save(tmp_path / "long.png")
-    Image.new("RGB", (1, 1)).save(tmp_path / "dot.png")
-    Image.new("RGB", (67, 41)).save(tmp_path / "fine.png")
+    for name, height, width in (("long", 20, 2000), ("dot", 1, 1), ("fine", 41, 67)):
+        Image.fromarray(picture(0, height, width)).save(tmp_path / f"{name}.png")
     code, lines, errors = run_segment(tmp_path / "long.png", tmp_path / "dot.png", tmp_path / "fine.png", "--json")
     counts = {Path(record["image"]).name: len(record["warnings"]) for record in map(json.loads, lines)}
     assert code == 0 and counts == {"long.png": 1, "dot.png": 1, "fine.png": 0}
@@ -265,10 +264,10 @@ def test_nothing_to_segment_is_exit_code_2(run_segment: Any, tmp_path: Path) -> 
 def test_an_engine_that_fails_on_one_picture_goes_on_with_the_next(
     run_segment: Any, photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = Segmenter.inspect
+    original, spoilt = Segmenter.inspect, np.asarray(Image.open(photos / "three.png"))
 
     def failing(self: Segmenter, image: Any) -> Inspection:
-        if Path(image).stem == "three":
+        if np.array_equal(image, spoilt):
             raise EngineFailed("out of memory")
         return original(self, image)
 
@@ -309,6 +308,7 @@ def test_an_engine_that_fails_on_one_picture_goes_on_with_the_next(
         (("--tile-overlap", "10"), "--tile-overlap: expected --tile beside it"),
         (("--region", "nowhere.png"), "nowhere.png"),
         (("--overlay",), "--output"),
+        (("--map",), "--output"),
         (("--polygons",), "--json"),
     ],
 )
@@ -338,11 +338,68 @@ def test_tiles_and_a_region_are_what_the_segmenter_gives(run_segment: Any, tiny_
     expected = Segmenter(tiny_bundle, "onnxruntime", tile=64, threshold=0.3)(part).within(region)
     assert record["score"] == pytest.approx(expected.score, abs=1e-6)
     assert (record["tiles"], record["region_share"], record["area"]) == (6, expected.region_share, expected.area)
-    assert code == 1 and "region: expected bool or uint8 [41, 67], as the picture, got bool [90, 130]" in other["error"]
+    assert code == 1 and "the region is 130 × 90 pixels, this picture 67 × 41" in other["error"]
     assert str(small) in errors
-    Image.fromarray(region * 0).save(tmp_path / "region.png")
-    code, lines, errors = run_segment(part, "--region", tmp_path / "region.png")
-    assert (code, lines) == (2, []) and "black throughout" in errors
+
+
+@pytest.mark.parametrize(
+    ("region", "message"),
+    [
+        (np.zeros((90, 130), np.uint8), "got none: white is looked at"),
+        (np.full((90, 130), 77, np.uint8), "got the level 77 too"),
+        (np.broadcast_to(np.array([255, 0, 0], np.uint8), (90, 130, 3)), "expected black and white, got colours"),
+    ],
+)
+def test_a_region_whose_meaning_would_be_guessed_is_refused(
+    region: np.ndarray, message: str, run_segment: Any, photos: Path, tmp_path: Path
+) -> None:
+    Image.fromarray(region).save(tmp_path / "region.png")
+    code, lines, errors = run_segment(photos, "--region", tmp_path / "region.png")
+    assert (code, lines) == (2, []) and message in errors and "region.png" in errors
+
+
+def test_a_region_that_leaves_nothing_out_is_warned_of_even_quietly(run_segment: Any, photos: Path, tmp_path: Path) -> None:
+    Image.fromarray(np.ones((41, 67), np.uint8)).save(tmp_path / "region.png")
+    code, _, errors = run_segment(photos, "--quiet", "--region", tmp_path / "region.png")
+    assert code == 0 and "white throughout" in errors
+
+
+def test_a_frame_that_shows_nothing_is_warned_of_and_strict_makes_that_a_failure(run_segment: Any, tmp_path: Path) -> None:
+    Image.fromarray(np.full((80, 90, 3), 3, np.uint8)).save(tmp_path / "black.png")
+    for tile in ((), ("--tile", "64")):
+        code, (line,), errors = run_segment(tmp_path / "black.png", "--json", *tile)
+        assert code == 0 and "of one tone, levels 3 to 3" in json.loads(line)["warnings"][0]
+        assert "look at lamp, lens and camera" in errors
+    assert run_segment(tmp_path / "black.png", "--strict")[0] == 1
+    assert run_segment(save_picture(tmp_path / "part.png"), "--strict")[0] == 0
+
+
+def test_ng_is_an_exit_code_where_that_is_asked_for(run_segment: Any, photos: Path, tmp_path: Path) -> None:
+    assert run_segment(photos, "--threshold", "0")[0] == 0
+    assert run_segment(photos, "--threshold", "0", "--fail-on-ng")[0] == 3
+    assert run_segment(photos, "--threshold", "1", "--fail-on-ng")[0] == 0
+    assert run_segment(photos, tmp_path / "none.png", "--threshold", "0", "--fail-on-ng")[0] == 1
+
+
+def test_a_map_is_written_in_16_bits_and_removed_where_none_is_asked_for(
+    run_segment: Any, photos: Path, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    _, (line,), _ = run_segment(photos / "one.png", "--json", "--output", out, "--map")
+    written = np.asarray(Image.open(json.loads(line)["map"])).astype(np.float64) / 65535
+    np.testing.assert_allclose(written, Segmenter(tiny_bundle, "onnxruntime")(photos / "one.png").anomaly_map, atol=1e-5)
+    run_segment(photos / "one.png", "--output", out)
+    assert sorted(path.name for path in out.iterdir()) == ["one_mask.png"]
+
+
+def test_a_pattern_whose_folder_is_the_output_is_refused(run_segment: Any, photos: Path) -> None:
+    code, lines, errors = run_segment(photos / "*.png", "--output", photos)
+    assert (code, lines) == (2, []) and "expected a folder outside the pictures' own" in errors
+
+
+def test_pictures_that_are_left_out_are_told_even_quietly(run_segment: Any, photos: Path) -> None:
+    (photos / "more.webp").write_bytes(b"RIFF")
+    assert "webp" in run_segment(photos, "--quiet")[2]
 
 
 def test_a_folder_that_is_no_bundle_is_exit_code_2(
@@ -457,10 +514,10 @@ def test_a_full_disk_stops_the_run_and_keeps_what_was_written(
 ) -> None:
     original = Segmentation.save
 
-    def full(self: Segmentation, folder: Any, stem: str, *, overlay: bool = False) -> dict[str, Path]:
+    def full(self: Segmentation, folder: Any, stem: str, **asked: bool) -> dict[str, Path]:
         if stem == "three":
             raise OutputError("disk full; free some space")
-        return original(self, folder, stem, overlay=overlay)
+        return original(self, folder, stem, **asked)
 
     monkeypatch.setattr(Segmentation, "save", full)
     code, lines, errors = run_segment(photos, "--json", "--output", tmp_path / "out")

@@ -209,7 +209,38 @@ def test_a_region_is_judged_alone():
     elsewhere = np.zeros((HEIGHT, WIDTH), bool)
     elsewhere[3:] = True
     assert not result.within(elsewhere).is_anomalous
+    assert np.array_equal(result.within(region // 255).mask, inside.mask) and np.array_equal(result.within(region > 0).mask, inside.mask)
     assert result.within(elsewhere).with_threshold(0.05).area == elsewhere.sum()
+
+
+def test_regions_of_a_region_are_what_lies_in_both_and_never_nothing():
+    """Judged one after the other on the result of the one before, two parts of a picture would both be OK."""
+    result = segmentation()
+    top = np.zeros((HEIGHT, WIDTH), bool)
+    top[:2] = True
+    left = np.zeros((HEIGHT, WIDTH), bool)
+    left[:, :3] = True
+    both = result.within(top).within(left)
+    assert both.region_share == 6 / 35 and both.area == 1
+    assert both.with_threshold(0.95).region_share == 6 / 35
+    with pytest.raises(RequestError, match="lies outside it"):
+        result.within(top).within(~top)
+
+
+def test_an_overlay_is_darker_outside_the_region():
+    region = np.zeros((HEIGHT, WIDTH), bool)
+    region[2:, :] = True
+    result = segmentation().within(region)
+    painted = np.asarray(result.overlay())
+    np.testing.assert_array_equal(painted[:2], result.image[:2] // 3)
+    np.testing.assert_array_equal(painted[region & ~result.mask], result.image[region & ~result.mask])
+
+
+def test_boxes_are_around_each_component():
+    mask = np.zeros((HEIGHT, WIDTH), bool)
+    mask[0, 0] = mask[1:4, 2:4] = mask[3, 4] = mask[4, 6] = True
+    assert segmentation(mask).boxes() == [(0, 0, 1, 1), (2, 1, 3, 3), (6, 4, 1, 1)]
+    assert segmentation(np.zeros((HEIGHT, WIDTH), bool)).boxes() == []
 
 
 def test_a_region_gives_no_verdict_where_there_is_none():
@@ -221,10 +252,14 @@ def test_a_region_gives_no_verdict_where_there_is_none():
 @pytest.mark.parametrize(
     ("region", "message"),
     [
-        (np.ones((WIDTH, HEIGHT), bool), r"expected bool or uint8 \[5, 7\], as the picture, got bool \[7, 5\]"),
-        (np.ones((HEIGHT, WIDTH)), "got float64"),
-        (np.ones((HEIGHT, WIDTH, 3), np.uint8), r"got uint8 \[5, 7, 3\]"),
+        (np.ones((WIDTH, HEIGHT), bool), r"expected the picture's size, 7 × 5, got 5 × 7"),
+        (np.ones((HEIGHT, WIDTH)), r"got float64 \[5, 7\]; convert it, as with \(region > 0\)"),
+        (np.ones((HEIGHT, WIDTH, 3), np.uint8), r"got uint8 \[5, 7, 3\]; .* take one channel"),
+        ("region.png", "got <U10"),
         (np.zeros((HEIGHT, WIDTH), bool), "at least one pixel to look at"),
+        (np.full((HEIGHT, WIDTH), 200, np.uint8), "got the level 200 too"),
+        (np.arange(HEIGHT * WIDTH, dtype=np.uint8).reshape(HEIGHT, WIDTH) % 3, "got the level 2 too"),
+        (np.arange(HEIGHT * WIDTH, dtype=np.uint8).reshape(HEIGHT, WIDTH) % 2 * 254 + 1, "got the level 1 too"),
     ],
 )
 def test_a_region_that_does_not_fit_is_refused(region, message):
@@ -284,6 +319,9 @@ def test_json_holds_the_keys_of_the_command_line_and_only_plain_values():
         "relative_threshold": 1.0,
         "tiles": 1,
         "region_share": 1.0,
+        "boxes": [[2, 1, 3, 2]],
+        "width": WIDTH,
+        "height": HEIGHT,
         "timings_ms": {"total": 20.0},
     }
     record = json.loads(json.dumps(result.to_json(polygons=True)))

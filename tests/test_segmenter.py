@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -454,3 +457,18 @@ def test_a_named_engine_is_used_whatever_auto_would_choose(
     assert (opened.engine, opened.inference_precision, opened.choice) == (engine, "graph", None)
     assert type(opened._pipeline.stages["spam"]).__module__ == f"engines.{engine}"
     assert not verified and not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("bundle", [None, "", 3])
+def test_what_is_no_folder_is_no_bundle(bundle: Any) -> None:
+    with pytest.raises(RequestError, match="bundle: expected the folder that agvas-export wrote"):
+        Segmenter(bundle)
+
+
+def test_onnxruntime_calls_nobody(tmp_path: Path) -> None:
+    """Its official builds identify the machine in a file and report sessions to Microsoft unless told not to before they are loaded."""
+    environment = {name: value for name, value in os.environ.items() if name not in ("CI", "ORT_DISABLE_TELEMETRY")}
+    environment |= {"HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path)}
+    code = "import os, runtime, engines.onnxruntime; assert os.environ['ORT_DISABLE_TELEMETRY'] == '1'"
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True, timeout=120)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]

@@ -168,6 +168,12 @@ def test_texts_of_several_tiles_are_not_streamed(tiled: Segmenter) -> None:
         ({"tile": 100, "tile_overlap": 51}, "tile_overlap: expected 0 to 50 pixels"),
         ({"tile": 100, "tile_overlap": -1}, "tile_overlap: expected 0 to 50 pixels"),
         ({"tile_overlap": 10}, "tile_overlap: expected tile beside it"),
+        ({"tile": 1000.0}, "tile: expected a whole number, got 1000.0"),
+        ({"tile": "1000"}, "tile: expected a whole number, got '1000'"),
+        ({"tile": 1000, "tile_overlap": 0.1}, "tile_overlap: expected a whole number, got 0.1"),
+        ({"threads": "2"}, "threads: expected a whole number"),
+        ({"pixel_limit": None}, "pixel_limit: expected a whole number"),
+        ({"device": 0}, "device: expected cpu or cuda:N"),
     ],
 )
 def test_bad_tiles_are_refused_before_the_bundle_is_opened(tmp_path: Path, settings: dict[str, int], message: str) -> None:

@@ -6,7 +6,7 @@ cannot be segmented is reported and the run goes on; a result that cannot be wri
 either.
 
 Exit codes: 0 every picture has a verdict, 1 some have none, 2 nothing could be done or a result could not be written,
-130 interrupted.
+3 some are NG (where asked for), 130 interrupted.
 """
 
 from __future__ import annotations
@@ -26,15 +26,16 @@ import numpy as np
 from engines import EngineError
 from runtime.cli.common import AUTO, Progress, add_engine_arguments, close_stdout, describe, engine_options, json_line, open_streams, say
 from runtime.errors import AgvasError, ImageError, OutputError, RequestError, choose
-from runtime.images import PIXEL_LIMIT, find_images, read_image
+from runtime.images import PIXEL_LIMIT, as_rgb, find_images
 from runtime.prompts import DIRECT, MODES, PLUS
+from runtime.region import as_region, read_region
 from runtime.segmenter import Segmenter
 from runtime.tiling import Tiling
 
 # What leaves the next picture a chance; ImageError is a ValueError.
 _OF_ONE_PICTURE = (EngineError, ValueError, MemoryError)
 
-KINDS = ("mask", "overlay")  # of a picture's results, behind its stem
+KINDS = ("mask", "overlay", "map")  # of a picture's results, behind its stem
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -64,6 +65,7 @@ def segment_pictures(
     max_new_tokens: int | None = None,
     output: str | os.PathLike[str] | None = None,
     overlay: bool = False,
+    anomaly_map: bool = False,
     polygons: bool = False,
     region: np.ndarray | None = None,
 ) -> Iterator[dict[str, Any]]:
@@ -72,9 +74,9 @@ def segment_pictures(
     Args:
         instructions: all are asked about every picture; None is the mode's default.
         normal_state, max_new_tokens: see Segmenter.__call__; the same for every instruction.
-        output: folder for `<stem>_mask.png` and, with `overlay`, `<stem>_overlay.png`; stems are told apart, see
-            output_stems. A picture without a verdict has neither, and what an earlier run left under its names is
-            removed, as is an overlay where none is asked for. With several instructions the first one's stem is `<stem>__1`, and so on.
+        output: folder for `<stem>_mask.png` and, with `overlay` and `anomaly_map`, `<stem>_overlay.png` and `<stem>_map.png`; stems are
+            told apart, see output_stems. A picture without a verdict has none, and what an earlier run left under its names is removed,
+            as is an overlay or map where none is asked for. With several instructions the first one's stem is `<stem>__1`, and so on.
         polygons: also give the outline of each mask.
         region: judge this part of every picture alone, see Segmentation.within; a picture of another size is one that failed.
 
@@ -88,6 +90,8 @@ def segment_pictures(
         RequestError: the mode or an instruction is refused, or a result would overwrite one of the pictures.
         OutputError: a result cannot be written; those before it are.
     """
+    looked_at = None if region is None else as_region(region)
+    asked_for = {"mask": True, "overlay": overlay, "map": anomaly_map}
     requests = [segmenter.request(text, mode, normal_state=normal_state, max_new_tokens=max_new_tokens) for text in instructions]
     endings = [""] if len(requests) == 1 else [f"__{number}" for number in range(1, len(requests) + 1)]
     stems = output_stems(pictures)
@@ -98,7 +102,13 @@ def segment_pictures(
         try:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always", UserWarning)
-                inspection = segmenter.inspect(path)
+                rgb = as_rgb(path, pixel_limit=segmenter.pixel_limit)
+                if looked_at is not None and looked_at.shape != rgb.shape[:2]:  # before seconds are spent on it
+                    raise ImageError(
+                        f"the region is {looked_at.shape[1]} × {looked_at.shape[0]} pixels, this picture {rgb.shape[1]} × {rgb.shape[0]}; "
+                        "give a region of the pictures' size"
+                    )
+                inspection = segmenter.inspect(rgb)
         except _OF_ONE_PICTURE as error:
             for ending in endings:
                 _forget(output, stem + ending)
@@ -108,7 +118,7 @@ def segment_pictures(
         for request, ending in zip(requests, endings, strict=True):
             try:
                 result = inspection.answer(request)
-                result = result if region is None else result.within(region)
+                result = result if looked_at is None else result.within(looked_at)
             except _OF_ONE_PICTURE as error:
                 _forget(output, stem + ending)
                 yield {"image": str(path), "instruction": request.instruction, "error": str(error) or type(error).__name__}
@@ -117,9 +127,8 @@ def segment_pictures(
             if not result.anchors_found:  # an empty mask would say OK
                 _forget(output, stem + ending)
             elif output is not None:
-                if not overlay:
-                    _forget(output, stem + ending, ("overlay",))
-                saved = result.save(output, stem + ending, overlay=overlay)
+                _forget(output, stem + ending, [kind for kind, asked in asked_for.items() if not asked])
+                saved = result.save(output, stem + ending, overlay=overlay, anomaly_map=anomaly_map)
                 record.update({name: str(file) for name, file in saved.items()})
             record["engine"] = segmenter.engine
             record["inference_precision"] = segmenter.inference_precision
@@ -167,10 +176,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="agvas-segment",
         description="Segment anomalies in pictures with an exported AG-VAS. One line on stdout for each picture and instruction.",
-        epilog="Exit codes: 0 every picture has a verdict; 1 some have none (not read, or no map); 2 nothing could be done, or a "
-        "result could not be written; 130 interrupted. A line begins with OK, NG, or ?? where the model gave no map. Pictures of "
-        "the same name in different folders get their folders' names in front: crack__000_mask.png, "
-        "good__000_mask.png. With several instructions their numbers stand behind: 000__1_mask.png, 000__2_mask.png.",
+        epilog="Exit codes: 0 every picture has a verdict, OK or NG; 1 some have none (not read, or no map); 2 nothing could be done, "
+        "or a result could not be written; 3 with --fail-on-ng, some are NG; 130 interrupted. A line begins with OK, NG, or ?? where "
+        "the model gave no map. Pictures of the same name in different folders get their folders' names in front: "
+        "crack__000_mask.png, good__000_mask.png. With several instructions their numbers stand behind: 000__1_mask.png, 000__2_mask.png.",
         allow_abbrev=False,
     )
     add = parser.add_argument
@@ -194,13 +203,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--tile", type=int, metavar="N", help="see larger pictures in tiles of N × N pixels, an inference each (default: whole)")
     add("--tile-overlap", type=int, metavar="N", help="pixels that neighbouring tiles share at least (default: an eighth of --tile)")
-    add("--region", metavar="FILE", help="a picture, white where to look and black where not; all pictures must have its size")
+    add("--region", metavar="FILE", help="a picture, white where to look and black where not; pictures must be of its size")
     add("--pixel-limit", type=int, default=PIXEL_LIMIT, metavar="N", help=f"largest picture (default {PIXEL_LIMIT})")
     add("--recursive", action="store_true", help="look into subfolders too")
     add("--output", metavar="DIR", help="write <stem>_mask.png (0 and 255) there, in place of older files")
     add("--overlay", action="store_true", help="write <stem>_overlay.png too")
+    add("--map", action="store_true", help="write <stem>_map.png too, the anomaly map in 16 bits: 65535 is a probability of 1")
     add("--polygons", action="store_true", help="with --json: the outline of each mask too")
     add("--json", action="store_true", help="one JSON object for each picture, in place of words")
+    add("--fail-on-ng", action="store_true", help="exit code 3 where every picture has a verdict and some are NG (default: 0)")
+    add("--strict", action="store_true", help="exit code 1 too where a picture was warned of: dark, of one tone, a sliver, far too large")
     add("--quiet", action="store_true", help="no notes and no progress bar on stderr, only errors and warnings")
     return parser
 
@@ -210,7 +222,7 @@ def _run(arguments: argparse.Namespace) -> int:
     _check(arguments)
     note = (lambda line: None) if arguments.quiet else (lambda line: print(f"agvas-segment: {line}", file=sys.stderr))
     warnings.simplefilter("once", UserWarning)
-    warnings.showwarning = lambda message, *_: note(f"warning: {message}")
+    warnings.showwarning = lambda message, *_: print(f"agvas-segment: warning: {message}", file=sys.stderr)
     if arguments.output is not None:
         _refuse_own_results(arguments.inputs, arguments.output, arguments.recursive)
     pictures, failed = _find(arguments.inputs, arguments.recursive)
@@ -219,6 +231,8 @@ def _run(arguments: argparse.Namespace) -> int:
     if not pictures:
         return 2
     region = None if arguments.region is None else _read_region(arguments.region)
+    if region is not None and region.all():
+        warnings.warn(f"--region {arguments.region}: white throughout, so that nothing is left out", stacklevel=2)
     if arguments.output is not None:
         _prepare(arguments.output)  # before the model is opened, which can take minutes
     if arguments.engine == AUTO:
@@ -255,6 +269,7 @@ def _run(arguments: argparse.Namespace) -> int:
             max_new_tokens=arguments.max_new_tokens,
             output=arguments.output,
             overlay=arguments.overlay,
+            anomaly_map=arguments.map,
             polygons=arguments.polygons,
             region=region,
         )
@@ -268,13 +283,16 @@ def _run(arguments: argparse.Namespace) -> int:
             progress("answers" if several else "pictures", done, len(pictures) * len(instructions))
     where = "" if arguments.output is None else f"; masks in {arguments.output}"
     note(", ".join(f"{count} {verdict}" for verdict, count in sorted(verdicts.items()) if count) + where)
-    return 1 if verdicts["failed"] or verdicts["??"] else 0
+    if verdicts["failed"] or verdicts["??"] or (arguments.strict and warned):
+        return 1
+    return 3 if arguments.fail_on_ng and verdicts["NG"] else 0
 
 
 def _check(arguments: argparse.Namespace) -> None:
     choose("--mode", arguments.mode, MODES)
-    if arguments.overlay and arguments.output is None:
-        raise RequestError("--overlay: expected --output DIR beside it, got none; say where to write the overlays")
+    for option, given, what in (("--overlay", arguments.overlay, "overlays"), ("--map", arguments.map, "maps")):
+        if given and arguments.output is None:
+            raise RequestError(f"{option}: expected --output DIR beside it, got none; say where to write the {what}")
     if arguments.polygons and not arguments.json:
         raise RequestError("--polygons: expected --json beside it, got none; outlines are given in JSON only")
     for option in ("threshold", "relative_threshold"):
@@ -293,11 +311,10 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def _read_region(path: str) -> np.ndarray:
-    """bool [H, W], True where the picture is nearer to white than to black."""
-    region: np.ndarray = np.max(read_image(path), axis=2) > 127
-    if not region.any():
-        raise RequestError(f"--region {path}: expected a picture with white where to look, got one that is black throughout")
-    return region
+    try:
+        return read_region(path)
+    except AgvasError as error:
+        raise RequestError(f"--region {error}") from error
 
 
 def _find(inputs: Sequence[str], recursive: bool) -> tuple[list[Path], list[dict[str, Any]]]:
@@ -314,11 +331,15 @@ def _find(inputs: Sequence[str], recursive: bool) -> tuple[list[Path], list[dict
 
 
 def _refuse_own_results(inputs: Sequence[str], output: str, recursive: bool) -> None:
-    """Refuse an output folder among the folders looked through: the next run would take this one's masks for pictures."""
+    """Refuse an output folder among those looked through, by name or pattern: the next run would take this one's masks for pictures."""
     place = Path(os.path.realpath(output))
     for name in inputs:
-        folder = Path(os.path.realpath(name))
-        if os.path.isdir(name) and (place == folder or (recursive and folder in place.parents)):
+        if os.path.isdir(name):
+            folder = Path(os.path.realpath(name))
+            looked_through = place == folder or (recursive and folder in place.parents)
+        else:
+            looked_through = not os.path.lexists(name) and place == Path(os.path.realpath(os.path.dirname(name)))
+        if looked_through:
             raise RequestError(
                 f"--output {output}: expected a folder outside the pictures' own, got one in {name}, where the next run would take masks "
                 "for pictures; choose another"
