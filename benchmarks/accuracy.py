@@ -22,6 +22,7 @@ from benchmarks.contact_sheet import ContactSheet
 from benchmarks.datasets import LAYOUTS, READERS_HELP, Judged, read_dataset
 from benchmarks.environment import versions
 from benchmarks.evaluation import CONVENTIONS, METRICS, Observation, Predict, Progress, evaluate, mean_metrics
+from benchmarks.operating_points import OperatingPoints, in_words
 from benchmarks.per_image import PerImageTable
 from benchmarks.predictors import BASELINES, Question, Source, open_predictor, read_normal_text
 from runtime.prompts import DIRECT, MODES
@@ -63,7 +64,7 @@ def read_datasets(named: Sequence[tuple[str, Path]], limit: int | None = None, s
         items = read_dataset(layout, root, split)
         if limit is not None and limit < len(items):
             items = [items[position * len(items) // limit] for position in range(limit)]
-        base = root.resolve().name if layout in ("folder", "manifest") else layout
+        base = root.resolve().name if layout in ("folder", "good", "manifest") else layout
         taken = {dataset.name for dataset in datasets}
         numbered = (f"{base} {number}" for number in range(2, len(named) + 2))
         datasets.append(Dataset(base if base not in taken else next(name for name in numbered if name not in taken), root, items))
@@ -77,7 +78,7 @@ def evaluate_datasets(
     per_image: PerImageTable | None = None,
     overlays: Path | None = None,
 ) -> list[dict[str, Any]]:
-    """`evaluate` of each data set, with its name as "dataset" and CONVENTIONS as "conventions".
+    """`evaluate` of each data set, with its name as "dataset", its "operating_points" and CONVENTIONS as "conventions".
 
     `progress` gives, for a data set's name, what wraps its items. With `per_image`, a line for each picture goes there; with `overlays`, an
     existing folder, each data set's contact sheet is written there as NAME.png.
@@ -85,13 +86,14 @@ def evaluate_datasets(
     results = []
     for dataset in datasets:
         sheet = ContactSheet(dataset.name, dataset.root) if overlays is not None else None
-        observers: list[Callable[[Observation], None]] = []
+        points = OperatingPoints()
+        observers: list[Callable[[Observation], None]] = [points]
         if per_image is not None:
             observers.append(functools.partial(per_image.write, dataset.name, dataset.root))
         if sheet is not None:
             observers.append(sheet.add)
         metrics = evaluate(dataset.items, predict, progress(dataset.name), observers)
-        results.append({"dataset": dataset.name, **metrics, "conventions": CONVENTIONS})
+        results.append({"dataset": dataset.name, **metrics, "operating_points": points.to_json(), "conventions": CONVENTIONS})
         if sheet is not None and overlays is not None:
             sheet.save(overlays / f"{dataset.name}.png")
     return results
@@ -198,6 +200,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         with ExitStack() as stack:
             summary, results = _run(arguments, stack, tables)
         print(table(results, arguments.paper))
+        for result in results:
+            for point in in_words(result["dataset"], result["operating_points"]):
+                print(point)
+        if not any(result["mean"]["normal_images"] or result["mean"]["ap"] is not None for result in results):
+            print("nothing is known of these pictures: give masks, or --dataset good for good parts alone; --csv has every picture's score")
         if arguments.json:
             for line in results if len(results) == 1 else [*results, summary]:
                 print(json.dumps(line, allow_nan=False))

@@ -23,7 +23,7 @@ from runtime.images import SUFFIXES
 
 __all__ = ["LAYOUTS", "READERS_HELP", "Judged", "Picture", "read_dataset"]
 
-LAYOUTS = ("mvtec", "ksdd2", "rsdd", "isic", "colondb", "clinicdb", "folder", "manifest")
+LAYOUTS = ("mvtec", "ksdd2", "rsdd", "isic", "colondb", "clinicdb", "folder", "good", "manifest")
 
 READERS_HELP = """\
 layouts of --dataset, as published (DIR is what --root names):
@@ -35,7 +35,9 @@ layouts of --dataset, as published (DIR is what --root names):
   colondb   DIR/images and DIR/masks as in the polyp benchmark, or DIR/Original and DIR/Ground Truth; equal names but for the suffix
   clinicdb  as colondb
   folder    DIR/*.png (or DIR/images) and, if there are any, DIR/masks with equal names but for the suffix; with masks, a picture that has
-            none, or an all-black one, is normal; without, nothing is known and only --csv and --overlays say anything
+            none, or an all-black one, is normal; without, nothing is known and only --csv and --overlays say anything. Masks that
+            agvas-segment wrote (STEM_mask.png) are taken, too
+  good      DIR/*.png (or DIR/images), every picture a good part: how many are called NG, and which threshold would call fewer
   manifest  DIR/manifest.csv with image, mask, label and optionally class, kind, split; the same as naming DIR without --dataset
 masks must hold 0 and 255 only, except for rsdd (JPEG), colondb and clinicdb (smoothed edges): there a pixel above 127 is anomalous
 """
@@ -143,7 +145,7 @@ def _read(layout: str, root: Path, split: str) -> list[Picture]:
         case "colondb" | "clinicdb":
             images, masks = _one_of(root, (("images", "masks"), ("Original", "Ground Truth")))
             return [Picture(image, mask, True, "colon", smoothed=True) for image, mask in _paired(_files(images), _files(masks), "")]
-    return _folder(root)
+    return _good(root) if layout == "good" else _folder(root)
 
 
 def _of_split(root: Path, split: str | None) -> list[Judged]:
@@ -226,13 +228,20 @@ def _folder(root: Path) -> list[Picture]:
     images = _files(root / "images" if (root / "images").is_dir() else root)
     if not (root / "masks").is_dir():
         return [Picture(image, None, None, root.resolve().name) for image in images]
-    masks = _by_stem(_files(root / "masks"), "")
+    files = _files(root / "masks")
+    written = [file for file in files if file.stem.lower().endswith("_mask")]
+    masks = _by_stem(files, "_mask" if written and len(written) == len(files) else "")
     stems = _by_stem(images, "")
     orphans = sorted(masks.keys() - stems.keys())
     if orphans:
         raise _orphan(masks[orphans[0]], images[0].parent)
     found = [(image, masks.get(stem)) for stem, image in stems.items()]
     return [Picture(image, mask, mask is not None and bool(_read_mask(mask, False).any()), root.resolve().name) for image, mask in found]
+
+
+def _good(root: Path) -> list[Picture]:
+    images = _files(root / "images" if (root / "images").is_dir() else root)
+    return [Picture(image, None, False, root.resolve().name) for image in images]
 
 
 def _one_of(root: Path, pairs: Sequence[tuple[str, str]]) -> tuple[Path, Path]:

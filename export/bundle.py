@@ -90,6 +90,8 @@ class ExportSettings:
         resume: keep finished stages of an interrupted export, and go on with those of an earlier one; None does so where the reference is
             computed layer by layer.
         force: go on where the estimate says that memory or disk will not do.
+        threshold, relative_threshold: the bundle's, in place of the checkpoint's (runtime.masking); None keeps those. Parity is judged by
+            them, too.
     """
 
     checkpoint: str
@@ -107,6 +109,8 @@ class ExportSettings:
     streamed: bool | None = None
     resume: bool | None = None
     force: bool = False
+    threshold: float | None = None
+    relative_threshold: float | None = None
 
     @property
     def calibrates(self) -> bool:
@@ -137,6 +141,9 @@ def export_bundle(settings: ExportSettings, progress: Progress) -> tuple[Bundle,
     pictures = parity_pictures(settings.images, settings.pictures or PICTURES)  # first: a wrong folder should not be told after the export
     progress.begin("open checkpoint")
     opened = open_checkpoint(settings.checkpoint)
+    rule = opened.config.mask_decoder.mask_rule.changed(settings.threshold, settings.relative_threshold)
+    decoder = replace(opened.config.mask_decoder, threshold=rule.threshold, relative_threshold=rule.relative_threshold)
+    opened = replace(opened, config=replace(opened.config, mask_decoder=decoder))
     if opened.config.spam is None or opened.config.mask_decoder.roles != ROLES:
         raise CheckpointError(f"{settings.checkpoint} is an ablation ({opened.config.name}) and has no bundle; measure it with agvas-eval")
     needs = estimate(opened.tensors, settings.precision, settings.lmm, settings.head)
@@ -147,6 +154,7 @@ def export_bundle(settings: ExportSettings, progress: Progress) -> tuple[Bundle,
     progress.begin("load checkpoint")
     held = not streamed and (settings.compare or settings.calibrates)
     model = load(settings.checkpoint) if held else opened.skeleton()
+    model.config = opened.config
     weights = all_weights(opened)
     quantisation = _quantise(settings, model, opened, progress)
     key = _key(settings, opened) if settings.resume or (settings.resume is None and streamed) else None

@@ -53,6 +53,8 @@ def main(arguments: list[str] | None = None) -> int:
         help="strict: no bundle when masks leave the reference; report: write it with the failure on record; none: compare nothing, which "
         "the bundle then says (for trials of a model that takes hours to compare)",
     )
+    parser.add_argument("--threshold", type=float, metavar="P", help="the bundle's, 0..1, in place of the checkpoint's")
+    parser.add_argument("--relative-threshold", type=float, metavar="R", help="likewise; 1: a mask is what exceeds the threshold")
     parser.add_argument("--resume", action="store_true", help="keep finished stages when interrupted, and go on with those kept")
     parser.add_argument("--stream-reference", action="store_true", help="compute the reference layer by layer even where the model fits")
     parser.add_argument("--force", action="store_true", help="go on where memory or disk will not do by the estimate")
@@ -66,6 +68,7 @@ def _main(options: argparse.Namespace) -> int:
     started = time.monotonic()
     from engines import EngineError
     from runtime.errors import AgvasError, ParityFailed, RequestError, choose
+    from runtime.masking import MaskRule
 
     try:
         choose("--precision", options.precision, PRECISIONS)
@@ -75,6 +78,7 @@ def _main(options: argparse.Namespace) -> int:
             raise RequestError("--calibration: nothing is in integers with --lmm float; add --lmm gptq4 or int8, or --precision int8")
         if options.pictures is not None and options.pictures < 1:
             raise RequestError(f"--pictures: expected at least 1, got {options.pictures}")
+        MaskRule(0.5).changed(options.threshold, options.relative_threshold)  # wrong ones are told at once
         return _export(options, started)
     except ParityFailed as error:
         print(f"agvas-export: {error}", file=sys.stderr)
@@ -122,6 +126,8 @@ def _export(options: argparse.Namespace, started: float) -> int:
         True if options.stream_reference else None,
         True if options.resume else None,
         options.force,
+        options.threshold,
+        options.relative_threshold,
     )
     bundle, report = export_bundle(settings, progress)
     progress.end()

@@ -85,6 +85,12 @@ def folder(root: Path) -> Path:
     return root
 
 
+def good(root: Path) -> Path:
+    for name in ("a", "b"):
+        put(root / f"{name}.jpg")
+    return root
+
+
 def manifest(root: Path) -> Path:
     put(root / "a.png")
     put_mask(root / "a_mask.png")
@@ -100,6 +106,7 @@ MAKERS: dict[str, Callable[[Path], Path]] = {
     "colondb": polyps,
     "clinicdb": polyps,
     "folder": folder,
+    "good": good,
     "manifest": manifest,
 }
 
@@ -111,7 +118,7 @@ def summary(pictures: list[Judged]) -> list[tuple[str, bool | None, str, str | N
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_gives_each_anomalous_picture_its_mask(layout: str, tmp_path: Path) -> None:
     pictures = read_dataset(layout, MAKERS[layout](tmp_path / "set"))
-    assert any(picture.is_anomalous for picture in pictures)
+    assert any(picture.is_anomalous for picture in pictures) or layout == "good"
     for picture in pictures:
         assert picture.shapes() == [(HEIGHT, WIDTH)]
         assert np.array_equal(picture.read_mask(HEIGHT, WIDTH), truth() & bool(picture.is_anomalous))
@@ -209,6 +216,17 @@ def test_a_folder_without_masks_claims_nothing_and_one_with_masks_labels_every_p
     (root / "images").mkdir()
     put(root / "images" / "d.png")
     assert [picture.image.name for picture in read_dataset("folder", root)] == ["d.png"]
+
+
+def test_masks_that_agvas_segment_wrote_are_taken(tmp_path: Path) -> None:
+    root = folder(tmp_path / "line")
+    for name in ("a", "b"):
+        (root / "masks" / f"{name}.png").rename(root / "masks" / f"{name}_mask.png")
+    assert [picture.is_anomalous for picture in read_dataset("folder", root)] == [True, False, False]
+
+
+def test_good_parts_are_normal_throughout(tmp_path: Path) -> None:
+    assert summary(read_dataset("good", good(tmp_path / "line"))) == [("a", False, "line", None), ("b", False, "line", None)]
 
 
 Damage = Callable[[Path], object]
