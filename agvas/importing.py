@@ -69,8 +69,12 @@ def import_parts(settings: ImportSettings) -> Imported:
     output = settings.output
     if output.exists() and not (output / FILE).is_file():
         raise CheckpointError(f"{output} exists and was not written by agvas-import; choose another --output")
-    given = [path for path in (settings.base, settings.pixel_encoder, *settings.trained) if path is not None]
-    for path in given:
+    given = [("--base", settings.base), ("--pixel-encoder", settings.pixel_encoder), *(("--trained", path) for path in settings.trained)]
+    for option, path in given:
+        if path is None:
+            continue
+        if not path.exists():
+            raise CheckpointError(f"{option} {path}: no such file or folder; correct the path")
         if output.resolve() in (path.resolve(), *path.resolve().parents):
             raise CheckpointError(f"{output} would replace {path}, which it is to be made of; choose another --output")
     if settings.base.is_file():

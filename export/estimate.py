@@ -70,7 +70,9 @@ def estimate(tensors: LazyTensors, precision: str, lmm: str, head: str = "float"
         # onnxruntime computes 16-bit floats on a CPU in fp32, for which it keeps a copy; integers it keeps as they are.
         running[stage] += math.ceil(count * (bits if bits < 16 else 32) / 8)
         parts = name.split(".")
-        blocks |= {".".join(parts[: place + 1]) for place, part in enumerate(parts) if part.isdigit()}
+        number = next((place for place, part in enumerate(parts) if part.isdigit()), 0)
+        if parts[number - 1] == "layers":  # decoder layers and ViT blocks, not the many small parts of a trunk
+            blocks.add(".".join(parts[: number + 1]))
     largest = 4 * most  # the largest tensor as it is read, and as much again in slabs and conversions
     return Estimate(
         disk=int(1.05 * sum(disk.values())) + (32 << 20),

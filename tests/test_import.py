@@ -601,3 +601,12 @@ def test_a_checkpoint_in_shards_is_loaded(parts: Published, tmp_path: Path) -> N
     index.write_text(json.dumps({"weight_map": places | {some: "../model.safetensors"}}))
     with pytest.raises(CheckpointError, match="expected a file beside it"):
         load(tmp_path)
+
+
+@pytest.mark.parametrize("option", ["--base", "--pixel-encoder", "--trained"])
+def test_a_part_that_is_not_there_is_named_as_it_was_given(option: str, copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = {"--base": "onevision", "--pixel-encoder": "sam_vit_mini.pth", "--trained": "trained"}
+    given = {name: str(copy / ("nowhere" if name == option else path)) for name, path in given.items()}
+    assert main([*(text for pair in given.items() for text in pair), "--output", str(copy / "new")]) == 2
+    assert capsys.readouterr().err == f"agvas-import: {option} {copy / 'nowhere'}: no such file or folder; correct the path\n"
+    assert not (copy / "new").exists()
