@@ -13,6 +13,7 @@ import os
 import platform
 import statistics
 import uuid
+import warnings
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as package_version
@@ -180,11 +181,15 @@ def _read(path: Path) -> Choice | None:
 
 
 def _write(path: Path, choice: Choice) -> None:
-    """A cache that cannot be written costs a measurement next time, nothing else."""
+    """A cache that cannot be written costs a measurement next time, which a warning tells, and nothing else."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
         partial.write_text(json.dumps(asdict(choice), indent=2))
         os.replace(partial, path)
-    except OSError:
-        return
+    except OSError as error:
+        warnings.warn(
+            f"{path.parent} cannot be written ({error.strerror or error}), so that engine auto will measure again at the next start; set "
+            "AGVAS_CACHE to a folder that can be, or name the engine",
+            stacklevel=2,
+        )
