@@ -23,7 +23,7 @@ class Inspection:
     """Answers about one picture; threads may share it.
 
     It holds the picture, the encoders' outputs and the language model's keys and values of them (of a 7B model about 180 MB; in tiles, the
-    encoders' outputs of each, about 30 MB): drop it when the picture's last question is answered.
+    encoders' outputs of 32 of them, about 30 MB each): drop it when the picture's last question is answered.
 
     Args:
         image: uint8 RGB [H, W, 3].

@@ -21,6 +21,7 @@ from runtime.errors import RequestError, check_whole
 from runtime.pipeline import Pipeline, Prepared, Trace, Vision
 from runtime.prompts import Prompt
 
+KEPT = 32  # tiles of a picture whose encoders' outputs are kept for the next question: 1 GB of the full-size model's
 LEAST_SIDE = 64  # pixels of the picture; smaller tiles show the model texture and nothing of the part
 
 
@@ -77,8 +78,9 @@ class TiledPipeline:
     """A pipeline that takes pictures in tiles; it offers what an Inspection and a stream ask of a Pipeline.
 
     One question is put to every tile. What is said of the picture is the answer of the tile whose map is highest; where a tile's answer
-    lacks an anchor, it is that one, and the picture has no map and no verdict, as a whole picture then has none. Between questions the
-    encoders' outputs of every tile are kept and the language model's keys and values are not: they would be the larger part by far.
+    lacks an anchor, it is that one, and the picture has no map and no verdict, as a whole picture then has none. So that memory does not
+    grow with the picture, what is kept of it between questions are the encoders' outputs of its first KEPT tiles, and of no tile the
+    language model's keys and values.
     """
 
     def __init__(self, pipeline: Pipeline, tiling: Tiling) -> None:
@@ -87,19 +89,16 @@ class TiledPipeline:
         self.prompts = pipeline.prompts
 
     def prepare(self, image: np.ndarray) -> TiledPrepared:
-        """`Pipeline.prepare` of every tile of a picture (uint8 RGB [H, W, 3])."""
-        height, width = image.shape[:2]
-        tiles = self.tiling.tiles(height, width)
-        cut = (np.ascontiguousarray(image[rows.start : rows.end, columns.start : columns.end]) for rows, columns in tiles)
-        prepared = [self.pipeline.prepare(tile, warn=False) for tile in cut]
+        """`Pipeline.prepare` of a picture's (uint8 RGB [H, W, 3]) first tiles."""
+        tiles = self.tiling.tiles(*image.shape[:2])
+        prepared = [self._prepare(image, tile) for tile in tiles[:KEPT]]
         preprocess.warn_of_one_tone(image)
         preprocess.warn_of_lost_detail(prepared[0].frame)  # all tiles are of one size
-        return TiledPrepared(height, width, tiles, prepared)
+        return TiledPrepared(image, tiles, prepared)
 
     def look(self, prepared: TiledPrepared) -> TiledVision:
-        """`Pipeline.look` at every tile."""
-        visions = [self.pipeline.look(tile) for tile in prepared.prepared]
-        return TiledVision(prepared.height, prepared.width, prepared.tiles, visions)
+        """`Pipeline.look` at the tiles that were prepared; at the others each answer looks anew."""
+        return TiledVision(prepared.image, prepared.tiles, [self.pipeline.look(tile) for tile in prepared.prepared])
 
     def answer(self, vision: TiledVision, prompt: Prompt, on_text: Callable[[str], object] | None = None) -> Trace:
         """The tiles' answers as one; `timings` are their sums. A trace of tiles holds no tensors.
@@ -112,14 +111,18 @@ class TiledPipeline:
             return self.pipeline.answer(vision.visions[0], prompt, on_text)
         if on_text is not None:
             raise RequestError(f"on_text: expected a picture in one piece, got {len(vision.tiles)} tiles, each with a text of its own")
-        anomaly_map = np.zeros((vision.height, vision.width), np.float32)
+        anomaly_map = np.zeros(vision.image.shape[:2], np.float32)
         timings = Counter[str]()
         said: tuple[int, ...] = ()
         without: tuple[int, ...] | None = None
         verified, highest, joining = True, -math.inf, 0.0
-        for (rows, columns), tile in zip(vision.tiles, vision.visions, strict=True):
-            trace = self.pipeline.answer(tile, prompt)
-            tile.forget()
+        for number, (rows, columns) in enumerate(vision.tiles):
+            if number < len(vision.visions):
+                seen = vision.visions[number]
+            else:
+                seen = self.pipeline.look(self._prepare(vision.image, (rows, columns)))
+            trace = self.pipeline.answer(seen, prompt)
+            seen.forget()
             started = time.perf_counter()
             timings.update(trace.timings)
             verified = verified and trace.verified
@@ -136,22 +139,24 @@ class TiledPipeline:
         timings.update({"postprocess": joining, "total": joining})
         return Trace(answer=said, verified=verified, anomaly_map=anomaly_map, timings=dict(timings), tiles=len(vision.tiles))
 
+    def _prepare(self, image: np.ndarray, tile: tuple[Span, Span]) -> Prepared:
+        rows, columns = tile
+        return self.pipeline.prepare(np.ascontiguousarray(image[rows.start : rows.end, columns.start : columns.end]), warn=False)
+
 
 @dataclass(frozen=True, eq=False)
 class TiledPrepared:
-    """A picture's size and tiles in pixels, and each tile as the encoders take it."""
+    """A picture (uint8 RGB [H, W, 3], by reference) and its tiles, the first of them as the encoders take them."""
 
-    height: int
-    width: int
+    image: np.ndarray
     tiles: list[tuple[Span, Span]]
     prepared: list[Prepared]
 
 
 @dataclass(frozen=True, eq=False)
 class TiledVision:
-    """A picture's size and tiles in pixels, and what each tile contributes to every answer."""
+    """A picture (uint8 RGB [H, W, 3], by reference) and its tiles, and what the first of them contribute to every answer."""
 
-    height: int
-    width: int
+    image: np.ndarray
     tiles: list[tuple[Span, Span]]
     visions: list[Vision]

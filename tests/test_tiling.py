@@ -13,6 +13,7 @@ from conftest import picture
 
 from engines import EngineFailed
 from runtime import Segmenter
+from runtime import tiling as tiling_module
 from runtime.errors import RequestError
 from runtime.pipeline import Trace
 from runtime.preprocess import frame_of, warn_of_lost_detail
@@ -103,6 +104,19 @@ def test_tiles_keep_no_keys_and_values(tiled: Segmenter) -> None:
     vision = chain.look(chain.prepare(LARGE))
     chain.answer(vision, tiled.request())
     assert all(tile.past() is None for tile in vision.visions)
+
+
+def test_of_many_tiles_the_later_ones_are_looked_at_anew_and_give_the_same(
+    tiled: Segmenter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory does not grow with the frame."""
+    every = tiled.inspect(LARGE)
+    monkeypatch.setattr(tiling_module, "KEPT", 4)
+    few = tiled.inspect(LARGE)
+    assert (len(every._vision.visions), len(few._vision.visions)) == (15, 4)
+    for result in (few.ask(), few.ask()):
+        np.testing.assert_array_equal(result.anomaly_map, every.ask().anomaly_map)
+        assert result.timings["pixel_encoder"] > 0
 
 
 def test_a_tile_without_anchors_leaves_the_picture_without_a_verdict(tiled: Segmenter) -> None:
