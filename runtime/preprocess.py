@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 ONE_TONE = 8  # levels of 255; a part under light and a sensor's noise spread further
-REDUCED = 8  # times; a frame that is shown so much smaller loses what is that many pixels wide
+REDUCED = 4  # times; a frame that is shown so much smaller loses what is that many pixels wide
 SLIVER = 16  # pixels; a shorter side below it, of a picture or as the model sees it, is no more than a patch of the network
 # Pixels from which a map is enlarged by our own rows: below, Pillow's single call is faster (480 × 640: 0.8 ms against 1.1).
 LARGE = 500_000

@@ -198,6 +198,8 @@ def test_bad_tiles_are_refused_before_the_bundle_is_opened(tmp_path: Path, setti
 def test_a_frame_that_is_shown_much_smaller_is_told() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        warn_of_lost_detail(frame_of(3000, 4096, 512))
+        warn_of_lost_detail(frame_of(1500, 2048, 512))
+    with pytest.warns(UserWarning, match="where defects of less than 9 of its pixels"):
+        warn_of_lost_detail(frame_of(1500, 2100, 512))
     with pytest.warns(UserWarning, match=r"seen at 512 × 384, where defects of less than 32 of its pixels .* --tile"):
         warn_of_lost_detail(frame_of(6000, 8000, 512))
