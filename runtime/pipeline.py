@@ -167,8 +167,8 @@ class Pipeline:
         return self.answer(self.see(image), prompt, on_text)
 
     def see(self, image: np.ndarray) -> Vision:
-        """Everything about a picture (uint8 RGB [H, W, 3]) that depends on no words: `prepare` and `look`."""
-        return self.look(self.prepare(image))
+        """Everything about a picture (uint8 RGB [H, W, 3]) that depends on no words: `prepare`, without its warnings, and `look`."""
+        return self.look(self.prepare(image, warn=False))
 
     def prepare(self, image: np.ndarray, *, warn: bool = True) -> Prepared:
         """Resize and normalise a picture (uint8 RGB [H, W, 3]) for both encoders; no engine is asked.
