@@ -107,9 +107,7 @@ class Segmentation:
 
     def boxes(self) -> list[tuple[int, int, int, int]]:
         """(x, y, width, height) in pixels around each 4-connected component of the mask, in the order of `polygons`."""
-        corners = [np.array(rings[0]) for rings in self.polygons()]
-        lows, highs = [ring.min(axis=0) for ring in corners], [ring.max(axis=0) for ring in corners]
-        return [(int(x), int(y), int(right - x), int(below - y)) for (x, y), (right, below) in zip(lows, highs, strict=True)]
+        return _boxes(self.polygons())
 
     def overlay(self, alpha: float = 0.45, color: tuple[int, int, int] = (255, 0, 64), outline: bool = True) -> Image.Image:
         """The picture with the mask tinted, and darkened outside a region of interest.
@@ -204,12 +202,13 @@ class Segmentation:
         the outline too.
         """
         height, width = self.mask.shape
+        outlines = self.polygons()
         record: dict[str, Any] = {
             "score": float(self.score),
             "is_anomalous": bool(self.is_anomalous),
             "mask": None,
             "area": self.area,
-            "boxes": [list(box) for box in self.boxes()],
+            "boxes": [list(box) for box in _boxes(outlines)],
             "width": width,
             "height": height,
             "text": self.text,
@@ -226,7 +225,7 @@ class Segmentation:
             "timings_ms": {stage: float(spent) for stage, spent in self.timings.items()},
         }
         if polygons:
-            record["polygons"] = self.polygons()
+            record["polygons"] = outlines
         return record
 
     def save(self, folder: str | os.PathLike[str], stem: str, *, overlay: bool = False, anomaly_map: bool = False) -> dict[str, Path]:
@@ -265,6 +264,12 @@ class Segmentation:
             picture.save(encoded, "PNG", compress_level=1)
             _write_whole(paths[name], encoded.getbuffer())
         return paths
+
+
+def _boxes(polygons: list[list[list[tuple[int, int]]]]) -> list[tuple[int, int, int, int]]:
+    corners = [np.array(rings[0]) for rings in polygons]
+    lows, highs = [ring.min(axis=0) for ring in corners], [ring.max(axis=0) for ring in corners]
+    return [(int(x), int(y), int(right - x), int(below - y)) for (x, y), (right, below) in zip(lows, highs, strict=True)]
 
 
 def _check_array(name: str, array: np.ndarray, dtype: str, shape: object, fits: bool) -> None:

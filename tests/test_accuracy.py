@@ -409,7 +409,9 @@ def test_a_folder_of_pictures_without_masks_gives_lines_and_no_metrics(
     path, sheets = tmp_path / "images.csv", tmp_path / "sheets" / "new"
     arguments = ["--dataset", "folder", "--root", str(parts / "images"), "--baseline", "median", "--json"]
     assert main([*arguments, "--csv", str(path), "--overlays", str(sheets)]) == 0
-    mean = json.loads(capsys.readouterr().out.splitlines()[-1])["mean"]
+    lines = capsys.readouterr().out.splitlines()
+    mean = json.loads(lines[-1])["mean"]
+    assert any("nothing is known of these pictures: give masks, or --dataset good" in line for line in lines)
     assert mean["images"] == 5 and all(mean[name] is None for name in evaluation.METRICS)
     assert [(row["image"], row["label"], row["iou"]) for row in rows_of(path)] == [(f"{name}.png", "", "") for name in "abcde"]
     assert [file.name for file in sheets.iterdir()] == ["images.png"]

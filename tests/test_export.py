@@ -409,6 +409,17 @@ def test_the_pictures_hardest_to_keep_come_first() -> None:
 # What a bundle holds
 
 
+def test_thresholds_of_ones_own_stand_in_the_bundle_and_judge_parity(
+    run: Run, ready_graphs: list[str], tiny_checkpoint: Path, pictures: Path, tmp_path: Path
+) -> None:
+    given = ("--checkpoint", tiny_checkpoint, "--output", tmp_path / "own", "--images", pictures)
+    assert run(*given, "--threshold", "1.5")[0] == 2
+    code, _, _ = run(*given, "--threshold", "0", "--relative-threshold", "0.25")
+    bundle = Bundle(tmp_path / "own")
+    assert code == 0 and bundle.manifest.mask_rule == MaskRule(0, 0.25)
+    assert bundle.manifest.parity["non_empty"] == 2  # the reference was judged by them: every map exceeds 0
+
+
 def test_a_second_export_replaces_the_first_and_tells_its_numbers(
     run: Run, ready_graphs: list[str], tiny_checkpoint: Path, older_bundle: Path, pictures: Path
 ) -> None:

@@ -114,7 +114,7 @@ def segment_pictures(
                 _forget(output, stem + ending)
             yield {"image": str(path), "error": str(error) or type(error).__name__}
             continue
-        told = list(dict.fromkeys(str(warning.message) for warning in caught))  # tiles tell the same
+        told = [str(warning.message) for warning in caught]
         for request, ending in zip(requests, endings, strict=True):
             try:
                 result = inspection.answer(request)
