@@ -18,6 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from benchmarks.contact_sheet import ContactSheet
 from benchmarks.datasets import LAYOUTS, READERS_HELP, Judged, read_dataset
 from benchmarks.environment import versions
@@ -77,11 +80,12 @@ def evaluate_datasets(
     progress: Callable[[str], Progress] = lambda name: iter,
     per_image: PerImageTable | None = None,
     overlays: Path | None = None,
+    region: npt.NDArray[np.bool_] | None = None,
 ) -> list[dict[str, Any]]:
     """`evaluate` of each data set, with its name as "dataset", its "operating_points" and CONVENTIONS as "conventions".
 
     `progress` gives, for a data set's name, what wraps its items. With `per_image`, a line for each picture goes there; with `overlays`, an
-    existing folder, each data set's contact sheet is written there as NAME.png.
+    existing folder, each data set's contact sheet is written there as NAME.png. `region` is evaluate's.
     """
     results = []
     for dataset in datasets:
@@ -92,7 +96,7 @@ def evaluate_datasets(
             observers.append(functools.partial(per_image.write, dataset.name, dataset.root))
         if sheet is not None:
             observers.append(sheet.add)
-        metrics = evaluate(dataset.items, predict, progress(dataset.name), observers)
+        metrics = evaluate(dataset.items, predict, progress(dataset.name), observers, region)
         results.append({"dataset": dataset.name, **metrics, "operating_points": points.to_json(), "conventions": CONVENTIONS})
         if sheet is not None and overlays is not None:
             sheet.save(overlays / f"{dataset.name}.png")
@@ -156,6 +160,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--relative-threshold", type=float, metavar="R", help="likewise; 1: masks are what exceeds --threshold")
     parser.add_argument("--tile", type=int, metavar="N", help="see larger pictures in tiles of N × N pixels; with --bundle")
     parser.add_argument("--tile-overlap", type=int, metavar="N", help="pixels that neighbouring tiles share at least")
+    parser.add_argument(
+        "--region", metavar="FILE", help="judge this part of every picture alone, as agvas-segment does: white where to look; with --bundle"
+    )
     parser.add_argument(
         "--fusion-weight", type=float, metavar="A", help="of the absolute map (eq. 8), instead of the model's own; with --checkpoint"
     )
@@ -260,6 +267,7 @@ def _run(arguments: argparse.Namespace, stack: ExitStack, tables: list[PerImageT
         arguments.detector,
         arguments.tile,
         arguments.tile_overlap,
+        arguments.region,
     )
     normal_text = None if arguments.normal_text is None else read_normal_text(arguments.normal_text)
     question = Question(arguments.mode, arguments.instruction, normal_text)
@@ -270,11 +278,12 @@ def _run(arguments: argparse.Namespace, stack: ExitStack, tables: list[PerImageT
         arguments.overlays.mkdir(parents=True, exist_ok=True)
     if arguments.csv is not None:
         tables.append(stack.enter_context(PerImageTable(arguments.csv)))
-    results = evaluate_datasets(datasets, predict, _tqdm, tables[0] if tables else None, arguments.overlays)
+    results = evaluate_datasets(datasets, predict, _tqdm, tables[0] if tables else None, arguments.overlays, predict.region)
     settings: dict[str, Any] = {"mode": None if source.bundle is None and source.checkpoint is None else question.mode}
     settings |= {"instruction": question.instruction, "normal_text": question.normal_text}
     settings |= {"threshold": source.threshold, "relative_threshold": source.relative_threshold, "fusion_weight": source.fusion_weight}
     settings |= {"tile": source.tile, "tile_overlap": source.tile_overlap}
+    settings |= {"region_share": None if predict.region is None else float(predict.region.mean())}
     settings |= {"limit": arguments.limit, "split": arguments.split}
     facts = {"judged": dict(predict.judged), "settings": settings, "versions": versions()}
     results = [result | facts for result in results]

@@ -108,7 +108,7 @@ class ContactSheet:
     def _caption(self, seen: Observation) -> str:
         numbers = [("IoU", seen.iou), ("AP", seen.ap), ("score", seen.prediction.score)]
         words = [f"{name} {value:.3f}" for name, value in numbers if value is not None]
-        kind = "normal" if seen.item.is_anomalous is False else (seen.item.kind or "")
+        kind = "normal" if seen.is_anomalous is False else (seen.item.kind or "")
         name = Path(os.path.relpath(seen.item.image, self._root)).as_posix()
         return _printable("  ".join(word for word in (name, seen.item.category, kind, *words) if word))
 

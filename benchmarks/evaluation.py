@@ -49,6 +49,7 @@ class Observation:
     """One judged picture.
 
     Attributes:
+        is_anomalous: the item's, or whether a region holds a part of its defect; None where nothing is known.
         truth: bool [H, W]; None where nothing is known.
         iou: None unless the picture is anomalous.
         ap: of this picture's pixels alone, None unless the picture is anomalous. A category's AP is not the mean of these.
@@ -57,6 +58,7 @@ class Observation:
 
     item: Judged
     prediction: Prediction
+    is_anomalous: bool | None
     truth: npt.NDArray[np.bool_] | None
     iou: float | None
     ap: float | None
@@ -68,7 +70,13 @@ Progress = Callable[[Sequence[Judged]], Iterable[Judged]]
 Observer = Callable[[Observation], None]
 
 
-def evaluate(items: Iterable[Judged], predict: Predict, progress: Progress = iter, observers: Sequence[Observer] = ()) -> dict[str, Any]:
+def evaluate(
+    items: Iterable[Judged],
+    predict: Predict,
+    progress: Progress = iter,
+    observers: Sequence[Observer] = (),
+    region: npt.NDArray[np.bool_] | None = None,
+) -> dict[str, Any]:
     """{"categories": {name: metrics}, "mean": metrics} of what predict says about each picture.
 
     Metrics are fractions, or None where they are undefined: ap, f1_max, aupro, iou_anomalous and found_anomalous (the share with a mask
@@ -78,7 +86,9 @@ def evaluate(items: Iterable[Judged], predict: Predict, progress: Progress = ite
     Pictures of which nothing is known count as images only.
 
     `progress` wraps the sequence of items, as tqdm does; they are taken category by category, so that one category's pixels are held at a
-    time. Raises DatasetError for a bad mask and ValueError, naming the picture, for a bad prediction.
+    time. With a region (bool [H, W], of every picture's size), pixels outside it are not judged, and a picture whose defect lies outside
+    it is a normal one; what predict says there must be 0. Raises DatasetError for a bad mask and ValueError, naming the picture, for a bad
+    prediction.
     """
     by_category: dict[str, list[Judged]] = {}
     for item in items:
@@ -87,12 +97,15 @@ def evaluate(items: Iterable[Judged], predict: Predict, progress: Progress = ite
         raise ValueError("items: expected at least one, got none; check the manifest and --split")
     ordered = [item for group in by_category.values() for item in group]
     categories = {
-        name: _evaluate_category(group, predict, observers) for name, group in groupby(progress(ordered), key=lambda item: item.category)
+        name: _evaluate_category(group, predict, observers, region)
+        for name, group in groupby(progress(ordered), key=lambda item: item.category)
     }
     return {"categories": categories, "mean": mean_metrics(list(categories.values()))}
 
 
-def _evaluate_category(items: Iterable[Judged], predict: Predict, observers: Sequence[Observer]) -> dict[str, Any]:
+def _evaluate_category(
+    items: Iterable[Judged], predict: Predict, observers: Sequence[Observer], region: npt.NDArray[np.bool_] | None
+) -> dict[str, Any]:
     pixels = PixelScores(regions=True)
     overlaps: list[float] = []  # of the anomalous pictures
     found: list[bool] = []
@@ -106,20 +119,23 @@ def _evaluate_category(items: Iterable[Judged], predict: Predict, observers: Seq
         seconds = time.perf_counter() - started
         _check_prediction(item, prediction)
         images += 1
-        truth, iou, ap = None, None, None
-        if item.is_anomalous is not None:
+        is_anomalous, truth, iou, ap = item.is_anomalous, None, None, None
+        if is_anomalous is not None:
             truth = item.read_mask(*prediction.anomaly_map.shape)
-            ap = _add(pixels, item, prediction, truth)
-            if item.is_anomalous:
+            if region is not None:
+                truth &= region
+                is_anomalous = bool(truth.any())
+            ap = _add(pixels, item, prediction, truth, region)
+            if is_anomalous:
                 iou = intersection_over_union(prediction.mask, truth)
                 overlaps.append(iou)
                 found.append(not is_empty(prediction.mask))
             else:
                 empty.append(is_empty(prediction.mask))
             scores.append(prediction.score)
-            anomalous.append(item.is_anomalous)
+            anomalous.append(is_anomalous)
         for observe in observers:
-            observe(Observation(item, prediction, truth, iou, ap, seconds))
+            observe(Observation(item, prediction, is_anomalous, truth, iou, ap, seconds))
     ap, aupro = pixels.average_precision(), pixels.aupro()
     return {
         "ap": ap,
@@ -136,11 +152,13 @@ def _evaluate_category(items: Iterable[Judged], predict: Predict, observers: Seq
     }
 
 
-def _add(pixels: PixelScores, item: Judged, prediction: Prediction, truth: npt.NDArray[np.bool_]) -> float | None:
+def _add(
+    pixels: PixelScores, item: Judged, prediction: Prediction, truth: npt.NDArray[np.bool_], region: npt.NDArray[np.bool_] | None
+) -> float | None:
     """Pools one picture and returns its own AP: binned once, for both."""
     alone = PixelScores(regions=True)
     try:
-        alone.add(prediction.anomaly_map, truth)
+        alone.add(prediction.anomaly_map, truth, region)
     except ValueError as error:
         raise ValueError(f"{item.image}: anomaly map: {error}") from error
     pixels.merge(alone)

@@ -62,8 +62,13 @@ class PixelScores:
         self._sample = np.zeros(_BINS, np.uint32)  # the bits of one score seen in the bin
         self._mixed = np.zeros(_BINS, bool)  # whether another score was seen in it, too
 
-    def add(self, scores: npt.NDArray[np.float32], truth: npt.NDArray[np.bool_]) -> None:
-        """Adds one image: scores float32 in [0, 1], truth bool, of one shape; else ValueError, and nothing is added."""
+    def add(
+        self, scores: npt.NDArray[np.float32], truth: npt.NDArray[np.bool_], where: npt.NDArray[np.bool_] | None = None
+    ) -> None:
+        """Adds one image: scores float32 in [0, 1], truth bool, of one shape; else ValueError, and nothing is added.
+
+        Of an image, pixels outside `where` (bool of that shape) are left out; none of them may be true.
+        """
         scores, truth = np.asarray(scores), np.asarray(truth)
         if scores.dtype != np.float32:
             raise ValueError(f"scores: expected float32, got {scores.dtype}; convert to float32 in [0, 1] first")
@@ -83,6 +88,8 @@ class PixelScores:
             raise ValueError(f"scores: expected values in [0, 1], got {found}; {remedy}")
         if self._weights is not None:
             weights, regions = region_weights(truth)
+        if where is not None:
+            scores, truth = scores[where], truth[where]
         flat, positive = scores.ravel() + np.float32(0.0), truth.ravel()  # + 0 turns -0.0 into 0.0, whose bits order
         bits = flat.view(np.uint32)
         index = _bin_of(flat)

@@ -22,8 +22,8 @@ class OperatingPoints:
         self._bad: list[float] = []
 
     def __call__(self, seen: Observation) -> None:
-        if seen.item.is_anomalous is not None:
-            (self._bad if seen.item.is_anomalous else self._good).append(seen.prediction.score)
+        if seen.is_anomalous is not None:
+            (self._bad if seen.is_anomalous else self._good).append(seen.prediction.score)
 
     def to_json(self, rates: Sequence[float] = RATES) -> dict[str, Any]:
         """How many good and anomalous pictures there were, and for each share the lowest threshold (a score above it is NG) at which no

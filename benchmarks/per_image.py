@@ -54,7 +54,7 @@ class PerImageTable:
             (
                 dataset,
                 Path(os.path.relpath(item.image, root)).as_posix(),
-                "" if item.is_anomalous is None else int(item.is_anomalous),
+                "" if seen.is_anomalous is None else int(seen.is_anomalous),
                 item.category,
                 item.kind or "",
                 f"{seen.prediction.score:.6f}",

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from benchmarks.datasets import Judged
 from benchmarks.evaluation import Predict, Prediction
@@ -37,6 +38,7 @@ class Source:
         device: for a bundle or checkpoint; None means cpu.
         threshold, relative_threshold: for a bundle or checkpoint, in 0..1 (runtime.masking); None means its own.
         tile, tile_overlap: for a bundle, in pixels: see large pictures in tiles (runtime.tiling); None sees them whole.
+        region: for a bundle, the file of a region that pictures are judged in alone (runtime.region).
         fusion_weight: for a checkpoint, the weight of the absolute map (eq. 8), in 0..1; None means its own. In a bundle it is built in.
     """
 
@@ -52,6 +54,7 @@ class Source:
     detector: Path | None = None
     tile: int | None = None
     tile_overlap: int | None = None
+    region: str | None = None
 
     def __post_init__(self) -> None:
         if sum(given is not None for given in (self.bundle, self.checkpoint, self.baseline, self.detector)) != 1:
@@ -62,6 +65,8 @@ class Source:
             raise ValueError(f"engine: only a bundle has engines, got {self.engine}; leave --engine out or give --bundle")
         if self.inference_precision is not None and self.bundle is None:
             raise ValueError(f"inference precision: only a bundle has one, got {self.inference_precision}; leave --inference-precision out")
+        if self.region is not None and self.bundle is None:
+            raise ValueError(f"region: only a bundle judges one, got {self.region}; leave --region out or give --bundle")
         for name, pixels in (("tile", self.tile), ("tile overlap", self.tile_overlap)):
             if pixels is not None and self.bundle is None:
                 raise ValueError(f"{name}: only a bundle sees pictures in tiles, got {pixels}; leave --{name.replace(' ', '-')} out")
@@ -151,10 +156,12 @@ class Predictor:
             inference_precision, device, threshold, relative_threshold and fusion_weight as they were used; None where there is no such
             thing. Models have theirs and a sha256, of the bundle's manifest or the weights; bundles precision and lmm as the
             manifest has them.
+        region: bool [H, W], what is judged of every picture; None for all of it.
     """
 
     predict: Predict
     judged: Mapping[str, Any]
+    region: npt.NDArray[np.bool_] | None = None
 
     def __call__(self, item: Judged) -> Prediction:
         return self.predict(item)
@@ -185,6 +192,7 @@ def _bundle_predictor(source: Source, question: Question) -> Predictor:
         "relative_threshold": source.relative_threshold,
         "tile": source.tile,
         "tile_overlap": source.tile_overlap,
+        "region": source.region,
     }
     segmenter = Segmenter(source.bundle or "", engine=source.engine or "auto", device=source.device or "cpu", **settings)
     defaults = segmenter.bundle.manifest.prompts.instructions
@@ -207,7 +215,7 @@ def _bundle_predictor(source: Source, question: Question) -> Predictor:
         "relative_threshold": segmenter.rule.relative_threshold,
         "fusion_weight": manifest.fusion_weight,
     }
-    return Predictor(predict, judged)
+    return Predictor(predict, judged, segmenter.region)
 
 
 def _checkpoint_predictor(source: Source, question: Question) -> Predictor:

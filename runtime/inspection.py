@@ -30,14 +30,18 @@ class Inspection:
         rule: how masks are cut from maps.
         engine: named in errors.
         vision: what the chain saw in it, where it has looked already.
+        region: bool [H, W], the pixels that every answer is about, see Segmentation.within; None for all.
 
     Raises:
         EngineFailed: the engine could not compute.
     """
 
-    def __init__(self, chain: Chain, image: np.ndarray, rule: MaskRule, engine: str, vision: Any = None) -> None:
+    def __init__(
+        self, chain: Chain, image: np.ndarray, rule: MaskRule, engine: str, vision: Any = None, region: np.ndarray | None = None
+    ) -> None:
         self.image = image
         self.rule = rule
+        self.region = region
         self._engine = engine
         self._chain = chain
         self._vision = chain.look(chain.prepare(image)) if vision is None else vision
@@ -76,7 +80,7 @@ class Inspection:
             )
         said = self._chain.prompts.read(trace.answer)
         mask = self.rule.mask(trace.anomaly_map)
-        return Segmentation(
+        result = Segmentation(
             mask=mask,
             anomaly_map=trace.anomaly_map,
             score=score,
@@ -92,3 +96,4 @@ class Inspection:
             image=self.image,
             tiles=trace.tiles,
         )
+        return result if self.region is None else result.within(self.region)

@@ -17,11 +17,12 @@ from PIL import Image
 
 from engines import ENGINES, INFERENCE_PRECISIONS, EngineError, EngineOptions
 from runtime.bundle import Bundle
-from runtime.errors import AgvasError, RequestError, check_whole, choose
+from runtime.errors import AgvasError, ImageError, RequestError, check_whole, choose
 from runtime.images import PIXEL_LIMIT, as_rgb
 from runtime.inspection import Inspection
 from runtime.pipeline import Chain
 from runtime.prompts import DIRECT, Prompt
+from runtime.region import as_region, read_region
 from runtime.segmentation import Segmentation
 from runtime.selection import Choice, choose_engine
 from runtime.stream import DEPTH, Streamed, in_steps
@@ -46,6 +47,8 @@ class Segmenter:
         tile: side in pixels of the square tiles that larger pictures are seen in, each by an inference of its own; None sees every picture
             whole, at the model's size. See runtime.tiling.
         tile_overlap: of neighbouring tiles at least, pixels; None for an eighth of `tile`.
+        region: what a fixed camera's pictures are judged in alone, as Segmentation.within does: bool [H, W], or uint8 of 0 and 1 or 255,
+            of the pictures' size, or the path of such a picture; None for all of them. Tiles that do not meet it are not computed.
         pixel_limit: largest picture, in pixels.
         check_hashes: read every file of the bundle to compare its sha256 (about a second per GB).
         low_memory: one stage in memory at a time, for models whose stages together do not fit. Every picture opens every stage again;
@@ -56,6 +59,7 @@ class Segmenter:
         BundleError: the bundle is missing, altered or of another version.
         EngineError: the engine or device cannot be had, or cannot run this bundle.
         RequestError: a setting out of range.
+        ImageError: a region's file that is no picture.
 
     Attributes:
         rule: how masks are cut from maps.
@@ -63,6 +67,7 @@ class Segmenter:
         inference_precision: its precision.
         choice: why, when `auto` chose; None otherwise.
         tiling: how pictures are cut; None where they are not.
+        region: bool [H, W]; None where pictures are judged whole.
     """
 
     def __init__(
@@ -77,6 +82,7 @@ class Segmenter:
         relative_threshold: float | None = None,
         tile: int | None = None,
         tile_overlap: int | None = None,
+        region: np.ndarray | str | os.PathLike[str] | None = None,
         pixel_limit: int = PIXEL_LIMIT,
         check_hashes: bool = True,
         low_memory: bool = False,
@@ -104,6 +110,7 @@ class Segmenter:
         if tile is None and tile_overlap is not None:
             raise RequestError("tile_overlap: expected tile beside it, got none; say how large the tiles are")
         self.tiling = None if tile is None else Tiling(tile, tile_overlap)
+        self.region = None if region is None else read_region(region) if isinstance(region, (str, os.PathLike)) else as_region(region)
         self.bundle = Bundle(Path(bundle), check_hashes=check_hashes)
         self.rule = self.bundle.manifest.mask_rule.changed(threshold, relative_threshold)
         self.pixel_limit = pixel_limit
@@ -115,7 +122,7 @@ class Segmenter:
         else:
             self._pipeline = open_pipeline(self.bundle, engine, options)
             self.engine, self.inference_precision = engine, options.inference_precision
-        self._chain: Chain = self._pipeline if self.tiling is None else TiledPipeline(self._pipeline, self.tiling)
+        self._chain: Chain = self._pipeline if self.tiling is None else TiledPipeline(self._pipeline, self.tiling, self.region)
 
     def __call__(
         self,
@@ -138,7 +145,7 @@ class Segmenter:
                 pieces are the result's text. What it raises ends the call and reaches the caller.
 
         Raises:
-            ImageError: a picture that cannot be read, see runtime.images.
+            ImageError: a picture that cannot be read, see runtime.images, or is not of the region's size.
             RequestError: see PromptEncoder.encode; `on_text` for a picture in tiles.
             EngineFailed: the engine could not compute, or computed NaN or a map outside 0..1.
         """
@@ -149,11 +156,19 @@ class Segmenter:
         """Look at one picture, to ask about it more than once: `inspection.ask(...)` takes what a call takes but the image.
 
         Raises:
-            ImageError: a picture that cannot be read.
+            ImageError: a picture that cannot be read, or is not of the region's size.
             EngineFailed: the engine could not compute.
         """
+        rgb = self._read(image)
+        return Inspection(self._chain, rgb, self.rule, f"{self.engine} ({self.inference_precision})", region=self.region)
+
+    def _read(self, image: str | os.PathLike[str] | Image.Image | np.ndarray) -> np.ndarray:
         rgb = as_rgb(image, pixel_limit=self.pixel_limit)
-        return Inspection(self._chain, rgb, self.rule, f"{self.engine} ({self.inference_precision})")
+        if self.region is not None and self.region.shape != rgb.shape[:2]:  # before seconds are spent on it
+            own, wanted = (f"{width} × {height}" for height, width in (rgb.shape[:2], self.region.shape))
+            named = f"{os.fspath(image)}: " if isinstance(image, (str, os.PathLike)) else ""
+            raise ImageError(f"{named}the region is {wanted} pixels, this picture {own}; give a region of the pictures' size")
+        return rgb
 
     def stream(
         self,
@@ -192,12 +207,12 @@ class Segmenter:
         engine = f"{self.engine} ({self.inference_precision})"
 
         def read(image: str | os.PathLike[str] | Image.Image | np.ndarray) -> tuple[np.ndarray, Any]:
-            rgb = as_rgb(image, pixel_limit=self.pixel_limit)
+            rgb = self._read(image)
             return rgb, self._chain.prepare(rgb)
 
         def look(read: tuple[np.ndarray, Any]) -> Inspection:
             rgb, prepared = read
-            return Inspection(self._chain, rgb, self.rule, engine, self._chain.look(prepared))
+            return Inspection(self._chain, rgb, self.rule, engine, self._chain.look(prepared), self.region)
 
         def answer(inspection: Inspection) -> Segmentation:
             return inspection.answer(prompt)

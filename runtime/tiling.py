@@ -74,23 +74,31 @@ class Tiling:
         return [(rows, columns) for rows in self.spans(height) for columns in self.spans(width)]
 
 
+def kept(array: np.ndarray, tile: tuple[Span, Span]) -> np.ndarray:
+    """The part of an array of the picture's size [H, W] that a tile keeps: a view."""
+    rows, columns = tile
+    return array[rows.kept_from : rows.kept_to, columns.kept_from : columns.kept_to]
+
+
 class TiledPipeline:
     """A pipeline that takes pictures in tiles; it offers what an Inspection and a stream ask of a Pipeline.
 
     One question is put to every tile. What is said of the picture is the answer of the tile whose map is highest; where a tile's answer
     lacks an anchor, it is that one, and the picture has no map and no verdict, as a whole picture then has none. So that memory does not
     grow with the picture, what is kept of it between questions are the encoders' outputs of its first KEPT tiles, and of no tile the
-    language model's keys and values.
+    language model's keys and values. With a region (bool [H, W], of the pictures' size), tiles that keep none of its pixels are not
+    computed; the map is 0 there.
     """
 
-    def __init__(self, pipeline: Pipeline, tiling: Tiling) -> None:
+    def __init__(self, pipeline: Pipeline, tiling: Tiling, region: np.ndarray | None = None) -> None:
         self.pipeline = pipeline
         self.tiling = tiling
+        self.region = region
         self.prompts = pipeline.prompts
 
     def prepare(self, image: np.ndarray) -> TiledPrepared:
         """`Pipeline.prepare` of a picture's (uint8 RGB [H, W, 3]) first tiles."""
-        tiles = self.tiling.tiles(*image.shape[:2])
+        tiles = [tile for tile in self.tiling.tiles(*image.shape[:2]) if self.region is None or kept(self.region, tile).any()]
         prepared = [self._prepare(image, tile) for tile in tiles[:KEPT]]
         preprocess.warn_of_one_tone(image)
         preprocess.warn_of_lost_detail(prepared[0].frame)  # all tiles are of one size
@@ -107,11 +115,12 @@ class TiledPipeline:
             RequestError: `on_text` for a picture of several tiles, whose texts would run into one another.
             EngineFailed: as Pipeline.answer.
         """
-        if len(vision.tiles) == 1:
+        height, width = vision.image.shape[:2]
+        if vision.tiles == [(Span(0, height, 0, height), Span(0, width, 0, width))]:
             return self.pipeline.answer(vision.visions[0], prompt, on_text)
-        if on_text is not None:
+        if on_text is not None and len(vision.tiles) > 1:
             raise RequestError(f"on_text: expected a picture in one piece, got {len(vision.tiles)} tiles, each with a text of its own")
-        anomaly_map = np.zeros(vision.image.shape[:2], np.float32)
+        anomaly_map = np.zeros((height, width), np.float32)
         timings = Counter[str]()
         said: tuple[int, ...] = ()
         without: tuple[int, ...] | None = None
@@ -121,7 +130,7 @@ class TiledPipeline:
                 seen = vision.visions[number]
             else:
                 seen = self.pipeline.look(self._prepare(vision.image, (rows, columns)))
-            trace = self.pipeline.answer(seen, prompt)
+            trace = self.pipeline.answer(seen, prompt, on_text)
             seen.forget()
             started = time.perf_counter()
             timings.update(trace.timings)
@@ -129,10 +138,12 @@ class TiledPipeline:
             if trace.anchor_states is None:
                 without = trace.answer if without is None else without
             top, left = rows.kept_from - rows.start, columns.kept_from - columns.start
-            kept = trace.anomaly_map[top : rows.kept_to - rows.start, left : columns.kept_to - columns.start]
-            anomaly_map[rows.kept_from : rows.kept_to, columns.kept_from : columns.kept_to] = kept
-            if not said or kept.max() > highest:
-                said, highest = trace.answer, float(kept.max())
+            own = trace.anomaly_map[top : rows.kept_to - rows.start, left : columns.kept_to - columns.start]
+            kept(anomaly_map, (rows, columns))[:] = own
+            if self.region is not None:
+                own = own * kept(self.region, (rows, columns))
+            if not said or own.max() > highest:
+                said, highest = trace.answer, float(own.max())
             joining += (time.perf_counter() - started) * 1e3
         if without is not None:
             said, anomaly_map = without, np.zeros_like(anomaly_map)

@@ -26,6 +26,7 @@ from benchmarks.accuracy import evaluate_datasets, main, read_datasets
 from benchmarks.contact_sheet import ContactSheet
 from benchmarks.datasets import Judged
 from benchmarks.evaluation import Observation, Prediction, evaluate
+from benchmarks.metrics import PixelScores
 from benchmarks.predictors import Predictor, Question, Source, open_predictor, read_normal_text
 from runtime.masking import MaskRule
 
@@ -93,6 +94,32 @@ def test_predicting_nothing_scores_the_share_of_pixels_and_empties_every_normal(
     assert bolt["ap"] == pytest.approx(share)
     assert bolt["f1_max"] == pytest.approx(2 * share / (1 + share))
     assert (bolt["iou_anomalous"], bolt["found_anomalous"], bolt["empty_normal"], bolt["image_auroc"]) == (0.0, 0.0, 1.0, 0.5)
+
+
+def test_a_region_leaves_out_what_lies_outside_it_as_if_the_pictures_ended_there(tmp_path: Path) -> None:
+    """Judged in a rectangle, metrics are those of the rectangle cut out, and a defect beside it is none."""
+    items = read_manifest(write_dataset(tmp_path / "set", ("a", 1, "", ""), ("b", 1, "", ""), ("c", 0, "", "")))
+    rows, columns = np.flatnonzero(truth().any(1)), np.flatnonzero(truth().any(0))
+    region = np.zeros((HEIGHT, WIDTH), bool)
+    region[: rows[1] + 1, : columns[2] + 1] = True  # holds a corner of the defect
+    maps = {name: np.random.default_rng(seed).random((HEIGHT, WIDTH), np.float32) for seed, name in enumerate("abc")}
+
+    def predict(item: Judged) -> Prediction:
+        anomaly_map = np.where(region, maps[item.image.stem], np.float32(0))
+        return Prediction(anomaly_map, anomaly_map > 0.5, float(anomaly_map.max()))
+
+    seen: list[evaluation.Observation] = []
+    metrics = evaluate(items, predict, observers=[seen.append], region=region)["categories"]["set"]
+    pixels = PixelScores(regions=True)
+    for name in "abc":
+        cut = np.ix_(region.any(1), region.any(0))
+        pixels.add(maps[name][cut], (truth() if name != "c" else np.zeros_like(truth()))[cut])
+    assert (metrics["ap"], metrics["aupro"], metrics["f1_max"]) == (pixels.average_precision(), pixels.aupro(), pixels.f1_max())
+    assert [one.is_anomalous for one in seen] == [True, True, False]
+
+    beside = ~truth()
+    metrics = evaluate(items, says(np.zeros((HEIGHT, WIDTH), np.float32), np.zeros((HEIGHT, WIDTH), bool)), region=beside)["mean"]
+    assert (metrics["normal_images"], metrics["empty_normal"], metrics["ap"]) == (3, 1.0, None)
 
 
 def test_pixels_are_pooled_over_images_before_they_are_ranked(tmp_path: Path) -> None:
@@ -430,7 +457,7 @@ def test_an_interrupted_run_keeps_its_lines_and_says_where(
         return perfect(item)
 
     command = [str(parts), "--bundle", "any", "--csv", str(tmp_path / "images.csv")]
-    monkeypatch.setattr(accuracy, "open_predictor", lambda *_: stopped_at_the_third)
+    monkeypatch.setattr(accuracy, "open_predictor", lambda *_: Predictor(stopped_at_the_third, {}))
     assert main(command) == 130
     assert capsys.readouterr().err == f"agvas-eval: interrupted; the images judged so far are in {path}\n"
     assert [row["image"] for row in rows_of(path)] == ["images/a.png", "images/c.png"]
@@ -451,7 +478,7 @@ def test_a_picture_that_ends_the_run_leaves_the_lines_before_it(
             raise ValueError(f"{item.image}: damaged")
         return perfect(item)
 
-    monkeypatch.setattr(accuracy, "open_predictor", lambda *_: fails_at_c)
+    monkeypatch.setattr(accuracy, "open_predictor", lambda *_: Predictor(fails_at_c, {}))
     assert main([str(parts), "--bundle", "any", "--csv", str(tmp_path / "images.csv")]) == 2
     assert capsys.readouterr().err.endswith(f"c.png: damaged; the images judged so far are in {tmp_path / 'images.csv.partial'}\n")
     assert len(rows_of(tmp_path / "images.csv.partial")) == 1
@@ -461,7 +488,7 @@ def test_a_run_that_judged_nothing_leaves_no_table(parts: Path, tmp_path: Path, 
     def fails(item: Judged) -> Prediction:
         raise ValueError("mode is not one this model was trained for")
 
-    monkeypatch.setattr(accuracy, "open_predictor", lambda *_: fails)
+    monkeypatch.setattr(accuracy, "open_predictor", lambda *_: Predictor(fails, {}))
     assert main([str(parts), "--bundle", "any", "--csv", str(tmp_path / "images.csv")]) == 2
     assert not list(tmp_path.glob("images.csv*"))
 
@@ -535,7 +562,7 @@ def observed(parts: Path, ious: Sequence[float | None]) -> list[Observation]:
     """Of the same picture with another IoU each; the order is the caption's score."""
     (item, *_) = read_manifest(parts)
     said = perfect(item)
-    return [Observation(item, said._replace(score=float(order)), truth(), iou, iou, 0.0) for order, iou in enumerate(ious)]
+    return [Observation(item, said._replace(score=float(order)), True, truth(), iou, iou, 0.0) for order, iou in enumerate(ious)]
 
 
 def shown(sheet: ContactSheet) -> tuple[list[int], ...]:
@@ -583,7 +610,7 @@ def test_a_sheet_shows_picture_truth_map_and_mask_side_by_side(parts: Path, tmp_
     heat[:, :9] = 1 / 3
     left = np.zeros((HEIGHT, WIDTH), bool)
     left[:, :9] = True
-    sheet.add(Observation(item, Prediction(heat, left, 0.5), None, None, None, 0.0))
+    sheet.add(Observation(item, Prediction(heat, left, 0.5), None, None, None, None, 0.0))
     sheet.save(tmp_path / "parts.png")
     assert [file.name for file in tmp_path.glob("parts.png*")] == ["parts.png"]
     with Image.open(tmp_path / "parts.png") as saved:
@@ -620,6 +647,7 @@ class FakeModel:
         self.engine, self.inference_precision, self.device = "openvino", "bf16", settings.get("device")
         self.rule = MaskRule(0.5, 0.8).changed(settings.get("threshold"), settings.get("relative_threshold"))
         self.config, self.mask_decoder = FakeConfig(), SimpleNamespace(fusion_weight=0.5)
+        self.region = None
 
     def to(self, device: str) -> FakeModel:
         self.settings["device"] = device
@@ -656,7 +684,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[FakeModel]:
 
 def test_a_bundle_gets_the_settings_that_were_asked_for(opened: list[FakeModel]) -> None:
     open_predictor(Source(bundle=Path("b")))
-    given = {"threshold": 0.2, "relative_threshold": 0.4, "tile": 500, "tile_overlap": 60}
+    given = {"threshold": 0.2, "relative_threshold": 0.4, "tile": 500, "tile_overlap": 60, "region": "r.png"}
     none = dict.fromkeys(given)
     open_predictor(Source(bundle=Path("b"), engine="openvino", device="cuda:1", inference_precision="bf16", **given))
     assert [model.given for model in opened] == [(Path("b"),)] * 2
@@ -675,6 +703,7 @@ def test_a_bundle_gets_the_settings_that_were_asked_for(opened: list[FakeModel])
         ({"baseline": "median", "relative_threshold": 0.3}, "^relative threshold: a baseline's is fixed.*--relative-threshold"),
         ({"bundle": Path("b"), "relative_threshold": -0.1}, "relative threshold: expected a number in 0..1, got -0.1; 1 is"),
         ({"checkpoint": "nano", "tile": 500}, "^tile: only a bundle sees pictures in tiles, got 500; leave --tile out"),
+        ({"checkpoint": "nano", "region": "r.png"}, "^region: only a bundle judges one, got r.png; leave --region out"),
         ({"baseline": "median", "tile_overlap": 5}, "^tile overlap: only a bundle.*leave --tile-overlap out"),
         ({"baseline": "medium"}, "did you mean 'median'"),
         ({"checkpoint": "nano", "threshold": 1.5}, "threshold: expected a number in 0..1, got 1.5"),

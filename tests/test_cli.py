@@ -264,10 +264,10 @@ def test_nothing_to_segment_is_exit_code_2(run_segment: Any, tmp_path: Path) -> 
 def test_an_engine_that_fails_on_one_picture_goes_on_with_the_next(
     run_segment: Any, photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original, spoilt = Segmenter.inspect, np.asarray(Image.open(photos / "three.png"))
+    original = Segmenter.inspect
 
     def failing(self: Segmenter, image: Any) -> Inspection:
-        if np.array_equal(image, spoilt):
+        if Path(image).name == "three.png":
             raise EngineFailed("out of memory")
         return original(self, image)
 

@@ -157,6 +157,59 @@ def test_the_text_is_that_of_the_tile_with_the_highest_map(tiled: Segmenter) -> 
     assert trace.verified is False
 
 
+def test_tiles_outside_a_region_are_not_computed(tiny_bundle: Path, tiled: Segmenter) -> None:
+    region = np.zeros(LARGE.shape[:2], bool)
+    region[60:80, 10:120] = True
+    stationed = Segmenter(tiny_bundle, engine="onnxruntime", tile=64, tile_overlap=16, region=region)
+    seen, whole = stationed(LARGE), tiled(LARGE)
+    touched = [
+        (rows, columns)
+        for rows, columns in Tiling(64, 16).tiles(150, 230)
+        if rows.kept_from < 80 and rows.kept_to > 60 and columns.kept_from < 120 and columns.kept_to > 10
+    ]
+    assert 1 < seen.tiles == len(touched) < whole.tiles
+    expected = whole.within(region)
+    np.testing.assert_array_equal(seen.anomaly_map, expected.anomaly_map)
+    np.testing.assert_array_equal(seen.mask, expected.mask)
+    assert (seen.score, seen.region_share) == (expected.score, expected.region_share)
+    (streamed,) = stationed.stream([LARGE])
+    np.testing.assert_array_equal(streamed.result.anomaly_map, expected.anomaly_map)
+
+
+def test_the_text_is_never_that_of_what_lies_outside_the_region(tiled: Segmenter) -> None:
+    """The highest map of a tile may lie in the part of it that is not looked at."""
+    region = np.zeros(LARGE.shape[:2], bool)
+    region[:40, :] = True
+    chain = TiledPipeline(tiled._pipeline, Tiling(64, 16), region)
+    answer, numbers = chain.pipeline.answer, itertools.count(1)
+
+    def numbered(*arguments: object) -> Trace:
+        trace, number = answer(*arguments), next(numbers)  # type: ignore[arg-type]
+        anomaly_map = np.full_like(trace.anomaly_map, 0.1 * number)
+        if number == 1:
+            anomaly_map[41:] = 1
+        return dataclasses.replace(trace, answer=(number, *trace.answer), anomaly_map=anomaly_map)
+
+    chain.pipeline.answer = numbered  # type: ignore[method-assign, assignment]
+    try:
+        trace = chain.answer(chain.look(chain.prepare(LARGE)), tiled.request())
+    finally:
+        del chain.pipeline.answer  # type: ignore[attr-defined]
+    assert trace.tiles == 5 and trace.answer[0] == 5
+
+
+def test_one_tile_of_a_large_picture_fills_its_part_of_the_map(tiny_bundle: Path, whole: Segmenter) -> None:
+    region = np.zeros(LARGE.shape[:2], bool)
+    region[5:20, 5:20] = True
+    said: list[str] = []
+    result = Segmenter(tiny_bundle, engine="onnxruntime", tile=64, tile_overlap=16, region=region)(LARGE, on_text=said.append)
+    rows, columns = Tiling(64, 16).tiles(150, 230)[0]
+    alone = whole(LARGE[rows.start : rows.end, columns.start : columns.end])
+    assert result.tiles == 1 and "".join(said) == result.text
+    np.testing.assert_array_equal(result.anomaly_map[5:20, 5:20], alone.anomaly_map[5:20, 5:20])
+    assert np.count_nonzero(result.anomaly_map) <= 15 * 15
+
+
 def test_a_map_out_of_range_in_one_tile_is_an_engines_failure(tiled: Segmenter) -> None:
     decoder, decoded = tiled._pipeline.stages["mask_decoder"], itertools.count()
 

@@ -26,9 +26,9 @@ import numpy as np
 from engines import EngineError
 from runtime.cli.common import AUTO, Progress, add_engine_arguments, close_stdout, describe, engine_options, json_line, open_streams, say
 from runtime.errors import AgvasError, ImageError, OutputError, RequestError, choose
-from runtime.images import PIXEL_LIMIT, as_rgb, find_images
+from runtime.images import PIXEL_LIMIT, find_images
 from runtime.prompts import DIRECT, MODES, PLUS
-from runtime.region import as_region, read_region
+from runtime.region import read_region
 from runtime.segmenter import Segmenter
 from runtime.tiling import Tiling
 
@@ -67,7 +67,6 @@ def segment_pictures(
     overlay: bool = False,
     anomaly_map: bool = False,
     polygons: bool = False,
-    region: np.ndarray | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Segment one picture after the other; each instruction gives the record that agvas-segment prints as JSON.
 
@@ -78,7 +77,6 @@ def segment_pictures(
             told apart, see output_stems. A picture without a verdict has none, and what an earlier run left under its names is removed,
             as is an overlay or map where none is asked for. With several instructions the first one's stem is `<stem>__1`, and so on.
         polygons: also give the outline of each mask.
-        region: judge this part of every picture alone, see Segmentation.within; a picture of another size is one that failed.
 
     Yields:
         {"image", "error"} for a picture that could not be read or looked at, and with "instruction" for one about which
@@ -90,7 +88,6 @@ def segment_pictures(
         RequestError: the mode or an instruction is refused, or a result would overwrite one of the pictures.
         OutputError: a result cannot be written; those before it are.
     """
-    looked_at = None if region is None else as_region(region)
     asked_for = {"mask": True, "overlay": overlay, "map": anomaly_map}
     requests = [segmenter.request(text, mode, normal_state=normal_state, max_new_tokens=max_new_tokens) for text in instructions]
     endings = [""] if len(requests) == 1 else [f"__{number}" for number in range(1, len(requests) + 1)]
@@ -102,13 +99,7 @@ def segment_pictures(
         try:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always", UserWarning)
-                rgb = as_rgb(path, pixel_limit=segmenter.pixel_limit)
-                if looked_at is not None and looked_at.shape != rgb.shape[:2]:  # before seconds are spent on it
-                    raise ImageError(
-                        f"the region is {looked_at.shape[1]} × {looked_at.shape[0]} pixels, this picture {rgb.shape[1]} × {rgb.shape[0]}; "
-                        "give a region of the pictures' size"
-                    )
-                inspection = segmenter.inspect(rgb)
+                inspection = segmenter.inspect(path)
         except _OF_ONE_PICTURE as error:
             for ending in endings:
                 _forget(output, stem + ending)
@@ -118,7 +109,6 @@ def segment_pictures(
         for request, ending in zip(requests, endings, strict=True):
             try:
                 result = inspection.answer(request)
-                result = result if looked_at is None else result.within(looked_at)
             except _OF_ONE_PICTURE as error:
                 _forget(output, stem + ending)
                 yield {"image": str(path), "instruction": request.instruction, "error": str(error) or type(error).__name__}
@@ -249,6 +239,7 @@ def _run(arguments: argparse.Namespace) -> int:
         relative_threshold=arguments.relative_threshold,
         tile=arguments.tile,
         tile_overlap=arguments.tile_overlap,
+        region=region,
         pixel_limit=arguments.pixel_limit,
     )
     if segmenter.choice is not None:
@@ -271,7 +262,6 @@ def _run(arguments: argparse.Namespace) -> int:
             overlay=arguments.overlay,
             anomaly_map=arguments.map,
             polygons=arguments.polygons,
-            region=region,
         )
         done, several = 0, len(instructions) > 1
         for record in records:
