@@ -11,7 +11,7 @@ production run are never scaled differently. A picture whose grey levels would h
 - Alpha (RGBA, LA, PA, transparency of a palette or PNG): dropped. The stored colours are what the camera saw;
   compositing would paint over them with a colour of our choosing, and inspection pictures carry an opaque alpha anyway.
 - Palette: its colours. CMYK, YCbCr, HSV: Pillow's conversion; ICC profiles are not applied.
-- Several frames: the first of a file; of a PIL image, the frame it stands at.
+- Several frames: the first of a file, with a warning; of a PIL image, the frame it stands at.
 - 32-bit float (F), LAB, premultiplied alpha: refused.
 - uint8 array [H, W, 3]: taken as RGB, never as BGR; from OpenCV pass `array[..., ::-1]`. [H, W] and [H, W, 1]: grey,
   repeated in three channels.
@@ -124,7 +124,11 @@ def read_image(path: str | os.PathLike[str], *, pixel_limit: int = PIXEL_LIMIT) 
                     f"{name}: expected a {decoder.format} header, got one that does not read or has no pixels "
                     f"({error}); the file is damaged: copy or save it again"
                 ) from error
-            return _rgb_of_pil(image, name, pixel_limit)
+            rgb = _rgb_of_pil(image, name, pixel_limit)
+            if _has_more_frames(image):
+                # The same words for every picture, as below.
+                warnings.warn("a file of several pictures (pages, frames): the first alone is judged; save each as its own", stacklevel=2)
+            return rgb
     except OSError as error:
         raise ImageError(f"{name}: expected a readable file, got {error}; check permissions and the disk") from error
 
@@ -271,6 +275,15 @@ def _rgb_of_pil(image: Image.Image, name: str, pixel_limit: int) -> np.ndarray:
     else:
         rgb = np.array(image.convert("RGB"))
     return np.ascontiguousarray(_turn(rgb, orientation))
+
+
+def _has_more_frames(image: Image.Image) -> bool:
+    """Whether a second one follows that can be reached; the first is whole whatever the rest is."""
+    try:
+        image.seek(1)
+    except Exception:  # EOFError where there is none; where it is damaged, nearly anything
+        return False
+    return True
 
 
 def _check_pixels(name: str, width: int, height: int, pixel_limit: int) -> None:

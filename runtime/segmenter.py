@@ -7,6 +7,7 @@ and judges maps; the chain between is runtime.pipeline's.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -94,6 +95,8 @@ class Segmenter:
         if not isinstance(device, str):
             raise RequestError(f"device: expected cpu or cuda:N (cuda:0 is the first GPU), got {device!r}")
         check_whole("threads", threads)
+        if threads > (processors := os.cpu_count() or threads):
+            warnings.warn(f"threads: {threads} on {processors} processors wait for one another; 0 leaves it to the engine", stacklevel=2)
         check_whole("pixel_limit", pixel_limit)
         if inference_precision is not None:
             choose("inference_precision", inference_precision, INFERENCE_PRECISIONS)

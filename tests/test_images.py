@@ -179,7 +179,12 @@ def test_a_cmyk_jpeg_keeps_its_colour(tmp_path):
 def test_of_several_frames_a_file_gives_the_first_and_a_pil_image_the_one_it_stands_at(tmp_path, colours):
     first, second = Image.fromarray(colours), Image.fromarray(255 - colours)
     first.save(tmp_path / "stack.tif", save_all=True, append_images=[second])
-    same(read_image(tmp_path / "stack.tif"), colours)
+    with pytest.warns(UserWarning, match="several pictures .*: the first alone is judged"):
+        same(read_image(tmp_path / "stack.tif"), colours)
+    first.save(tmp_path / "single.tif")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        same(read_image(tmp_path / "single.tif"), colours)
     with Image.open(tmp_path / "stack.tif") as stack:
         stack.seek(1)
         same(as_rgb(stack), 255 - colours)

@@ -473,3 +473,8 @@ def test_onnxruntime_calls_nobody(tmp_path: Path) -> None:
     code = "import os, runtime, engines.onnxruntime; assert os.environ['ORT_DISABLE_TELEMETRY'] == '1'"
     subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True, timeout=120)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_more_threads_than_processors_are_warned_of(tiny_bundle: Path) -> None:
+    with pytest.warns(UserWarning, match=r"threads: 4000 on \d+ processors wait for one another"), pytest.raises(EngineUnavailable):
+        Segmenter(tiny_bundle, "tensorrt", threads=4000)

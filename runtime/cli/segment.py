@@ -407,12 +407,13 @@ def _with_folders(paths: Sequence[Path]) -> list[str]:
     one_folder_twice = len({path.parent for path in absolute}) < len(absolute)
     last = [path.name if one_folder_twice else path.stem for path in absolute]
     folders = [path.parts[1:-1] for path in absolute]  # parts[0] is the root or drive
-    names = last
-    for depth in range(max(map(len, folders)) + 1):
-        names = ["__".join((*parts[max(len(parts) - depth, 0) :], name)) for parts, name in zip(folders, last, strict=True)]
-        if len({name.casefold() for name in names}) == len(names):
-            break
-    return names
+
+    def at_depth(depth: int) -> list[str]:
+        return ["__".join((*parts[max(len(parts) - depth, 0) :], name)) for parts, name in zip(folders, last, strict=True)]
+
+    # a.png and A.PNG in one folder stay alike at any depth, which is no reason to name all the folders above.
+    alternatives = [at_depth(depth) for depth in range(max(map(len, folders)) + 1)]
+    return max(alternatives, key=lambda names: (len({name.casefold() for name in names}), len({*names})))  # of equals the shallowest
 
 
 def _spare_inputs(pictures: Sequence[Path], stems: Sequence[str], output: Path) -> None:
