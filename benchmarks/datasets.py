@@ -35,8 +35,8 @@ layouts of --dataset, as published (DIR is what --root names):
   colondb   DIR/images and DIR/masks as in the polyp benchmark, or DIR/Original and DIR/Ground Truth; equal names but for the suffix
   clinicdb  as colondb
   folder    DIR/*.png (or DIR/images) and, if there are any, DIR/masks with equal names but for the suffix; with masks, a picture that has
-            none, or an all-black one, is normal; without, nothing is known and only --csv and --overlays say anything. Masks that
-            agvas-segment wrote (STEM_mask.png) are taken, too
+            none, or an all-black one, is normal; without, nothing is known and only --csv and --overlays say anything. Masks
+            STEM_mask.png are taken, too, in DIR/masks or beside their pictures
   good      DIR/*.png (or DIR/images), every picture a good part: how many are called NG, and which threshold would call fewer
   manifest  DIR/manifest.csv with image, mask, label and optionally class, kind, split; the same as naming DIR without --dataset
 masks must hold 0 and 255 only, except for rsdd (JPEG), colondb and clinicdb (smoothed edges): there a pixel above 127 is anomalous
@@ -226,9 +226,10 @@ def _isic(root: Path, split: str) -> list[Picture]:
 
 def _folder(root: Path) -> list[Picture]:
     images = _files(root / "images" if (root / "images").is_dir() else root)
-    if not (root / "masks").is_dir():
+    files = _files(root / "masks") if (root / "masks").is_dir() else _beside(images)
+    if not files:
         return [Picture(image, None, None, root.resolve().name) for image in images]
-    files = _files(root / "masks")
+    images = [image for image in images if image not in files]
     written = [file for file in files if file.stem.lower().endswith("_mask")]
     masks = _by_stem(files, "_mask" if written and len(written) == len(files) else "")
     stems = _by_stem(images, "")
@@ -241,7 +242,15 @@ def _folder(root: Path) -> list[Picture]:
 
 def _good(root: Path) -> list[Picture]:
     images = _files(root / "images" if (root / "images").is_dir() else root)
+    if masks := _beside(images):
+        raise DatasetError(masks[0], None, "good parts, which have no masks", "a mask beside its picture", "give --dataset folder")
     return [Picture(image, None, False, root.resolve().name) for image in images]
+
+
+def _beside(images: Sequence[Path]) -> list[Path]:
+    """Which of them are masks that lie beside their pictures: x_mask.png beside x.png."""
+    stems = {image.stem.lower() for image in images}
+    return [image for image in images if image.stem.lower().endswith("_mask") and image.stem.lower().removesuffix("_mask") in stems]
 
 
 def _one_of(root: Path, pairs: Sequence[tuple[str, str]]) -> tuple[Path, Path]:

@@ -43,6 +43,8 @@ PIXEL_LIMIT = 89_478_485
 
 SUFFIXES = (".bmp", ".jfif", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff")
 
+ENDINGS = ("_mask", "_overlay", "_map")  # behind a picture's stem: what Segmentation.save writes, and masks as people keep them
+
 # Pictures too, by suffix, that are not read: a folder's are left out, and a warning tells how many.
 UNREAD_SUFFIXES = (".avif", ".gif", ".heic", ".heif", ".jp2", ".jxl", ".webp")
 
@@ -137,8 +139,9 @@ def find_images(inputs: str | os.PathLike[str] | Sequence[str | os.PathLike[str]
     """List the pictures that files, folders and glob patterns stand for.
 
     A file is listed whatever its suffix. A folder or pattern gives its files with a suffix in `SUFFIXES` (any case),
-    hidden ones left out, sorted by path; a warning tells of other pictures there (`UNREAD_SUFFIXES`). Inputs keep their order; what is
-    named twice is listed where it came first.
+    hidden ones left out, sorted by path; a warning tells of other pictures there (`UNREAD_SUFFIXES`), and of masks and results left out:
+    `x_mask.png`, `x_overlay.png` and `x_map.png` beside an `x.png`. Inputs keep their order; what is named twice is listed where it came
+    first.
 
     Args:
         inputs: paths or patterns (`*`, `?`, `[…]`; `**` crosses folders); a path that exists is never a pattern.
@@ -192,8 +195,17 @@ def _pictures(name: str, paths: Iterator[Path]) -> list[Path]:
     if unread:
         counts = ", ".join(f"{count} {suffix}" for suffix, count in sorted(unread.items()))
         warnings.warn(f"{name}: left out {counts}: {_FORMATS} is read; save them as PNG", stacklevel=4)
-    named = (path for path in shown if path.suffix.lower() in SUFFIXES)
-    return sorted(path for path in named if path.is_file() or (path.is_symlink() and not path.exists()))
+    named = [path for path in shown if path.suffix.lower() in SUFFIXES]
+    stems = {path.parent / path.stem for path in named}
+    of_others = {p for p in named for end in ENDINGS if p.stem.endswith(end) and p.parent / p.stem.removesuffix(end) in stems}
+    if of_others:
+        warnings.warn(
+            f"{name}: left out {len(of_others)} that lie beside the pictures they are of, such as {min(of_others).name}: masks or results, "
+            "no pictures; name one itself to have it taken for one",
+            stacklevel=4,
+        )
+    found = (path for path in named if path not in of_others)
+    return sorted(path for path in found if path.is_file() or (path.is_symlink() and not path.exists()))
 
 
 def _check_is_file(name: str) -> None:

@@ -208,6 +208,17 @@ def test_a_grey_mask_may_be_stored_as_colours_and_a_coloured_one_is_refused(tmp_
         Picture(image, deep, True, "skin").read_mask(HEIGHT, WIDTH)
 
 
+def test_masks_beside_their_pictures_are_their_masks(tmp_path: Path) -> None:
+    for name in ("bad.png", "good.png"):
+        Image.new("RGB", (8, 6), (90, 80, 70)).save(tmp_path / name)
+    Image.fromarray(np.eye(6, 8, dtype=np.uint8) * 255).save(tmp_path / "bad_mask.png")
+    bad, good = read_dataset("folder", tmp_path)
+    assert (bad.image.name, bad.is_anomalous, bad.read_mask(6, 8).sum()) == ("bad.png", True, 6)
+    assert (good.image.name, good.is_anomalous) == ("good.png", False)
+    with pytest.raises(DatasetError, match=r"bad_mask.png.*a mask beside its picture.*--dataset folder"):
+        read_dataset("good", tmp_path)
+
+
 def test_a_folder_without_masks_claims_nothing_and_one_with_masks_labels_every_picture(tmp_path: Path) -> None:
     root = folder(tmp_path / "line")
     assert summary(read_dataset("folder", root)) == [("a", True, "line", None), ("b", False, "line", None), ("c", False, "line", None)]

@@ -474,3 +474,14 @@ def test_inputs_that_give_no_picture_are_refused(folder, monkeypatch, inputs, wo
     monkeypatch.chdir(folder)
     with pytest.raises(ImageError, match=words):
         find_images(inputs)
+
+
+def test_masks_and_results_beside_their_pictures_are_no_pictures(tmp_path):
+    for name in ("a.png", "a_mask.png", "b.jpg", "b_map.png", "b_overlay.png", "road_map.png", "c_mask.png"):
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    with pytest.warns(UserWarning, match="left out 3 that lie beside the pictures they are of, such as a_mask.png"):
+        found = find_images(tmp_path)
+    assert [path.name for path in found] == ["a.png", "b.jpg", "c_mask.png", "road_map.png"]
+    with pytest.warns(UserWarning, match="left out 1 "):
+        assert [path.name for path in find_images(str(tmp_path / "[ac]*.png"))] == ["a.png", "c_mask.png"]
+    assert find_images(tmp_path / "a_mask.png") == [tmp_path / "a_mask.png"]

@@ -233,11 +233,31 @@ def test_a_folder_holds_one_run_and_says_what_differs(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"), [({"global_batch": 5}, "multiple of 1 processes x 2 samples, got 5"), ({"precision": "fp8"}, "one of no, bf16")]
+    ("changes", "message"),
+    [({"global_batch": 5}, "multiple of 1 processes x 2 samples, got 5"), ({"precision": "fp8"}, "one of auto, no, bf16")],
 )
 def test_settings_that_cannot_be_are_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         trained(tmp_path, replace(SETTINGS, **changes))
+
+
+@pytest.mark.parametrize(("able", "kept"), [({"avx512_bf16": True}, "bf16"), ({"avx2": True}, "no"), ({"bf16": True}, "bf16")])
+def test_auto_takes_bf16_where_the_device_has_it_and_stays_with_it(
+    tmp_path: Path, able: dict[str, bool], kept: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able)
+    trained(tmp_path, replace(SETTINGS, precision="auto"))
+    assert json.loads((tmp_path / "settings.json").read_text())["precision"] == kept
+    assert "emulates" not in capsys.readouterr().err
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": kept == "no"})
+    with pytest.raises(ValueError, match=rf"precision was {kept}"):
+        trained(tmp_path, replace(SETTINGS, precision="auto"))
+
+
+def test_emulated_bf16_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True})
+    trained(tmp_path, replace(SETTINGS, precision="bf16"))
+    assert "precision auto takes fp32" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

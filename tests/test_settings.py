@@ -50,7 +50,7 @@ def test_what_is_said_is_taken_at_any_depth(tmp_path: Path) -> None:
         ({"loop": {"betas": [0.9]}}, "loop.betas: expected 2 values, got 1"),
         ({"loop": 3}, "loop: expected an object, got 3"),
         ({"parts": {"slow": [1]}}, r"parts.slow\[0\]: expected str, got 1"),
-        ({"loop": {"precision": "fp8"}}, "precision: expected one of no, bf16"),
+        ({"loop": {"precision": "fp8"}}, "precision: expected one of auto, no, bf16"),
         ([], r"expected an object, got \[\]"),
     ],
 )

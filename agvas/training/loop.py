@@ -11,11 +11,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -34,7 +35,7 @@ from agvas.training.sample import TrainingSample
 from agvas.writing import disk_errors
 from runtime.progress import pace
 
-PRECISIONS = ("no", "bf16")
+PRECISIONS = ("auto", "no", "bf16")
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,8 @@ class LoopSettings:
         warmup_steps: WarmupDecayLR: linear up, then linear down to zero at `steps`.
         betas, weight_decay, clip_norm: of AdamW, as LISA's code has them (the paper gives none); norms and biases do not decay.
         average_decay: the weights kept are a moving average with this memory; None keeps the last ones, as the paper does.
-        precision: "bf16" computes matrix products in bf16 (autocast), "no" in the weights' own type.
+        precision: "bf16" computes matrix products in bf16 (autocast), "no" in the weights' own type; "auto" in bf16 where the device
+            multiplies in it, as the paper does. A CPU that does not emulates it, twenty times slower than fp32.
         save_every, log_every: steps between states, and between lines of log.jsonl and TensorBoard.
     """
 
@@ -61,7 +63,7 @@ class LoopSettings:
     weight_decay: float = 0.0
     clip_norm: float = 1.0
     average_decay: float | None = None
-    precision: str = "bf16"
+    precision: str = "auto"
     save_every: int = 100
     log_every: int = 10
     seed: int = 0
@@ -97,6 +99,14 @@ def check_device(device: str) -> None:
         raise ValueError(f"device: expected cpu, cuda or cuda:N, got {device!r}") from error
     if kind == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device: expected a CUDA device, got {device}, and torch {torch.__version__} sees none; use --device cpu")
+
+
+def multiplies_in_bf16(device: torch.device) -> bool:
+    """Whether the device has instructions for it."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    able = torch.cpu.get_capabilities()
+    return any(able.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))  # the last is ARM's
 
 
 def accelerator_for(settings: LoopSettings, device: str) -> Accelerator:
@@ -159,9 +169,14 @@ def run(
 
     Raises:
         Diverged: see there.
-        ValueError: `folder` holds a run with other settings.
+        ValueError: `folder` holds a run with other settings, or one that "auto" began in another precision on another machine.
     """
     accelerator = accelerator_for(settings, device)
+    native = multiplies_in_bf16(accelerator.device)
+    if settings.precision == "auto":
+        settings = replace(settings, precision="bf16" if native else "no")
+    elif settings.precision == "bf16" and not native and accelerator.is_main_process:
+        tqdm.write(f"{name}: this {accelerator.device.type} has no bfloat16 and emulates it slowly; precision auto takes fp32", sys.stderr)
     folder.mkdir(parents=True, exist_ok=True)
     if accelerator.is_main_process:
         keep_settings(folder / "settings.json", asdict(settings) | (facts or {}))
@@ -252,7 +267,9 @@ def keep_settings(path: Path, settings: dict[str, Any]) -> None:
         found = json.loads(path.read_text())
         wanted = json.loads(text)
         if different := sorted(_differences(found, wanted)):
-            listed = "; ".join(f"{name} was {before}, is {now}" for name, before, now in different)
+            listed = "; ".join(
+                f"{name} differs" if "\n" in before + now else f"{name} was {before}, is {now}" for name, before, now in different
+            )
             raise ValueError(f"{path} describes another run ({listed}); choose another folder, or remove this one to start again")
         return
     path.write_text(text)
