@@ -42,12 +42,16 @@ class OperatingPoints:
 
 
 def in_words(name: str, told: Mapping[str, Any]) -> list[str]:
-    """What `OperatingPoints.to_json` tells of a data set, a line for each point."""
-    return [
+    """What `OperatingPoints.to_json` tells of a data set: a line for each point, and one where there are too few good pictures for all."""
+    lines = [
         f"{name}: --threshold {point['threshold']:.4f} calls {point['false_alarms']:.1%} of {told['good_pictures']} good pictures NG"
         + ("" if point["found"] is None else f" and finds {point['found']:.1%} of {told['anomalous_pictures']} anomalous ones")
         for point in told["points"]
     ]
+    if lines and (lacking := [rate for rate in RATES if 0 < rate * told["good_pictures"] < 1]):
+        rates = ", ".join(f"{rate:.0%} ({math.ceil(1 / rate)})" for rate in lacking)
+        lines.append(f"{name}: too few good pictures for thresholds that call {rates} of them NG (in brackets: how many it takes)")
+    return lines
 
 
 def _share_above(scores: Sequence[float], threshold: float) -> float:

@@ -37,7 +37,7 @@ from export.gate import MEASURED, GateBudget, Kept, by_sensitivity, search, sens
 from export.half_range import FULL_SIZE, HalfRange
 from export.integer_weights import round_inputs, store_integers
 from export.onnx_writer import export_stage, stage_module, write
-from export.parity import ParityReport, hardest, measure, outcome_of_reference
+from export.parity import NOTHING_FOUND, ParityReport, hardest, measure, outcome_of_reference
 from export.passes import LOW_TYPES, lower_precision
 from export.pictures import Pictures, parity_pictures
 from export.progress import Progress
@@ -156,6 +156,7 @@ def export_bundle(settings: ExportSettings, progress: Progress) -> tuple[Bundle,
     model = load(settings.checkpoint) if held else opened.skeleton()
     model.config = opened.config
     weights = all_weights(opened)
+    reference = _reference(model, settings, pictures, progress) if held and settings.compare else []
     quantisation = _quantise(settings, model, opened, progress)
     key = _key(settings, opened) if settings.resume or (settings.resume is None and streamed) else None
     with _whole_or_nothing(settings.output, key) as work:
@@ -188,11 +189,6 @@ def export_bundle(settings: ExportSettings, progress: Progress) -> tuple[Bundle,
         elif streamed:
             report = _verify_streamed(folder, opened, settings, quantisation, memory, pictures, progress)
         else:
-            progress.begin("run the reference", len(pictures))
-            reference = []
-            for picture in pictures:
-                reference.append(outcome_of_reference(model.segment(picture)))
-                progress.advance()
             sensitivity: dict[str, float] = {}
             if graphs:
                 kept, sensitivity = _decide(folder, graphs, model, settings, quantisation, pictures, reference, progress)
@@ -430,6 +426,18 @@ def _check_output(output: Path) -> None:
     if not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):  # told now, and not after hours of calibration
         what = "no permission to" if existing.is_dir() else "a file"
         raise OutputError(f"{output}: expected to write in {existing}, got {what}; choose another --output, or change permissions")
+
+
+def _reference(model: AGVAS, settings: ExportSettings, pictures: Pictures, progress: Progress) -> list[Outcome]:
+    """What the reference says of the pictures: before the stages are made, for where it finds nothing no bundle can be judged."""
+    progress.begin("run the reference", len(pictures))
+    reference = []
+    for picture in pictures:
+        reference.append(outcome_of_reference(model.segment(picture)))
+        progress.advance()
+    if settings.strict and not any(outcome.mask.any() for outcome in reference):
+        raise ParityFailed(f"{NOTHING_FOUND.format(len(reference))}, or --parity none to compare nothing. No bundle was written")
+    return reference
 
 
 def _check_needs(settings: ExportSettings, needs: Estimate, memory: int | None, streamed: bool, pictures: int, progress: Progress) -> None:

@@ -179,13 +179,19 @@ def measure(
     return ParityReport(glue_parity, errors, chain_parity, failures, engine, on_golden, quantisation, layers), golden
 
 
+# No engine or precision changes this.
+NOTHING_FOUND = (
+    "the reference's mask is empty on all {} pictures, so that no mask can be compared; give pictures with defects that the model finds "
+    "(--images), or a lower --threshold"
+)
+
+
 def chain_failures(gates: Gates, parity: Parity) -> list[str]:
     """Gates that the whole chain broke, in words."""
     failures = [f"chain: {failure}" for failure in gates.failures(parity)]
     if parity.compared and not parity.non_empty:
         failures.append(
-            f"chain: the reference's mask is empty on all {parity.images} pictures, so no mask was compared; "
-            "give pictures with defects that the model finds (--images)"
+            f"chain: {NOTHING_FOUND.format(parity.images)}"
         )
     return failures
 

@@ -8,6 +8,7 @@ production run are never scaled differently. A picture whose grey levels would h
 - 1-bit and grey: 0..255, repeated in three channels.
 - 16-bit grey (I;16, and I, which Pillow uses for 16-bit PGM): `sample >> 8`, the full 16-bit range to 8 bits. 12-bit
   camera data in a 16-bit container comes out dark, with a warning: scale it before. 16-bit colour: the same, to a level, by Pillow.
+  A TIFF of 32-bit integers is refused.
 - Alpha (RGBA, LA, PA, transparency of a palette or PNG): dropped. The stored colours are what the camera saw;
   compositing would paint over them with a colour of our choosing, and inspection pictures carry an opaque alpha anyway.
 - Palette: its colours. CMYK, YCbCr, HSV: Pillow's conversion; ICC profiles are not applied.
@@ -308,7 +309,12 @@ def _check_pixels(name: str, width: int, height: int, pixel_limit: int) -> None:
 
 def _eight_bits(image: Image.Image, name: str) -> np.ndarray:
     """16-bit grey → uint8 [H, W]."""
-    if image.mode != "I" and isinstance(image, TiffImagePlugin.TiffImageFile):
+    if image.mode == "I" and isinstance(image, TiffImagePlugin.TiffImageFile):
+        raise ImageError(
+            f"{name}: expected 8 or 16 bits per sample, got integers of 32, for which no fixed rule leads to 0..255; "
+            "scale them by a rule of yours and save the picture as 8-bit"
+        )
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
         # Pillow hands packed 12-bit and white-is-zero TIFFs over as if they were ordinary 16-bit grey.
         bits = image.tag_v2.get(_TIFF_BITS_PER_SAMPLE)
         photometric = image.tag_v2.get(_TIFF_PHOTOMETRIC)

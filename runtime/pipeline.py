@@ -56,7 +56,7 @@ class Trace:
     Attributes:
         tensors: every stage's outputs by contract name, of the first language pass where there were several.
         answer: token ids said, end token included when it was reached.
-        verified: the draft was confirmed; False where the model wrote its own answer.
+        verified: the draft was confirmed whole; False where the model wrote its own answer, or the length limit cut it.
         anchor_states: float32 [1, 3, D], None when the answer lacks an anchor.
         anomaly_map: float32 [H, W] at the picture's size; zeros when the answer lacks an anchor.
         timings: milliseconds by stage, "preprocess", "postprocess" and "total"; the first answer about a picture includes what
@@ -245,12 +245,13 @@ class Pipeline:
         said = output["logits"][0].argmax(axis=-1)  # [A]
         agreed = next((i for i, token in enumerate(draft) if token != said[i]), len(draft))
         states = [output["states"][0, : agreed + 1]]
-        trace.verified = bool(draft) and agreed == len(draft)
-        answer = list(draft) if trace.verified else [*draft[:agreed], int(said[agreed])]
-        if not trace.verified:
+        confirmed = bool(draft) and agreed == len(draft)
+        trace.verified = confirmed and draft == prompt.draft  # not one that the limit cut
+        answer = list(draft) if confirmed else [*draft[:agreed], int(said[agreed])]
+        if not confirmed:
             keys, values = _cut((output["present_keys"], output["present_values"]), start + question + agreed)
         last_row = np.zeros(1, np.int64)
-        while not trace.verified and answer[-1] != self.prompts.end_id and len(answer) < prompt.max_new_tokens:
+        while not confirmed and answer[-1] != self.prompts.end_id and len(answer) < prompt.max_new_tokens:
             if stream:
                 stream.update(answer)
             output = self._language(trace, self._embed((answer[-1],)), keys, values, last_row)

@@ -19,6 +19,8 @@ def as_region(region: object) -> np.ndarray:
     Raises:
         RequestError: anything else: which grey would mean "look" has to be guessed; or a region without a pixel to look at.
     """
+    if isinstance(region, (str, os.PathLike)):
+        raise RequestError(f"region: expected an array bool or uint8 [H, W], got the path {os.fspath(region)}; read it with read_region")
     array = np.asarray(region)
     if array.ndim != 2 or array.dtype not in (np.bool_, np.uint8):
         raise RequestError(

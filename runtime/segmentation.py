@@ -288,9 +288,9 @@ def _write_whole(path: Path, data: memoryview) -> None:
     except OSError as error:
         with suppress(OSError):
             temporary.unlink()
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise OutputError(
-                f"{path}: expected room for {len(data)} bytes, got a full disk or quota ({error.strerror}); "
+                f"{path}: expected room for {len(data)} bytes, got a full disk, quota or limit ({error.strerror}); "
                 "free some space or choose another folder"
             ) from error
         raise OutputError(f"{path}: expected a writable file, got {error}; choose another folder or change its permissions") from error

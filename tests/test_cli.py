@@ -20,7 +20,7 @@ from PIL import Image
 from benchmarks import demo
 from engines import EngineFailed, EngineUnavailable
 from engines.onnxruntime import OnnxRuntimeEngine
-from runtime import Inspection, Segmenter
+from runtime import Inspection, Segmenter, segmentation
 from runtime.cli import segment, verify
 from runtime.errors import OutputError
 from runtime.masking import MaskRule
@@ -508,6 +508,36 @@ def test_an_unwritable_output_stops_before_the_model_is_opened(
     code, _, errors = run_segment(photos, "--output", tmp_path / "out", bundle=tmp_path / "never opened")
     assert code == 2
     assert "expected a writable folder" in errors
+
+
+def test_a_picture_whose_results_could_not_all_be_written_has_none(
+    run_segment: Any, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = segmentation._write_whole
+
+    def full(path: Path, data: memoryview) -> None:
+        if path.name.endswith("_overlay.png"):
+            raise OutputError("disk full; free some space")
+        whole(path, data)
+
+    monkeypatch.setattr(segmentation, "_write_whole", full)
+    code, lines, errors = run_segment(photos, "--output", tmp_path / "out", "--overlay")
+    assert (code, lines) == (2, []) and "disk full" in errors
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_an_answer_that_the_limit_cut_is_not_verified_and_says_so(run_segment: Any, photos: Path) -> None:
+    code, lines, _ = run_segment(photos / "one.png", "--json", "--max-new-tokens", "2")
+    record = json.loads(lines[0])
+    assert code == 1 and (record["answer_verified"], record["truncated"], record["anchors_found"]) == (False, True, False)
+    _, lines, _ = run_segment(photos / "one.png", "--max-new-tokens", "2")
+    assert "no verdict: the answer was cut at the length limit before its anchors" in lines[0]
+
+
+def test_verdicts_that_would_go_nowhere_are_refused(tiny_bundle: Path, photos: Path) -> None:
+    command = f"{sys.executable} -m runtime.cli.segment {photos} --bundle {tiny_bundle} --engine onnxruntime --quiet >&-"
+    run = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert run.returncode == 2 and "stdout: expected somewhere for the verdicts to go" in run.stderr
 
 
 def test_a_full_disk_stops_the_run_and_keeps_what_was_written(

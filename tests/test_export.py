@@ -344,6 +344,15 @@ def test_a_wrong_stage_is_found_and_no_bundle_is_written(
     assert not list((tmp_path / "out").iterdir())
 
 
+def test_where_the_reference_finds_nothing_it_is_told_before_anything_is_exported(
+    tiny_checkpoint: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer, "export_stage", lambda *_: pytest.fail("a stage was exported"))
+    settings = ExportSettings(str(tiny_checkpoint), "fp32", tmp_path / "out" / "bundle", images=pictures, threshold=1.0)
+    with pytest.raises(ParityFailed, match=r"mask is empty on all \d+ pictures.*a lower --threshold.*No bundle was written"):
+        export_bundle(settings, Progress(quiet=True))
+
+
 def test_parity_report_writes_the_bundle_with_the_failure_on_record(
     run: Run,
     tiny_checkpoint: Path,
@@ -372,7 +381,7 @@ def test_masks_that_are_all_empty_prove_nothing(tiny_model: AGVAS, threshold: fl
     model.load_state_dict(tiny_model.state_dict())
     gates = GATES["fp32"]
     report, _ = measure(model, pipeline_over(model, torch_stages(model)), "torch", [picture()], gates, gates, lambda: None)
-    assert ["no mask was compared" in failure for failure in report.failures] == [True] * failures
+    assert ["no mask can be compared" in failure for failure in report.failures] == [True] * failures
 
 
 def outcome_with(inside: int, near: int, elsewhere: float = 0.1) -> Outcome:

@@ -485,3 +485,8 @@ def test_masks_and_results_beside_their_pictures_are_no_pictures(tmp_path):
     with pytest.warns(UserWarning, match="left out 1 "):
         assert [path.name for path in find_images(str(tmp_path / "[ac]*.png"))] == ["a.png", "c_mask.png"]
     assert find_images(tmp_path / "a_mask.png") == [tmp_path / "a_mask.png"]
+
+
+def test_a_tiff_of_32_bit_integers_is_refused(tmp_path):
+    Image.fromarray(np.full((6, 8), 200, np.int32)).save(tmp_path / "part.tif")
+    assert "integers of 32" in refusal(tmp_path / "part.tif")

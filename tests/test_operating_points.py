@@ -16,7 +16,7 @@ def collected(good: list[float], bad: Sequence[float] = (), unknown: int = 0) ->
     points = OperatingPoints()
     for is_anomalous, scores in ((False, good), (True, bad), (None, [0.5] * unknown)):
         for score in scores:
-            seen: Any = SimpleNamespace(item=SimpleNamespace(is_anomalous=is_anomalous), prediction=SimpleNamespace(score=score))
+            seen: Any = SimpleNamespace(is_anomalous=is_anomalous, prediction=SimpleNamespace(score=score))
             points(seen)
     return points
 
@@ -41,7 +41,11 @@ def test_without_good_pictures_there_are_no_points_and_without_anomalous_ones_no
     assert collected([], [0.5]).to_json()["points"] == []
     told = collected([0.25, 0.75]).to_json()
     assert told["points"] == [{"threshold": 0.75, "false_alarms": 0.0, "found": None}]
-    assert in_words("line", told) == ["line: --threshold 0.7500 calls 0.0% of 2 good pictures NG"]
+    assert in_words("line", told) == [
+        "line: --threshold 0.7500 calls 0.0% of 2 good pictures NG",
+        "line: too few good pictures for thresholds that call 1% (100), 5% (20), 10% (10) of them NG (in brackets: how many it takes)",
+    ]
+    assert len(in_words("line", collected([index / 100 for index in range(100)]).to_json())) == 4
 
 
 def test_a_score_of_one_leaves_a_threshold_of_one() -> None:

@@ -104,7 +104,7 @@ def test_an_answer_cut_by_the_length_limit_is_the_references(tiny_model: AGVAS) 
         prompts = dataclasses.replace(tiny_model.config.prompts, max_new_tokens=limit)
         short = AGVAS(dataclasses.replace(tiny_model.config, prompts=prompts), tiny_model.tokenizer)
         short.load_state_dict(tiny_model.state_dict())
-        assert_same(short.eval(), picture(), verified=True)
+        assert_same(short.eval(), picture(), verified=False)
 
 
 def test_a_free_instruction_reaches_the_model(tiny_model: AGVAS) -> None:

@@ -39,9 +39,12 @@ KINDS = ("mask", "overlay", "map")  # of a picture's results, behind its stem
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    heard = sys.stdout is not None
     open_streams()
     arguments = _parser().parse_args(argv)
     try:
+        if not heard and arguments.output is None:
+            raise RequestError("stdout: expected somewhere for the verdicts to go, got a closed one; redirect it, or give --output DIR")
         with warnings.catch_warnings():  # _run shows them as notes
             return _run(arguments)
     except KeyboardInterrupt:
@@ -118,7 +121,11 @@ def segment_pictures(
                 _forget(output, stem + ending)
             elif output is not None:
                 _forget(output, stem + ending, [kind for kind, asked in asked_for.items() if not asked])
-                saved = result.save(output, stem + ending, overlay=overlay, anomaly_map=anomaly_map)
+                try:
+                    saved = result.save(output, stem + ending, overlay=overlay, anomaly_map=anomaly_map)
+                except OutputError:
+                    _forget(output, stem + ending)  # of a verdict that is not told
+                    raise
                 record.update({name: str(file) for name, file in saved.items()})
             record["engine"] = segmenter.engine
             record["inference_precision"] = segmenter.inference_precision
@@ -373,7 +380,8 @@ def _in_words(record: dict[str, Any], several: bool) -> str:
     milliseconds, image = record["timings_ms"]["total"], _printable(record["image"])
     line = f"{_verdict(record)}  {record['score']:.3f}  {record['area']:>9} px  {milliseconds:8.1f} ms  {image}"
     if not record["anchors_found"]:
-        line += "  (no verdict: the answer lacks [NOR], [ANO] or [SEG])"
+        lacks = "was cut at the length limit before its anchors" if record["truncated"] else "lacks [NOR], [ANO] or [SEG]"
+        line += f"  (no verdict: the answer {lacks})"
     if record["anchor_groups"] > 1:
         line += f"  (the first of {record['anchor_groups']} masks in the answer)"
     if several:
