@@ -138,6 +138,7 @@ def run_demo(output: Path, count: int, photos: Sequence[str]) -> int:
         "device": segmenter.device,
         "images": [*records, *unreadable],
         "latency_ms": latency,
+        "threshold": segmenter.rule.threshold,
         "mean_true_iou": float(np.mean(ious)) if ious else None,
     }
     contact_sheet(pictures, results, records).save(output / "contact_sheet.png")
@@ -299,6 +300,7 @@ def _table(summary: dict[str, Any], output: Path) -> list[str]:
     latency, parity = summary["latency_ms"], summary["verify"]["parity"]
     mean = "-" if summary["mean_true_iou"] is None else f"{summary['mean_true_iou']:.2f}"
     lines += [
+        f"NG: a score above {summary['threshold']:g}",
         "",
         f"mean IoU with the drawn defects  {mean}",
         f"mask IoU with PyTorch, golden    {parity['mask_iou_mean']:.4f} on {parity['images']} pictures",

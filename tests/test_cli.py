@@ -793,7 +793,8 @@ def test_the_demo_leaves_bundle_masks_overlays_and_summary(
     for record in summary["images"]:
         assert Path(record["mask"]).parent == output / "masks" and Path(record["mask"]).is_file()
         assert Path(record["overlay"]).parent == output / "overlays" and Path(record["overlay"]).is_file()
-    assert "contact_sheet.png" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "contact_sheet.png" in told and f"NG: a score above {summary['threshold']:g}" in told
     # Again, smaller: nothing of the first is left beside the new summary.
     assert demo.main(["--output", str(output), "--count", "1"]) == 0
     assert len(list((output / "masks").iterdir())) == len(list((output / "overlays").iterdir())) == 1

@@ -39,6 +39,7 @@ def _run(options: argparse.Namespace) -> int:
         for name in ("steps", "batch", "micro_batch", "samples"):
             if (number := getattr(options, name)) is not None and number < 1:
                 raise ValueError(f"--{name.replace('_', '-')}: expected at least 1, got {number}")
+        _check_output(options.output)
         from agvas.training.loop import check_device
 
         check_device(options.device)  # first: samples take minutes and gigabytes
@@ -58,6 +59,14 @@ def _run(options: argparse.Namespace) -> int:
     if output is not None:
         print(f"saved {output}")
     return 0
+
+
+def _check_output(folder: Path) -> None:
+    """ValueError for a folder of something else: a run is many files, which no one would want among pictures."""
+    if not folder.is_dir() or not (found := sorted(path.name for path in folder.iterdir())):
+        return
+    if not {"recipe.json", "settings.json", "pool", "pretraining"} & {*found}:
+        raise ValueError(f"--output {folder}: expected a new or empty folder, or that of a run, got one with {found[0]}; choose another")
 
 
 def _parser() -> argparse.ArgumentParser:
