@@ -22,6 +22,7 @@ from engines import EngineFailed, EngineUnavailable
 from engines.onnxruntime import OnnxRuntimeEngine
 from runtime import Inspection, Segmenter, segmentation
 from runtime.cli import segment, verify
+from runtime.cli.common import Progress
 from runtime.errors import OutputError
 from runtime.masking import MaskRule
 from runtime.parity import GATES, Gates
@@ -887,3 +888,14 @@ def test_a_command_that_needs_torch_says_which_extra_has_it(
 def test_a_named_engine_is_not_measured_again(tiny_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert verify.main(["--bundle", str(tiny_bundle), "--engine", "onnxruntime", "--remeasure"]) == 2
     assert "--remeasure: expected --engine auto, got onnxruntime" in capsys.readouterr().err
+
+
+def test_in_a_log_each_drawing_of_a_bar_is_a_line(capfd: pytest.CaptureFixture[str]) -> None:
+    with Progress() as progress:
+        for done in range(1, 13):
+            progress("pictures", done, 12)
+        progress.step_aside()
+        print("note", file=sys.stderr)
+    lines = capfd.readouterr().err.splitlines()
+    assert "note" in lines and "\r" not in "".join(lines)
+    assert [line for line in lines if line != "note"] and all(line.startswith("pictures:") for line in lines if line != "note")

@@ -277,7 +277,7 @@ class _Bar:
         from runtime.progress import pace
 
         self._options = options
-        self._tqdm = tqdm(total=total, desc="describing", unit="sample", file=sys.stderr, disable=options.quiet, **pace())
+        self._tqdm = tqdm(total=total, desc="describing", unit="sample", disable=options.quiet, **pace())
 
     def __call__(self, tally: Tally) -> None:
         cost = _cost(self._options, tally)

@@ -143,7 +143,6 @@ class Progress:
             desc=label,
             total=total,
             disable=hidden,
-            file=sys.stderr,
             leave=not self._terminal,
             **pace(),
         )
