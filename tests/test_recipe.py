@@ -239,6 +239,14 @@ def test_agvas_train_makes_a_checkpoint_that_segments(tmp_path: Path, capsys: py
     assert "learning_rate" not in message, "what is alike need not be read"
 
 
+def test_a_folder_of_something_else_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "part.png").touch()
+    for arguments in ([], ["--checkpoint", "nano", "--mixture", "m.json"]):
+        assert run_cli([*arguments, "--output", str(tmp_path)]) == 2
+        assert f"--output {tmp_path}: expected a new or empty folder, or that of a run, got one with part.png" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["part.png"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
