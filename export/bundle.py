@@ -429,13 +429,17 @@ def _check_output(output: Path) -> None:
 
 
 def _reference(model: AGVAS, settings: ExportSettings, pictures: Pictures, progress: Progress) -> list[Outcome]:
-    """What the reference says of the pictures: before the stages are made, for where it finds nothing no bundle can be judged."""
+    """What the reference says of the pictures: before the stages are made, for where it finds nothing no bundle can be judged.
+
+    Where it says no anchors at all, parity tells that.
+    """
     progress.begin("run the reference", len(pictures))
     reference = []
     for picture in pictures:
         reference.append(outcome_of_reference(model.segment(picture)))
         progress.advance()
-    if settings.strict and not any(outcome.mask.any() for outcome in reference):
+    answered = [outcome for outcome in reference if outcome.anchor_states is not None]
+    if settings.strict and answered and not any(outcome.mask.any() for outcome in answered):
         raise ParityFailed(f"{NOTHING_FOUND.format(len(reference))}, or --parity none to compare nothing. No bundle was written")
     return reference
 

@@ -190,9 +190,7 @@ def chain_failures(gates: Gates, parity: Parity) -> list[str]:
     """Gates that the whole chain broke, in words."""
     failures = [f"chain: {failure}" for failure in gates.failures(parity)]
     if parity.compared and not parity.non_empty:
-        failures.append(
-            f"chain: {NOTHING_FOUND.format(parity.images)}"
-        )
+        failures.append(f"chain: {NOTHING_FOUND.format(parity.images)}")
     return failures
 
 

@@ -44,7 +44,8 @@ PIXEL_LIMIT = 89_478_485
 
 SUFFIXES = (".bmp", ".jfif", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff")
 
-ENDINGS = ("_mask", "_overlay", "_map")  # behind a picture's stem: what Segmentation.save writes, and masks as people keep them
+KINDS = ("mask", "overlay", "map")  # behind a stem, as in x_mask.png: what Segmentation.save writes, and masks as people keep them
+ENDINGS = tuple(f"_{kind}" for kind in KINDS)
 
 # Pictures too, by suffix, that are not read: a folder's are left out, and a warning tells how many.
 UNREAD_SUFFIXES = (".avif", ".gif", ".heic", ".heif", ".jp2", ".jxl", ".webp")
@@ -198,7 +199,7 @@ def _pictures(name: str, paths: Iterator[Path]) -> list[Path]:
         warnings.warn(f"{name}: left out {counts}: {_FORMATS} is read; save them as PNG", stacklevel=4)
     named = [path for path in shown if path.suffix.lower() in SUFFIXES]
     stems = {path.parent / path.stem for path in named}
-    of_others = {p for p in named for end in ENDINGS if p.stem.endswith(end) and p.parent / p.stem.removesuffix(end) in stems}
+    of_others = {path for path in named if path.stem.endswith(ENDINGS) and path.parent / path.stem.rpartition("_")[0] in stems}
     if of_others:
         warnings.warn(
             f"{name}: left out {len(of_others)} that lie beside the pictures they are of, such as {min(of_others).name}: masks or results, "

@@ -10,11 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import picture
+from PIL import Image
 
 from engines import EngineFailed
 from runtime import Segmenter
 from runtime import tiling as tiling_module
-from runtime.errors import RequestError
+from runtime.errors import ImageError, RequestError
 from runtime.pipeline import Trace
 from runtime.preprocess import frame_of, warn_of_lost_detail
 from runtime.tiling import TiledPipeline, Tiling
@@ -196,6 +197,20 @@ def test_the_text_is_never_that_of_what_lies_outside_the_region(tiled: Segmenter
     finally:
         del chain.pipeline.answer  # type: ignore[attr-defined]
     assert trace.tiles == 5 and trace.answer[0] == 5
+
+
+def test_a_regions_file_is_read_and_pictures_of_another_size_are_refused(tiny_bundle: Path, tmp_path: Path) -> None:
+    region = np.zeros(LARGE.shape[:2], np.uint8)
+    region[5:20, 5:20] = 255
+    Image.fromarray(region).save(tmp_path / "region.png")
+    Image.fromarray(LARGE[:, :200]).save(tmp_path / "part.png")
+    stationed = Segmenter(tiny_bundle, engine="onnxruntime", region=tmp_path / "region.png")
+    np.testing.assert_array_equal(stationed.region, region > 0)
+    assert stationed(LARGE).region_share == (region > 0).mean()
+    with pytest.raises(ImageError, match=r"part\.png: the region is 230 × 150 pixels, this picture 200 × 150"):
+        stationed(tmp_path / "part.png")
+    outcome = next(iter(stationed.stream([tmp_path / "part.png"])))
+    assert isinstance(outcome.error, ImageError)
 
 
 def test_one_tile_of_a_large_picture_fills_its_part_of_the_map(tiny_bundle: Path, whole: Segmenter) -> None:

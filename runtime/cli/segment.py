@@ -26,7 +26,7 @@ import numpy as np
 from engines import EngineError
 from runtime.cli.common import AUTO, Progress, add_engine_arguments, close_stdout, describe, engine_options, json_line, open_streams, say
 from runtime.errors import AgvasError, ImageError, OutputError, RequestError, choose
-from runtime.images import PIXEL_LIMIT, find_images
+from runtime.images import KINDS, PIXEL_LIMIT, find_images
 from runtime.prompts import DIRECT, MODES, PLUS
 from runtime.region import read_region
 from runtime.segmenter import Segmenter
@@ -35,7 +35,6 @@ from runtime.tiling import Tiling
 # What leaves the next picture a chance; ImageError is a ValueError.
 _OF_ONE_PICTURE = (EngineError, ValueError, MemoryError)
 
-KINDS = ("mask", "overlay", "map")  # of a picture's results, behind its stem
 
 
 def main(argv: Sequence[str] | None = None) -> int:
