@@ -44,6 +44,11 @@ class OpenVinoEngine:
             raise EngineUnavailable(
                 "inference precision bf16 was asked for, but this CPU does not multiply in bfloat16; use precision graph"
             )
+        if options.inference_precision == "int8" and not multiplies_bytes():
+            raise EngineUnavailable(
+                "inference precision int8 was asked for, but this CPU has no VNNI, without which OpenVINO rounds nothing; "
+                "use precision graph, or engine onnxruntime"
+            )
         settings: dict[str, object] = {
             "DYNAMIC_QUANTIZATION_GROUP_SIZE": INT8_BLOCK if options.inference_precision == "int8" else 0,
             "PERFORMANCE_HINT": "LATENCY",
@@ -155,6 +160,16 @@ def cut_before_products(model: openvino.Model) -> tuple[openvino.Model | None, o
 def natively_bf16(core: openvino.Core | None = None) -> bool:
     """Whether this CPU multiplies in bfloat16."""
     return "BF16" in (core or openvino.Core()).get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+
+
+def multiplies_bytes() -> bool:
+    """Whether this CPU has VNNI. Without it OpenVINO computes as if no group size had been given, and does not say so."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return True  # it cannot be known here
+    flags = {flag for line in lines if line.startswith("flags") for flag in line.split()}
+    return bool(flags & {"avx512_vnni", "avx_vnni"})
 
 
 def version() -> str:

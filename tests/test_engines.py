@@ -279,6 +279,12 @@ def test_openvino_refuses_bf16_on_a_cpu_that_would_emulate_it(tiny_bundle: Path,
         opened(tiny_bundle, SPAM, "openvino", inference_precision="bf16")
 
 
+def test_openvino_refuses_int8_where_it_would_round_nothing(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engines.openvino.multiplies_bytes", lambda: False)
+    with pytest.raises(EngineUnavailable, match="no VNNI, without which OpenVINO rounds nothing; use precision graph"):
+        opened(tiny_bundle, SPAM, "openvino", inference_precision="int8")
+
+
 @pytest.mark.parametrize("engine", HERE)
 @pytest.mark.parametrize("content", [b"", b"not a graph " * 100], ids=["empty", "garbage"])
 def test_a_file_that_is_no_graph_is_named(engine: str, content: bytes, tmp_path: Path) -> None:
