@@ -39,6 +39,12 @@ CAPTURE_REFUSED = "graph capture"
 # Shapes whose memory and captured graph are kept: direct mode has one for each instruction, decoding another with every token.
 KEPT_SHAPES = 4
 NO_CAPTURE = "-1"
+ROUNDS_INPUTS = b"\x22\x0eQuantizeLinear"  # a node's op_type in an ONNX file
+# c [1, 1] = MatMulInteger(a: uint8 [1, 4], b: int8 [4, 1]) in opset 10; tests/test_integer_weights.py makes it with onnx.
+FOUR_BYTES = (
+    b'\x08\x05:[\n\x18\n\x01a\n\x01b\x12\x01c"\rMatMulInteger\x12\x00Z\x13\n\x01a\x12\x0e\n\x0c\x08\x02\x12\x08\n\x02\x08\x01\n\x02\x08\x04'
+    b"Z\x13\n\x01b\x12\x0e\n\x0c\x08\x03\x12\x08\n\x02\x08\x04\n\x02\x08\x01b\x13\n\x01c\x12\x0e\n\x0c\x08\x06\x12\x08\n\x02\x08\x01\n\x02\x08\x01B\x04\n\x00\x10\n"
+)
 
 
 class OnnxRuntimeEngine:
@@ -64,6 +70,10 @@ class OnnxRuntimeEngine:
             settings.enable_mem_pattern = False
         settings.log_severity_level = 3  # warnings about constant folding are of no use to a user
         provider, provider_options = _provider(options.device)
+        if provider != CUDA and ROUNDS_INPUTS in graph.read_bytes() and bytes_saturate():
+            # Inputs are rounded to 8 bits as the graph says, and multiplied in fp32. session.x64quantprecision, made for such CPUs, gives
+            # weights with a scale for each output one zero point, which DequantizeLinear then refuses.
+            settings.add_session_config_entry("session.disable_quant_qdq", "1")
         self._captures = False
         feeds_itself = any(output.stays for output in spec.outputs)
         if provider == CUDA:
@@ -215,6 +225,14 @@ def _own(array: np.ndarray) -> np.ndarray:
 
 def _session(graph: Path, settings: Any, provider: str, provider_options: dict[str, Any]) -> Any:
     return onnxruntime.InferenceSession(str(graph), settings, providers=[provider], provider_options=[provider_options])
+
+
+@functools.cache
+def bytes_saturate() -> bool:
+    """Whether products of bytes saturate on this CPU, found by one: x86 without VNNI adds them in pairs in 16 bits."""
+    session = onnxruntime.InferenceSession(FOUR_BYTES, providers=["CPUExecutionProvider"])
+    (sums,) = session.run(None, {"a": np.full((1, 4), 255, np.uint8), "b": np.full((4, 1), 127, np.int8)})
+    return bool(sums != 4 * 255 * 127)
 
 
 def _provider(device: str) -> tuple[str, dict[str, Any]]:

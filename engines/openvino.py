@@ -10,6 +10,7 @@ here: a graph with convolutions before it is cut in two, the first part compiled
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -44,7 +45,7 @@ class OpenVinoEngine:
             raise EngineUnavailable(
                 "inference precision bf16 was asked for, but this CPU does not multiply in bfloat16; use precision graph"
             )
-        if options.inference_precision == "int8" and not multiplies_bytes():
+        if options.inference_precision == "int8" and bytes_saturate():
             raise EngineUnavailable(
                 "inference precision int8 was asked for, but this CPU has no VNNI, without which OpenVINO rounds nothing; "
                 "use precision graph, or engine onnxruntime"
@@ -61,6 +62,8 @@ class OpenVinoEngine:
             # time of small stages (benchmarks/results/levers.md).
             model.reshape(known(model, spec))
             pools_as_convolutions(model)
+            if any(node.get_type_name() == "FakeQuantize" for node in model.get_ops()) and bytes_saturate():
+                settings["LP_TRANSFORMS_MODE"] = False  # inputs are rounded to 8 bits as the graph says, and multiplied in fp32
             parts = {"f32": model}
             if options.inference_precision == "bf16":
                 before, behind = cut_before_products(model)
@@ -162,14 +165,21 @@ def natively_bf16(core: openvino.Core | None = None) -> bool:
     return "BF16" in (core or openvino.Core()).get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
-def multiplies_bytes() -> bool:
-    """Whether this CPU has VNNI. Without it OpenVINO computes as if no group size had been given, and does not say so."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return True  # it cannot be known here
-    flags = {flag for line in lines if line.startswith("flags") for flag in line.split()}
-    return bool(flags & {"avx512_vnni", "avx_vnni"})
+@functools.cache
+def bytes_saturate() -> bool:
+    """Whether OpenVINO's products of bytes saturate on this CPU, found by one: x86 without VNNI adds them in pairs in 16 bits.
+
+    On such a CPU it also ignores DYNAMIC_QUANTIZATION_GROUP_SIZE without a word.
+    """
+    inputs = 64
+    source = opset13.parameter([1, inputs], openvino.Type.f32)
+    low, high = (opset13.constant(np.float32(value)) for value in (0, 255))
+    weight = opset13.convert(opset13.constant(np.full((8, inputs), 127, np.int8)), "f32")
+    rounded, weight = opset13.fake_quantize(source, low, high, low, high, 256), opset13.multiply(weight, np.float32(1))
+    product = opset13.matmul(rounded, weight, transpose_a=False, transpose_b=True)
+    model = openvino.Core().compile_model(openvino.Model([product], [source], "bytes"), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    (sums,) = model({0: np.full((1, inputs), 255, np.float32)}).values()
+    return not bool(np.allclose(sums, inputs * 127 * 255, rtol=1e-3))
 
 
 def version() -> str:

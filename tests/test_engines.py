@@ -280,7 +280,7 @@ def test_openvino_refuses_bf16_on_a_cpu_that_would_emulate_it(tiny_bundle: Path,
 
 
 def test_openvino_refuses_int8_where_it_would_round_nothing(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("engines.openvino.multiplies_bytes", lambda: False)
+    monkeypatch.setattr("engines.openvino.bytes_saturate", lambda: True)
     with pytest.raises(EngineUnavailable, match="no VNNI, without which OpenVINO rounds nothing; use precision graph"):
         opened(tiny_bundle, SPAM, "openvino", inference_precision="int8")
 

@@ -12,8 +12,10 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 
+import engines.onnxruntime
+import engines.openvino
 from calibration.weights import QuantizedWeight
-from engines import EngineOptions, open_engine
+from engines import EngineOptions, EngineUnavailable, open_engine
 from engines.spec import StageSpec, TensorSpec
 from export.integer_weights import SCOPES, linears, round_inputs, store_integers
 from export.onnx_writer import write
@@ -136,6 +138,10 @@ def test_inference_in_int8_rounds_the_other_factor_and_not_much(engine: str, for
     weight, model = integers(*FORMS[form]), linear()
     write(store_integers(model, {"part.layer": weight}), tmp_path, "g")
     options = EngineOptions(inference_precision="int8")
+    if engine == "openvino" and engines.openvino.bytes_saturate():
+        with pytest.raises(EngineUnavailable, match="no VNNI"):
+            open_engine(tmp_path / "g.onnx", SPEC, engine, options)
+        return
     ours = open_engine(tmp_path / "g.onnx", SPEC, engine, options).run({"x": x()})["y"]
     assert 1e-3 < relative_error(ours, x() @ weight.dequantized().T + bias_of(linear())) < 2e-2
 
@@ -178,9 +184,15 @@ def rounded(values: np.ndarray, most: float) -> np.ndarray:
     return np.clip(np.rint(values / scale), -128, 127) * scale
 
 
+@pytest.mark.parametrize("vnni", ["as this CPU", "without VNNI"])
 @pytest.mark.parametrize("engine", HERE)
 @pytest.mark.parametrize("most", [4.0, 1.0], ids=["all within", "clipped"])
-def test_an_input_is_rounded_to_its_fixed_scale(engine: str, most: float, tmp_path: Path) -> None:
+def test_an_input_is_rounded_to_its_fixed_scale(
+    engine: str, most: float, vnni: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bytes of full range on purpose: a CPU without VNNI would saturate, were it not asked."""
+    if vnni == "without VNNI":
+        monkeypatch.setattr(f"engines.{engine}.bytes_saturate", lambda: True)
     model, weight = in_eight_bits(most)
     assert [node.op_type for node in model.graph if node.op_type != "Add"].count("QuantizeLinear") == 1
     write(model, tmp_path, "g")
@@ -188,6 +200,21 @@ def test_an_input_is_rounded_to_its_fixed_scale(engine: str, most: float, tmp_pa
     wanted = rounded(x(), most) @ weight.dequantized().T + bias_of(linear())
     assert relative_error(ours, wanted) < 1e-3  # a tie between two codes may fall either way
     assert relative_error(ours, x() @ weight.dequantized().T + bias_of(linear())) > 5e-3
+
+
+def test_engines_agree_on_whether_bytes_saturate_here() -> None:
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("MatMulInteger", ["a", "b"], ["c"])],
+        "",
+        [
+            onnx.helper.make_tensor_value_info("a", onnx.TensorProto.UINT8, [1, 4]),
+            onnx.helper.make_tensor_value_info("b", onnx.TensorProto.INT8, [4, 1]),
+        ],
+        [onnx.helper.make_tensor_value_info("c", onnx.TensorProto.INT32, [1, 1])],
+    )
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 10)], ir_version=5)
+    assert model.SerializeToString() == engines.onnxruntime.FOUR_BYTES
+    assert engines.onnxruntime.bytes_saturate() == engines.openvino.bytes_saturate()
 
 
 def test_onnxruntime_multiplies_in_integers_where_both_sides_are(tmp_path: Path) -> None:

@@ -255,7 +255,7 @@ def test_a_region_gives_no_verdict_where_there_is_none():
         (np.ones((WIDTH, HEIGHT), bool), r"expected the picture's size, 7 × 5, got 5 × 7"),
         (np.ones((HEIGHT, WIDTH)), r"got float64 \[5, 7\]; convert it, as with \(region > 0\)"),
         (np.ones((HEIGHT, WIDTH, 3), np.uint8), r"got uint8 \[5, 7, 3\]; .* take one channel"),
-        ("region.png", "got <U10"),
+        ("region.png", "got the path region.png; read it with read_region"),
         (np.zeros((HEIGHT, WIDTH), bool), "at least one pixel to look at"),
         (np.full((HEIGHT, WIDTH), 200, np.uint8), "got the level 200 too"),
         (np.arange(HEIGHT * WIDTH, dtype=np.uint8).reshape(HEIGHT, WIDTH) % 3, "got the level 2 too"),
