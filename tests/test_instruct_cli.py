@@ -394,6 +394,13 @@ def start(dataset: Path, server: Server, *more: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ})
 
 
+def interrupt(process: subprocess.Popen[str]) -> None:
+    """Until it has said that it stops."""
+    process.send_signal(signal.SIGINT)
+    assert process.stderr is not None
+    assert any("stopping: waiting" in line for line in process.stderr)
+
+
 def wait_for(condition: Callable[[], bool], seconds: float = 60.0) -> None:
     end = time.monotonic() + seconds
     while not condition():
@@ -436,8 +443,7 @@ def test_an_interruption_lets_the_requests_in_flight_come_home(tmp_path: Path, s
     let_go = hold_from(server, 1)
     process = start(dataset, server, "--concurrency", "2", "--json")
     wait_for(lambda: len(server.requests) == 3)
-    process.send_signal(signal.SIGINT)
-    time.sleep(0.3)
+    interrupt(process)
     let_go.set()
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130 and "the same command goes on" in err
@@ -449,8 +455,7 @@ def test_a_second_interruption_leaves_at_once(dataset: Path, server: Server) -> 
     let_go = hold_from(server, 1)
     process = start(dataset, server, "--concurrency", "1")
     wait_for(lambda: len(server.requests) == 2)
-    process.send_signal(signal.SIGINT)
-    time.sleep(0.3)
+    interrupt(process)
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=30)
     assert process.returncode == 130 and not let_go.is_set() and len(lines_of(dataset / "instruct/instruct.jsonl")) == 1

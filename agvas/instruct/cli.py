@@ -303,8 +303,8 @@ def _stopping_on_interrupt(construction: Construction, note: Callable[[str], Non
     count = 0
 
     def stop() -> None:
-        note("stopping: waiting for the requests in flight; Ctrl-C again leaves them behind")
         construction.stop()
+        note("stopping: waiting for the requests in flight; Ctrl-C again leaves them behind")
 
     def handle(*_: object) -> None:
         nonlocal count
