@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
 import re
-import subprocess
+import runpy
 import sys
 from functools import cache
 from pathlib import Path
@@ -79,11 +81,14 @@ def _commands(text: str) -> list[tuple[str, list[str]]]:
 
 @cache
 def _help(command: str) -> str:
+    """In this process: a new one would load torch again for each of thirty."""
     name, *sub = command.split()
-    program = ["-m", name]
-    if name in SCRIPTS:
-        module, _, function = SCRIPTS[name].partition(":")
-        program = ["-c", f"import sys; from {module} import {function}; sys.exit({function}())"]
-    run = subprocess.run([sys.executable, *program, *sub, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
-    assert run.returncode == 0, f"{command}: {run.stderr}"
-    return run.stdout
+    told = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(told), pytest.raises(SystemExit) as end:
+        patch.setattr(sys, "argv", [name, *sub, "--help"])
+        if name in SCRIPTS:
+            module, _, function = SCRIPTS[name].partition(":")
+            sys.exit(getattr(importlib.import_module(module), function)())
+        runpy.run_module(name, run_name="__main__")
+    assert not end.value.code, f"{command}: {end.value.code}"
+    return told.getvalue()
