@@ -24,8 +24,9 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+# A worker for each core, up to four, and one torch thread for each worker.
 test: lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 clean:
 	rm -rf $(VENV) demo build *.egg-info

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import gc
+import hashlib
+import io
+import os
+import pickle
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
+from torch import nn
 
 from agvas import AGVAS, save
 from agvas.config import tiny
@@ -56,6 +64,68 @@ def picture(seed: int = 0, height: int = 41, width: int = 67) -> np.ndarray:
     image = rng.integers(0, 160, (height, width, 3), dtype=np.uint8)
     image[height // 3 : height // 2, width // 4 : width // 2] = 250
     return image
+
+
+class Architecture(pickle.Pickler):
+    """What a module is but for the values of its parameters and buffers: those are told by shape, and by which of them are one."""
+
+    def __init__(self, file: io.BytesIO, module: nn.Module) -> None:
+        super().__init__(file)
+        self.places = {id(tensor): place for place, tensor in enumerate((*module.parameters(), *module.buffers()))}
+
+    def reducer_override(self, obj: object) -> Any:
+        if isinstance(obj, nn.Module):  # transformers marks what it has filled, whose graph is no other
+            return type, (type(obj),), {name: value for name, value in vars(obj).items() if name != "_is_hf_initialized"}
+        return NotImplemented
+
+    def persistent_id(self, obj: object) -> object:
+        if isinstance(obj, torch.Tensor) and id(obj) in self.places:
+            return self.places[id(obj)], list(obj.shape), str(obj.dtype)
+        return None
+
+
+Trace = Callable[..., torch.onnx.ONNXProgram | None]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def always_traced(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trace]:
+    """torch traces a stage of one architecture once, later exports of it start from a copy of that graph. Gives what always traces.
+
+    Tracing is most of the time that a small export takes. Nothing of it depends on weights, or on whether there are any
+    (test_streamed_export.py holds that, tracing each), and export_stage puts the module's own in their place.
+    """
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # all workers share it
+    trace = torch.onnx.export
+
+    def traced(module: nn.Module, inputs: tuple[torch.Tensor, ...], *arguments: Any, **settings: Any) -> torch.onnx.ONNXProgram | None:
+        content = io.BytesIO()
+        examples = [(list(tensor.shape), str(tensor.dtype)) for tensor in inputs]
+        try:
+            Architecture(content, module).dump((module, examples, arguments, settings))
+        except (pickle.PicklingError, AttributeError, TypeError):  # it holds what cannot be told apart
+            return trace(module, inputs, *arguments, **settings)
+        known = folder / f"{hashlib.sha256(content.getvalue()).hexdigest()}.onnx"
+        if known.exists():
+            return torch.onnx.ONNXProgram(ir.load(known), None)  # type: ignore[arg-type]
+        program = trace(module, inputs, *arguments, **settings)
+        if program is not None:
+            graph = program.model.clone()
+            for name in {**module.state_dict(), **dict(module.named_buffers())}.keys() & graph.graph.initializers.keys():
+                weight = graph.graph.initializers[name]
+                assert weight.shape is not None and weight.dtype is not None
+                weight.const_value = ir.tensor(np.zeros(weight.shape.numpy(), weight.dtype.numpy()))
+            being_written = known.with_suffix(f".{os.getpid()}")
+            ir.save(graph, being_written)
+            being_written.replace(known)
+        gc.collect()
+        gc.freeze()  # tracing loads a million objects for good, which every later gc.collect() would go through: 0.8 s each
+        return program
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.onnx, "export", traced)
+        yield trace
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
-from conftest import picture
+from conftest import Trace, picture
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -113,8 +113,11 @@ def test_a_transposed_weight_is_turned_once_and_its_node_goes() -> None:
 
 
 @pytest.mark.parametrize("stage", ["language", "spam"])
-def test_a_graph_made_without_weights_is_the_one_made_with_them(stage: str, tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_a_graph_made_without_weights_is_the_one_made_with_them(
+    stage: str, tiny_checkpoint: Path, tmp_path: Path, always_traced: Trace, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Node by node and byte by byte; and making it reads nothing that is large."""
+    monkeypatch.setattr(torch.onnx, "export", always_traced)
     opened = open_checkpoint(tiny_checkpoint)
     large: list[str] = []
 
