@@ -70,10 +70,6 @@ class OnnxRuntimeEngine:
             settings.enable_mem_pattern = False
         settings.log_severity_level = 3  # warnings about constant folding are of no use to a user
         provider, provider_options = _provider(options.device)
-        if provider != CUDA and ROUNDS_INPUTS in graph.read_bytes() and bytes_saturate():
-            # Inputs are rounded to 8 bits as the graph says, and multiplied in fp32. session.x64quantprecision, made for such CPUs, gives
-            # weights with a scale for each output one zero point, which DequantizeLinear then refuses.
-            settings.add_session_config_entry("session.disable_quant_qdq", "1")
         self._captures = False
         feeds_itself = any(output.stays for output in spec.outputs)
         if provider == CUDA:
@@ -81,6 +77,10 @@ class OnnxRuntimeEngine:
             for name, size in spec.sizes:
                 settings.add_free_dimension_override_by_name(name, size)
         try:
+            if provider != CUDA and ROUNDS_INPUTS in graph.read_bytes() and bytes_saturate():
+                # Inputs are rounded to 8 bits as the graph says, and multiplied in fp32. session.x64quantprecision, made for such CPUs,
+                # gives weights with a scale for each output one zero point, which DequantizeLinear then refuses.
+                settings.add_session_config_entry("session.disable_quant_qdq", "1")
             if provider == CUDA and not feeds_itself:
                 try:
                     self._session = _session(graph, settings, provider, provider_options | {"enable_cuda_graph": "1"})

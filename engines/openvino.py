@@ -174,8 +174,8 @@ def bytes_saturate() -> bool:
     inputs = 64
     source = opset13.parameter([1, inputs], openvino.Type.f32)
     low, high = (opset13.constant(np.float32(value)) for value in (0, 255))
-    weight = opset13.convert(opset13.constant(np.full((8, inputs), 127, np.int8)), "f32")
-    rounded, weight = opset13.fake_quantize(source, low, high, low, high, 256), opset13.multiply(weight, np.float32(1))
+    codes = opset13.convert(opset13.constant(np.full((8, inputs), 127, np.int8)), "f32")
+    rounded, weight = opset13.fake_quantize(source, low, high, low, high, 256), opset13.multiply(codes, np.float32(1))
     product = opset13.matmul(rounded, weight, transpose_a=False, transpose_b=True)
     model = openvino.Core().compile_model(openvino.Model([product], [source], "bytes"), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     (sums,) = model({0: np.full((1, inputs), 255, np.float32)}).values()

@@ -286,6 +286,12 @@ def test_openvino_refuses_int8_where_it_would_round_nothing(tiny_bundle: Path, m
 
 
 @pytest.mark.parametrize("engine", HERE)
+def test_a_graph_that_is_gone_is_named(engine: str, tmp_path: Path) -> None:
+    with pytest.raises(EngineFailed, match="cannot load spam.onnx"):
+        open_engine(tmp_path / "spam.onnx", SPAM, engine, EngineOptions())
+
+
+@pytest.mark.parametrize("engine", HERE)
 @pytest.mark.parametrize("content", [b"", b"not a graph " * 100], ids=["empty", "garbage"])
 def test_a_file_that_is_no_graph_is_named(engine: str, content: bytes, tmp_path: Path) -> None:
     (tmp_path / "spam.onnx").write_bytes(content)
