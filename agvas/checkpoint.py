@@ -24,7 +24,7 @@ from agvas.lora import CONFIG as ADAPTER_CONFIG
 from agvas.model import AGVAS
 from agvas.parts import FILE as PARTS_FILE
 from agvas.parts import TRAINED_FILE, Gathered, Parts, gather, model_type
-from agvas.weights import LazyTensor, LazyTensors, in_type, index_of, overflows, safetensors_folder
+from agvas.weights import LazyTensor, LazyTensors, check_finite, in_type, index_of, overflows, safetensors_folder
 from agvas.writing import disk_errors
 
 NANO = Path(__file__).parent / "nano"
@@ -230,26 +230,23 @@ def save(model: AGVAS, folder: str | Path, dtype: torch.dtype | None = None) -> 
 
 
 def _loaded(lazy: LazyTensor, dtype: torch.dtype, name: str) -> Tensor:
-    tensor = lazy.read()
-    _check_finite(tensor, name)
     try:
+        tensor = lazy.read()
+        check_finite(tensor, name)
         return in_type(tensor, dtype, name)
     except ValueError as error:
         raise CheckpointError(str(error)) from error
 
 
 def _stored(tensor: Tensor, dtype: torch.dtype | None, name: str) -> Tensor:
-    _check_finite(tensor, name)
+    try:
+        check_finite(tensor, name)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
     if dtype is None or not tensor.is_floating_point():
         return tensor
     made = tensor.to(dtype)
     return tensor if overflows(tensor, made) else made
-
-
-def _check_finite(tensor: Tensor, name: str) -> None:
-    if tensor.is_floating_point() and not tensor.isfinite().all():
-        count = int((~tensor.isfinite()).sum())
-        raise CheckpointError(f"{name} holds {count} NaN or infinite values of {tensor.numel()}; save the weights again, in float32")
 
 
 def _remedy(name: str, found: tuple[int, ...] | None = None) -> str:

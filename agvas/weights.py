@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 # safetensors' names, of those that a model's weights come in
@@ -46,12 +46,14 @@ class LazyTensor:
     Attributes:
         read: its values, in `shape` and `dtype`, new at every call.
         span: where these very bytes lie; None where reading computes something.
+        constant: the model's own, as a mask of infinities is, and no weight, in which such a value is a fault.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     read: Callable[[], Tensor]
     span: Span | None = None
+    constant: bool = False
 
     @property
     def bytes(self) -> int:
@@ -83,6 +85,9 @@ def safetensors_file(path: Path) -> dict[str, LazyTensor]:
             raise ValueError(f"{path} cannot be read: its header is none of safetensors ({error}); copy the file again") from error
     header.pop("__metadata__", None)
     start, size = 8 + length, path.stat().st_size
+    last = start + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    if last < size:  # a download that was resumed wrongly; the library refuses it, too
+        raise ValueError(f"{path} cannot be read: its tensors end at byte {last} of {size}; copy the file again")
     tensors = {}
     for name, entry in header.items():
         if entry["dtype"] not in DTYPES:
@@ -144,10 +149,24 @@ def check_index(index: Path, places: Mapping[str, str], tensors: Mapping[str, La
 
 def _reader(path: Path, name: str) -> Callable[[], Tensor]:
     def read() -> Tensor:
-        with safe_open(path, framework="pt") as file:
-            return file.get_tensor(name)
+        try:
+            with safe_open(path, framework="pt") as file:
+                return file.get_tensor(name)
+        except SafetensorError as error:
+            raise ValueError(f"{path} cannot be read: {error}; copy the file again") from error
 
     return read
+
+
+def check_finite(tensor: Tensor, name: str) -> None:
+    """Refuse a float tensor with NaN or infinite values: whatever computes with it gives no result, or none of some inputs alone.
+
+    Raises:
+        ValueError: names the tensor.
+    """
+    if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+        count = int((~tensor.isfinite()).sum())
+        raise ValueError(f"{name} holds {count} NaN or infinite values of {tensor.numel()}; save the weights again, in float32")
 
 
 def overflows(tensor: Tensor, made: Tensor) -> bool:

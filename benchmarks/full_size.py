@@ -77,7 +77,7 @@ def export(work: Work, kind: str) -> dict[str, Any]:
     from export.bundle import ExportSettings, export_bundle
     from export.progress import Progress
     from export.quantisation import RTN
-    from runtime.footprint import peak
+    from runtime.verify import peak_rss_bytes as peak
 
     steps: list[dict[str, Any]] = []
 
@@ -114,8 +114,8 @@ def stages(work: Work, kind: str) -> dict[str, Any]:
 
     from agvas.checkpoint import open_checkpoint
     from engines import EngineOptions
+    from engines.memory import available_memory
     from export.bundle import verification_engine
-    from export.estimate import available_memory
     from export.parity import layer_errors
     from export.pictures import procedural_picture
     from export.quantisation import RTN, Quantisation, fake_quantised_tensors, quantise
@@ -124,8 +124,8 @@ def stages(work: Work, kind: str) -> dict[str, Any]:
     from runtime import preprocess
     from runtime.bundle import Bundle
     from runtime.contract import STAGES
-    from runtime.footprint import peak
     from runtime.parity import relative_error
+    from runtime.verify import peak_rss_bytes as peak
 
     opened = open_checkpoint(work.checkpoint)
     bundle, weights = Bundle(work.bundle(kind), check_hashes=False), all_weights(opened)
@@ -183,8 +183,8 @@ def run(work: Work) -> dict[str, Any]:
     from engines import EngineOptions
     from export.pictures import procedural_picture
     from runtime.bundle import Bundle
-    from runtime.footprint import peak
     from runtime.verify import open_pipeline
+    from runtime.verify import peak_rss_bytes as peak
 
     image = procedural_picture(*PICTURE)
     before = peak()
@@ -214,8 +214,8 @@ def reference(work: Work) -> dict[str, Any]:
     from export.quantisation import RTN, fake_quantised_tensors, quantise
     from export.stage_weights import all_weights
     from export.streamed_reference import streamed_pipeline, streamed_stages
-    from runtime.footprint import peak
     from runtime.parity import relative_error
+    from runtime.verify import peak_rss_bytes as peak
 
     opened = open_checkpoint(work.checkpoint)
     quantisation = quantise(opened.skeleton(), opened.tensors, "gptq4", False, RTN, work.head)

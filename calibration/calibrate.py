@@ -20,7 +20,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,7 +29,7 @@ from safetensors.numpy import save_file
 from torch import Tensor, nn
 
 from agvas.model import AGVAS
-from agvas.writing import disk_errors
+from agvas.writing import alone_in, disk_errors
 from calibration.conversations import conversation, modes_in_turn
 from calibration.gptq import GPTQSettings, curvature, gptq, output_error, round_to_nearest
 from calibration.observers import HessianSum, Ranges, input_of
@@ -38,12 +37,6 @@ from calibration.plan import CODES, RANGE, SCALES, LinearRecord, PlanError, Quan
 from calibration.truth import linear_of, put_weight
 from calibration.weights import QuantizedWeight
 from runtime import preprocess
-
-fcntl: ModuleType | None
-try:
-    import fcntl
-except ModuleNotFoundError:  # Windows
-    fcntl = None
 
 LAYERS = "language.model.layers"
 HEAD = "language.lm_head"
@@ -107,7 +100,8 @@ def calibrate(
 
     Raises:
         ValueError: no pictures; a group that does not divide a layer's inputs; values that are not finite.
-        PlanError: the work folder holds another calibration, or one that another process is making.
+        PlanError: the work folder holds another calibration.
+        FolderInUse: another process is at work in it.
     """
     if not len(images):
         raise ValueError("images: expected at least one calibration picture, got none")
@@ -117,31 +111,9 @@ def calibrate(
     if work is None:
         with tempfile.TemporaryDirectory() as folder:
             return calibrate(model, images, settings, progress, Path(folder), weights_sha256)
-    with _locked(work), torch.inference_mode():
+    with alone_in(work, "calibration"), torch.inference_mode():
         run = _Run(model, images, settings, progress or (lambda *_: None), work, weights_sha256 or model_sha256(model))
         return run.finished()
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """The work folder for this process alone; without a lock where the system has none (Windows).
-
-    Raises:
-        PlanError: another process has it.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    if fcntl is None:
-        yield
-        return
-    opened = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise PlanError(f"{folder}: another calibration is at work in it; wait for it, or choose another output") from error
-        yield
-    finally:
-        os.close(opened)
 
 
 def common_group(model: AGVAS) -> int:

@@ -65,7 +65,7 @@ def _calibrate(options: argparse.Namespace, started: float) -> int:
     from agvas.checkpoint import load, open_checkpoint
     from calibration.calibrate import CalibrationSettings, calibrate, common_group
     from calibration.gptq import GPTQSettings
-    from calibration.gptq_checkpoint import write_gptq_checkpoint
+    from calibration.gptq_checkpoint import check_writable, write_gptq_checkpoint
     from calibration.pictures import calibration_pictures
     from calibration.plan import model_sha256, write_plan
 
@@ -76,6 +76,8 @@ def _calibrate(options: argparse.Namespace, started: float) -> int:
     group = common_group(model) if options.group is None else options.group
     if options.gptq_checkpoint and not group:
         raise RequestError("--group: expected more than 0 with --gptq-checkpoint, which has one group for all layers, got 0; leave it out")
+    if options.gptq_checkpoint:
+        check_writable(options.gptq_checkpoint, model, options.bits)
     weights_sha256 = model_sha256(open_checkpoint(options.checkpoint).tensors)  # as stored, which export has: --dtype may have rounded them
     settings = CalibrationSettings(replace(asked, group=group), options.answer_share, device)
     work = options.output.with_name(f"{options.output.name}.partial")

@@ -8,6 +8,7 @@ float16 [G, N] and g_idx int32 [K], little end first inside a word. Version 1 ("
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,7 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from agvas.model import AGVAS
-from agvas.weights import LazyTensors
+from agvas.weights import LazyTensors, index_of, shard_of
 from agvas.writing import disk_errors
 from calibration.truth import linear_of
 from calibration.weights import LazyQuantizedWeight, QuantizedWeight
@@ -108,6 +109,25 @@ def layer_weight(name: str, tensors: Mapping[str, np.ndarray], version: str = "g
     if scales.dtype != np.float16 and not np.array_equal(stored.astype(scales.dtype), scales[places].T):
         raise GPTQCheckpointError(f"{name}: expected scales that float16 holds, got {scales.dtype} ones it does not; save it in float16")
     return QuantizedWeight(np.ascontiguousarray(codes.T.astype(np.int8)), np.ascontiguousarray(stored), bits, group)
+
+
+def check_writable(folder: Path, model: AGVAS, bits: int) -> None:
+    """Refuse before the work what `write_gptq_checkpoint` could not write, or would write over.
+
+    Raises:
+        GPTQCheckpointError: the folder holds something else than a GPTQ checkpoint; a layer's width does not fill whole words.
+        OSError: the folder cannot be made or written to.
+    """
+    if folder.exists() and not (folder / "quantize_config.json").is_file() and (not folder.is_dir() or any(folder.iterdir())):
+        raise GPTQCheckpointError(f"{folder}: expected a new folder or an older GPTQ checkpoint, got one with other files; choose another")
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(f"{folder}: expected to write a GPTQ checkpoint there, got no permission; choose another folder")
+    per_word = 32 // bits
+    for name, layer in model.language.model.layers.named_modules():
+        if isinstance(layer, torch.nn.Linear) and (layer.in_features % per_word or layer.out_features % per_word):
+            found = f"{layer.out_features} × {layer.in_features}"
+            raise GPTQCheckpointError(f"{name}: expected multiples of {per_word} to pack {bits} bits, got {found}; leave it out")
 
 
 def write_gptq_checkpoint(model: AGVAS, weights: Mapping[str, QuantizedWeight], folder: Path, version: str = "gptq") -> None:
@@ -313,12 +333,11 @@ def _version(folder: Path) -> str:
 
 def _layers(folder: Path) -> dict[str, dict[str, Path]]:
     """Files by part of each quantised layer, by the layer's name in the checkpoint."""
-    if (folder / INDEX).is_file():
+    if (index := folder / INDEX).is_file():
         try:
-            names = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise GPTQCheckpointError(f"{folder / INDEX}: expected a weight_map, got {error!r}; copy the checkpoint again") from error
-        files = {name: folder / file for name, file in names.items()}
+            files = {name: shard_of(index, shard) for name, shard in index_of(index).items()}
+        except ValueError as error:
+            raise GPTQCheckpointError(str(error)) from error
     else:
         found = sorted(folder.glob("*.safetensors"))
         if len(found) != 1:

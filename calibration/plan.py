@@ -221,14 +221,15 @@ def read_ranges(folder: str | Path) -> dict[str, np.ndarray]:
     Raises:
         PlanError: as `read_plan`.
     """
-    _, tensors = _read(Path(folder))
-    return {name.removesuffix(RANGE): tensor for name, tensor in tensors.items() if name.endswith(RANGE)}
+    _, tensors = _read(Path(folder), RANGE)
+    return {name.removesuffix(RANGE): tensor for name, tensor in tensors.items()}
 
 
-def _read(folder: Path) -> tuple[QuantPlan, dict[str, np.ndarray]]:
+def _read(folder: Path, suffix: str = "") -> tuple[QuantPlan, dict[str, np.ndarray]]:
+    """The plan, and the tensors whose names end so."""
     plan, names = _opened(folder)
     with safe_open(folder / WEIGHTS, framework="np") as file:
-        return plan, {name: file.get_tensor(name) for name in names}
+        return plan, {name: file.get_tensor(name) for name in names if name.endswith(suffix)}
 
 
 def _opened(folder: Path) -> tuple[QuantPlan, list[str]]:

@@ -31,7 +31,8 @@ def linear_of(model: nn.Module, name: str) -> nn.Linear:
 
 
 def put_weight(model: nn.Module, name: str, quantized: QuantizedWeight) -> None:
-    """Give a linear layer the dequantised weight, in the layer's dtype and on its device.
+    """Give a linear layer the dequantised weight, in the layer's dtype and on its device: a parameter of its own, so that the embeddings
+    of a tied head stay as they are.
 
     Raises:
         ValueError: no such layer, or one of another shape.
@@ -40,8 +41,8 @@ def put_weight(model: nn.Module, name: str, quantized: QuantizedWeight) -> None:
     if tuple(layer.weight.shape) != quantized.codes.shape:
         found = list(quantized.codes.shape)
         raise ValueError(f"{name}: expected a weight {list(layer.weight.shape)}, got {found}; use weights made from this checkpoint")
-    with torch.no_grad():
-        layer.weight.copy_(torch.from_numpy(quantized.dequantized()))
+    weight = torch.from_numpy(quantized.dequantized()).to(layer.weight.device, layer.weight.dtype)
+    layer.weight = nn.Parameter(weight, requires_grad=False)
 
 
 def fake_quantize(model: Module, weights: Mapping[str, QuantizedWeight]) -> Module:

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from engines import Engine, EngineError, EngineFailed, EngineOptions, EngineUnavailable, open_engine
-from engines.cuda import capability_here
+from engines.cuda import capability_here, device_index
 from engines.spec import StageSpec, TensorSpec
 from engines.tensorrt_cache import EngineKey, build_into_cache, hash_of
 from engines.tensorrt_library import TENSORRT_ENGINES, version
@@ -224,7 +224,7 @@ class _Graph:
         graph = path or self.path
         if engine in TENSORRT_ENGINES:
             key = EngineKey(spec.name, hash_of(graph), engine, version(engine), capability_here(options.device))
-            build_into_cache(key, graph, profile)
+            build_into_cache(key, graph, profile, device=device_index(options.device))
         return open_engine(graph, spec, engine, options)
 
 

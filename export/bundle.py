@@ -12,8 +12,10 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -28,15 +30,18 @@ from agvas.config import ROLES, AGVASConfig
 from agvas.interruption import held_back
 from agvas.model import AGVAS
 from agvas.weights import LazyTensor
+from agvas.writing import FolderInUse, alone_in
 from engines import EngineOptions
 from engines.cache import CUDA_FORM
+from engines.memory import available_memory
 from export.adapters import axis_sizes
 from export.cuda_fusion import fuse
-from export.estimate import TABLE, Estimate, available_memory, estimate
+from export.estimate import TABLE, Estimate, estimate
 from export.gate import MEASURED, GateBudget, Kept, by_sensitivity, search, sensitivities
 from export.half_range import FULL_SIZE, HalfRange
 from export.integer_weights import round_inputs, store_integers
 from export.onnx_writer import export_stage, stage_module, write
+from export.outcomes import OutcomesOnDisk
 from export.parity import NOTHING_FOUND, ParityReport, hardest, measure, outcome_of_reference
 from export.passes import LOW_TYPES, lower_precision
 from export.pictures import Pictures, parity_pictures
@@ -60,7 +65,7 @@ from runtime.bundle import (
 )
 from runtime.contract import CONTRACT_VERSION, STAGES
 from runtime.errors import AgvasError, OutputError, ParityFailed, RequestError
-from runtime.parity import GATES, Outcome, compare, finite
+from runtime.parity import GATES, Outcome, compare, finite, together
 from runtime.verify import limits, open_pipeline, run_outcome
 
 TOOLS = ("torch", "transformers", "onnx", "onnxscript", "onnx-ir", "onnxruntime", "openvino", "numpy", "pillow", "tokenizers")
@@ -137,6 +142,8 @@ def export_bundle(settings: ExportSettings, progress: Progress) -> tuple[Bundle,
         OutputError: the output cannot be written, or is something else than a bundle.
         EngineUnavailable: no engine here can run graphs of this precision to verify them.
     """
+    if settings.output.is_symlink():  # what it points at is replaced, not the link
+        settings = replace(settings, output=settings.output.resolve())
     _check_output(settings.output)
     pictures = parity_pictures(settings.images, settings.pictures or PICTURES)  # first: a wrong folder should not be told after the export
     progress.begin("open checkpoint")
@@ -156,7 +163,7 @@ def export_bundle(settings: ExportSettings, progress: Progress) -> tuple[Bundle,
     model = load(settings.checkpoint) if held else opened.skeleton()
     model.config = opened.config
     weights = all_weights(opened)
-    reference = _reference(model, settings, pictures, progress) if held and settings.compare else []
+    reference = _reference(model, settings, pictures, progress) if held and settings.compare else ()
     quantisation = _quantise(settings, model, opened, progress)
     key = _key(settings, opened) if settings.resume or (settings.resume is None and streamed) else None
     with _whole_or_nothing(settings.output, key) as work:
@@ -171,6 +178,7 @@ def export_bundle(settings: ExportSettings, progress: Progress) -> tuple[Bundle,
             needed = stage_weights(weights, skeleton, stage)
             graph = export_stage(stage_module(skeleton, stage), stage, axis_sizes(opened.config), needed)
             progress.begin(f"write {stage}")
+            shutil.rmtree(folder / stage, ignore_errors=True)  # half a stage, or what a comparison that was killed left beside a whole one
             _write_stage(folder, stage, graph, settings, quantisation)
             work.finished(stage)
             if searched:
@@ -229,7 +237,7 @@ def _write_embeddings(path: Path, table: LazyTensor, precision: str) -> None:
     with open(path, "wb") as file:
         header = {"descr": np.lib.format.dtype_to_descr(np.dtype(kind.numpy())), "fortran_order": False, "shape": table.shape}
         np.lib.format.write_array_header_1_0(file, header)
-        StreamedTensor(table).as_type(kind).tofile(file)
+        StreamedTensor(table, TABLE).as_type(kind, TABLE).tofile(file)
 
 
 def _write_stage(folder: Path, stage: str, graph: ir.Model, settings: ExportSettings, quantisation: Quantisation) -> None:
@@ -279,19 +287,21 @@ def _decide(
         progress.begin(f"try with {len(names)} layers in float", len(pictures))
         bundle = put(names) if names else Bundle(folder, unfinished=True)  # as it was written
         pipeline = open_pipeline(bundle, engine, options)
-        ours = []
-        for picture in pictures:
-            ours.append(run_outcome(pipeline, picture, rule)[0])
+        parts = []
+        for picture, wanted in zip(pictures, reference, strict=True):
+            parts.append(compare([run_outcome(pipeline, picture, rule)[0]], [wanted]))
             progress.advance()
-        return limits(bundle, options).failures(compare(ours, reference))
+        return limits(bundle, options).failures(together(parts))
 
     failures = trial(())
     if not failures:
         return Kept(trials=[(0, [])]), {}
-    progress.begin("measure each layer's effect", len(quantisation.weights))
-    chosen = hardest(reference, rule)[:MEASURED]
-    found = sensitivities(model, quantisation, [pictures[i] for i in chosen], [reference[i] for i in chosen], progress.advance)
-    kept = search(by_sensitivity(found), trial, settings.budget, failures)
+    started, found = time.monotonic(), dict[str, float]()
+    if settings.budget.most(len(quantisation.weights)):
+        progress.begin("measure each layer's effect", len(quantisation.weights))
+        chosen, until = hardest(reference, rule)[:MEASURED], started + settings.budget.seconds
+        found = sensitivities(model, quantisation, [pictures[i] for i in chosen], [reference[i] for i in chosen], progress.advance, until)
+    kept = search(by_sensitivity(found), trial, settings.budget, failures, started)
     put(kept.names)  # the last trial was not always the chosen one
     return kept, found
 
@@ -317,7 +327,7 @@ def _verify(
     del exported  # its weights; what follows opens the stages again, one by one
     report = _within_half_range(report, ranges, progress)
     np.savez_compressed(folder / GOLDEN, **golden)  # type: ignore[arg-type]
-    kept_float = {name: f"changed the anomaly map by {sensitivity[name]:.1e} on average when alone in integers" for name in kept.names}
+    kept_float = {name: f"{_effect(sensitivity[name])} when alone in integers" for name in kept.names}
     gate = {
         "limits": asdict(gates),
         "kept_float": kept_float,
@@ -326,6 +336,10 @@ def _verify(
     }
     _write_report(folder, bundle.manifest, report, golden, gate)
     return report
+
+
+def _effect(sensitivity: float) -> str:
+    return "changed the answer" if math.isinf(sensitivity) else f"changed the anomaly map by {sensitivity:.1e} on average"
 
 
 def _verify_streamed(
@@ -422,31 +436,39 @@ def _write_manifest(folder: Path, manifest: Manifest, changed: Collection[str] |
 def _check_output(output: Path) -> None:
     if output.exists() and not (output / MANIFEST).is_file() and (not output.is_dir() or any(output.iterdir())):
         raise OutputError(f"{output} exists and is not a bundle; choose another --output, or remove it")
-    existing = next(parent for parent in output.absolute().parents if parent.exists())
+    if output.is_mount():
+        raise OutputError(f"{output} is a mount point, which nothing whole can replace; choose a folder in it: {output / 'bundle'}")
+    existing = _beside(output)
     if not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):  # told now, and not after hours of calibration
         what = "no permission to" if existing.is_dir() else "a file"
         raise OutputError(f"{output}: expected to write in {existing}, got {what}; choose another --output, or change permissions")
 
 
-def _reference(model: AGVAS, settings: ExportSettings, pictures: Pictures, progress: Progress) -> list[Outcome]:
+def _beside(output: Path) -> Path:
+    """The nearest folder above the output that exists: where it is written until it is whole."""
+    return next(parent for parent in output.absolute().parents if parent.exists())
+
+
+def _reference(model: AGVAS, settings: ExportSettings, pictures: Pictures, progress: Progress) -> Sequence[Outcome]:
     """What the reference says of the pictures: before the stages are made, for where it finds nothing no bundle can be judged.
 
     Where it says no anchors at all, parity tells that.
     """
     progress.begin("run the reference", len(pictures))
-    reference = []
+    reference, answered, found = OutcomesOnDisk(_beside(settings.output)), False, False
     for picture in pictures:
-        reference.append(outcome_of_reference(model.segment(picture)))
+        reference.append(outcome := outcome_of_reference(model.segment(picture)))
+        answered |= outcome.anchor_states is not None
+        found |= bool(outcome.mask.any())
         progress.advance()
-    answered = [outcome for outcome in reference if outcome.anchor_states is not None]
-    if settings.strict and answered and not any(outcome.mask.any() for outcome in answered):
+    if settings.strict and answered and not found:
         raise ParityFailed(f"{NOTHING_FOUND.format(len(reference))}, or --parity none to compare nothing. No bundle was written")
     return reference
 
 
 def _check_needs(settings: ExportSettings, needs: Estimate, memory: int | None, streamed: bool, pictures: int, progress: Progress) -> None:
     """Tell what the export will take, and refuse before the work, not after it, where disk or memory will not do."""
-    existing = next(parent for parent in (settings.output.absolute(), *settings.output.absolute().parents) if parent.exists())
+    existing = _beside(settings.output)
     free = shutil.disk_usage(existing).free + sum(path.stat().st_size for path in _kept(settings.output).rglob("*") if path.is_file())
     needed = needs.export_memory
     if settings.compare:
@@ -472,19 +494,29 @@ def _check_needs(settings: ExportSettings, needs: Estimate, memory: int | None, 
 
 
 def _key(settings: ExportSettings, opened: OpenedCheckpoint) -> str:
-    """What an export's finished stages depend on: the checkpoint's files by name, size and time, the settings, the tools' versions."""
+    """What an export's finished stages depend on: the checkpoint's files by name, size and time, the settings, this code, the tools."""
     from importlib.metadata import version
 
-    folders = [opened.folder] + ([settings.calibration] if settings.calibration not in (None, RTN) else [])
-    within = [path for folder in folders if folder is not None for path in sorted(folder.rglob("*")) if path.is_file()]
-    # Of a checkpoint in parts the weights lie elsewhere.
-    files = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in dict.fromkeys([*within, *weight_files(opened.folder)])]
+    read = [opened.folder / "config.json", opened.folder / "tokenizer.json", *weight_files(opened.folder)]
+    if settings.calibration is not None and settings.calibration != RTN:
+        read += [path for path in sorted(settings.calibration.rglob("*")) if path.is_file()]
+    files = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in read]
     choices = (settings.precision, settings.lmm, settings.head, str(settings.calibration))
-    return hashlib.sha256(repr((files, choices, [version(tool) for tool in TOOLS], CONTRACT_VERSION)).encode()).hexdigest()
+    told = (files, choices, _code_sha256(), [version(tool) for tool in TOOLS], CONTRACT_VERSION)
+    return hashlib.sha256(repr(told).encode()).hexdigest()
+
+
+def _code_sha256() -> str:
+    """Of the packages that make a stage: another commit's stages are other stages."""
+    top = Path(__file__).parents[1]
+    digest = hashlib.sha256()
+    for path in (path for package in ("agvas", "calibration", "export") for path in sorted((top / package).rglob("*.py"))):
+        digest.update(path.relative_to(top).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
 
 
 class _Work:
-    """A bundle's folder while it is written, and which of its stages are whole."""
+    """A bundle's folder while it is written, this process's alone, and which of its stages are whole."""
 
     def __init__(self, folder: Path, key: str | None) -> None:
         self.folder, self.key = folder, key
@@ -495,9 +527,9 @@ class _Work:
             found = {}
         if key is not None and found.get("key") == key:
             self.stages = found["stages"]
-        elif folder.exists():
-            shutil.rmtree(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        else:
+            for path in folder.iterdir():
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
         (folder / MANIFEST).unlink(missing_ok=True)
         self._write()
 
@@ -526,7 +558,21 @@ def _kept(output: Path) -> Path:
 
 
 def _replace(partial: Path, output: Path) -> None:
-    """Give the new bundle its name; an older one there goes only after that has worked."""
+    """Give the new bundle its name; an older one there goes only after that has worked.
+
+    Raises:
+        KeyboardInterrupt: with words, where one came meanwhile: the bundle is there all the same.
+    """
+    try:
+        with held_back("the bundle has taken its place"):
+            _rename(partial, output)
+    except KeyboardInterrupt:
+        if partial.exists():
+            raise
+        raise KeyboardInterrupt(f"{output} was written all the same") from None
+
+
+def _rename(partial: Path, output: Path) -> None:
     if not output.exists():
         os.rename(partial, output)
         return
@@ -549,14 +595,18 @@ def _whole_or_nothing(output: Path, key: str | None) -> Iterator[_Work]:
     partial = output.parent / f".{output.name}.partial-{uuid.uuid4().hex[:8]}" if key is None else _kept(output)
     keep = False
     try:
-        work = _Work(partial, key)
-        yield work
-        (partial / UNFINISHED).unlink()
-        _replace(partial, output)
+        with alone_in(partial, "export"):
+            yield _Work(partial, key)
+            (partial / UNFINISHED).unlink()
+            _replace(partial, output)
+            keep = True  # under its name; of this one there may be another export's by now
+    except FolderInUse as error:
+        keep = True
+        raise OutputError(str(error)) from error
     except AgvasError:
         raise
-    except KeyboardInterrupt:
-        keep = key is not None
+    except KeyboardInterrupt as interruption:
+        keep = key is not None or bool(interruption.args)
         raise
     except OSError as error:
         if error.errno == errno.ENOSPC:

@@ -6,6 +6,7 @@ import argparse
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from agvas.interruption import terminated_as_interrupted
 
@@ -89,16 +90,17 @@ def _main(options: argparse.Namespace) -> int:
     except (AgvasError, EngineError, ValueError, OSError) as error:
         print(f"agvas-export: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print(
-            "agvas-export: interrupted; no bundle was written, an older one is untouched; with --resume, or for a model that does not fit "
-            "the memory, finished stages were kept, and the same command goes on with them",
-            file=sys.stderr,
+    except KeyboardInterrupt as interruption:
+        kept = (
+            "no bundle was written, an older one is untouched; with --resume, or for a model that does not fit "
+            "the memory, finished stages were kept, and the same command goes on with them"
         )
+        print(f"agvas-export: interrupted; {interruption or kept}", file=sys.stderr)
         return 130
 
 
 def _export(options: argparse.Namespace, started: float) -> int:
+    from engines import EngineError
     from export.bundle import ExportSettings, export_bundle
     from export.gate import GateBudget
     from export.progress import Progress
@@ -144,8 +146,14 @@ def _export(options: argparse.Namespace, started: float) -> int:
             f"(least {chain.mask_iou_min:.4f}), {chain.flips} flips, maps within {chain.map_max_abs:.1e}: "
             f"{'passed' if passed else 'FAILED: ' + '; '.join(failures)}"
         )
-    # A model that is compared layer by layer would not fit whole, either.
-    stages = footprints(bundle, report.engine) if report is not None and report.glue is not None else {}
+    stages: dict[str, dict[str, Any]] = {}
+    try:
+        # A model that is compared layer by layer would not fit whole, either.
+        stages = footprints(bundle, report.engine) if report is not None and report.glue is not None else {}
+    except EngineError as error:
+        progress.note(f"memory by stage was not measured: {error}")
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"{bundle.folder} was written all the same; its memory by stage was not measured") from None
     for stage, cost in stages.items():
         peak = cost["peak_rss_bytes"]
         memory = "" if peak is None else f", {(peak - (cost['idle_rss_bytes'] or 0)) / 1e6:.0f} MB of memory beside the engine's own"

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 from agvas.weights import LazyTensors
 from export.adapters import name_in_stage
@@ -83,15 +82,6 @@ def estimate(tensors: LazyTensors, precision: str, lmm: str, head: str = "float"
         export_seconds=SECONDS_A_BLOCK * len(blocks) + SECONDS_A_GB * (sum(disk.values()) + 2 * numbers) / 1e9,
         picture_seconds=SECONDS_A_TERA * 2 * numbers * TOKENS / 1e12,
     )
-
-
-def available_memory() -> int | None:
-    """Bytes that a process can have before the system begins to swap or kill; None where the system does not tell."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), None)
 
 
 def _bits(name: str, shape: tuple[int, ...], stage: str, precision: str, lmm: str, head: str) -> float:

@@ -7,6 +7,7 @@ failed, the fewest are looked for by halving. Each trial is the exported chain i
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,7 +29,8 @@ MEASURED = 4
 
 @dataclass(frozen=True)
 class GateBudget:
-    """How far a search may go: layers that may stay float at most (None: a quarter of them), and seconds after which no trial begins."""
+    """How far a search may go: layers that may stay float at most (None: a quarter of them), and seconds, those of measuring the layers
+    included, after which no trial begins."""
 
     layers: int | None = None
     seconds: float = 3600.0
@@ -55,7 +57,13 @@ class Kept:
     stopped: str = ""
 
 
-def search(order: Sequence[str], trial: Callable[[Sequence[str]], list[str]], budget: GateBudget, failures: list[str]) -> Kept:
+def search(
+    order: Sequence[str],
+    trial: Callable[[Sequence[str]], list[str]],
+    budget: GateBudget,
+    failures: list[str],
+    started: float | None = None,
+) -> Kept:
     """The fewest of the first layers of `order` that have to stay float, where all in integers failed.
 
     Args:
@@ -63,8 +71,9 @@ def search(order: Sequence[str], trial: Callable[[Sequence[str]], list[str]], bu
         failures: gates broken with every layer in integers.
         trial: gates broken when these layers are left float. It is taken to pass with more layers where it passed with fewer; where it
             does not, more layers than needed stay float, and what is returned has passed all the same.
+        started: time.monotonic() from which the budget's seconds count; None is now.
     """
-    started = time.monotonic()
+    started = time.monotonic() if started is None else started
     trials = [(0, failures)]
 
     def broken(count: int) -> list[str]:
@@ -96,12 +105,15 @@ def sensitivities(
     images: Sequence[np.ndarray],
     reference: Sequence[Outcome],
     progress: Callable[[], None] = lambda: None,
+    until: float = math.inf,
 ) -> dict[str, float]:
-    """What each layer, made integer alone, does to the anomaly map: mean absolute difference over the pictures.
+    """What each layer, made integer alone, does to the anomaly map: mean absolute difference over the pictures; infinite where the
+    model would then answer otherwise.
 
     Args:
         images: uint8 RGB [H, W, 3] each.
         reference: the reference's outcome of each; one without anchors counts for nothing.
+        until: of time.monotonic(); layers that it has no time for are left out.
     """
     prompt = model.prompt_encoder.encode()
     cases = []
@@ -111,21 +123,18 @@ def sensitivities(
         pixel, semantic, _ = preprocess.encoder_images(image, model.config.preprocessing)
         inputs = torch.from_numpy(pixel)[None], torch.from_numpy(semantic)[None]
         features = model.encode(*inputs)
-        cases.append((inputs, outcome.answer, features, _map(model, inputs, prompt, outcome.answer, features)))
+        cases.append((inputs, outcome.answer, features, *_read(model, inputs, prompt, outcome.answer, features)))
     found = {}
     for name in quantisation.weights:
+        if time.monotonic() > until:
+            break
         seen_anew = not any(name.startswith(f"{whole}.") for whole in PARTS["language"].values())
+        effects = []
         with one_layer(model, quantisation, name):
-            found[name] = float(
-                np.mean(
-                    [
-                        (_map(model, inputs, prompt, answer, None if seen_anew else features) - wanted).abs().mean().item()
-                        for inputs, answer, features, wanted in cases
-                    ]
-                )
-                if cases
-                else 0.0
-            )
+            for inputs, answer, features, wanted, said in cases:
+                ours, says = _read(model, inputs, prompt, answer, None if seen_anew else features)
+                effects.append(float((ours - wanted).abs().mean()) if torch.equal(says, said) else math.inf)
+        found[name] = float(np.mean(effects)) if effects else 0.0
         progress()
     return found
 
@@ -135,7 +144,9 @@ def by_sensitivity(found: Mapping[str, float]) -> list[str]:
     return sorted(found, key=lambda name: -np.nan_to_num(found[name], nan=np.inf))
 
 
-def _map(
+def _read(
     model: AGVAS, inputs: tuple[Tensor, Tensor], prompt: Prompt, answer: tuple[int, ...], features: Features | None
-) -> Tensor:
-    return model(*inputs, [prompt], [answer], features).maps.anomaly_map
+) -> tuple[Tensor, Tensor]:
+    """The anomaly map under the answer, and what the model says at each of its places [1, A]."""
+    output = model(*inputs, [prompt], [answer], features)
+    return output.maps.anomaly_map, output.logits.argmax(-1)

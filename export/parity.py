@@ -22,7 +22,7 @@ from export.half_range import HalfRange
 from export.onnx_writer import stage_module
 from runtime.contract import STAGES
 from runtime.masking import MaskRule
-from runtime.parity import Gates, Outcome, Parity, compare, finite, relative_error, worst
+from runtime.parity import Gates, Outcome, Parity, compare, finite, relative_error, together, worst
 from runtime.pipeline import Pipeline, Stage
 from runtime.verify import NOT_TRACED, outcome_of, run_outcome
 
@@ -142,11 +142,11 @@ def measure(
     torch_chain = pipeline_over(model, stages)
     prompt = model.prompt_encoder.encode()
     reference = reference or [outcome_of_reference(model.segment(image)) for image in images]
-    glue: list[Outcome] = []
-    chain: list[Outcome] = []
-    for image in images:
-        glue.append(outcome_of(torch_chain.run(image, prompt), rule))
-        chain.append(run_outcome(exported, image, rule)[0])
+    glue: list[Parity] = []
+    chain: list[Parity] = []
+    for image, wanted_of_it in zip(images, reference, strict=True):
+        glue.append(compare([outcome_of(torch_chain.run(image, prompt), rule)], [wanted_of_it]))
+        chain.append(compare([run_outcome(exported, image, rule)[0]], [wanted_of_it]))
         progress()
     golden: dict[str, np.ndarray] = {}
     errors: dict[str, dict[str, float]] = {}
@@ -172,10 +172,10 @@ def measure(
             note_errors(ours, wanted, errors)
             layer_errors(ours, wanted, layers)
         golden |= golden_of(place, image, reference[index], tensors)
-    glue_parity, chain_parity = compare(glue, reference), compare(chain, reference)
+    glue_parity, chain_parity = together(glue), together(chain)
     failures = [f"glue: {failure}" for failure in glue_gates.failures(glue_parity)]
     failures += chain_failures(gates, chain_parity)
-    on_golden = compare([chain[index] for index in chosen], [reference[index] for index in chosen])
+    on_golden = together([chain[index] for index in chosen])
     return ParityReport(glue_parity, errors, chain_parity, failures, engine, on_golden, quantisation, layers), golden
 
 
@@ -201,14 +201,16 @@ def hardest(reference: Sequence[Outcome], rule: MaskRule) -> list[int]:
     pictures with a mask alternate with one without, as long as there are both.
     """
 
-    def risk(outcome: Outcome) -> float:
-        score = float(outcome.anomaly_map.max())
+    def risk(outcome: Outcome) -> tuple[float, bool]:
+        """The risk, and whether there is a mask."""
+        score, size = float(outcome.anomaly_map.max()), np.count_nonzero(outcome.mask)
         near = np.count_nonzero(np.abs(outcome.anomaly_map - rule.level(score)) < NEAR)
-        return near / np.count_nonzero(outcome.mask) if outcome.mask.any() else score
+        return (near / size if size else score), bool(size)
 
-    ranked = sorted(range(len(reference)), key=lambda index: -risk(reference[index]))
-    found = [index for index in ranked if reference[index].mask.any()]
-    empty = [index for index in ranked if not reference[index].mask.any()]
+    risks = [risk(outcome) for outcome in reference]
+    ranked = sorted(range(len(risks)), key=lambda index: -risks[index][0])
+    found = [index for index in ranked if risks[index][1]]
+    empty = [index for index in ranked if not risks[index][1]]
     order = []
     while found or empty:
         order += found[:2] + empty[:1]

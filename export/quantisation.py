@@ -195,8 +195,7 @@ def fake_quantised(model: AGVAS, quantisation: Quantisation) -> AGVAS:
     twin = copy.deepcopy(model)
     for name, weight in quantisation.weights.items():
         put_weight(twin, name, weight.read())
-        if name in quantisation.ranges:
-            linear_of(twin, name).register_forward_pre_hook(_rounding(quantisation.ranges[name]))
+    round_inputs_of(twin, {name: most for name, most in quantisation.ranges.items() if name in quantisation.weights})
     return twin
 
 
@@ -204,16 +203,21 @@ def fake_quantised(model: AGVAS, quantisation: Quantisation) -> AGVAS:
 def one_layer(model: AGVAS, quantisation: Quantisation, name: str) -> Iterator[None]:
     """While it lasts, one layer of the model computes with its integers."""
     layer = linear_of(model, name)
-    kept = layer.weight.detach().clone()
+    kept = layer.weight
     handle = layer.register_forward_pre_hook(_rounding(quantisation.ranges[name])) if name in quantisation.ranges else None
     try:
         put_weight(model, name, quantisation.weights[name].read())
         yield
     finally:
-        with torch.no_grad():
-            layer.weight.copy_(kept)
+        layer.weight = kept
         if handle:
             handle.remove()
+
+
+def round_inputs_of(module: nn.Module, ranges: Mapping[str, float]) -> None:
+    """Let the named linear layers round their inputs to 8 bit."""
+    for name, most in ranges.items():
+        linear_of(module, name).register_forward_pre_hook(_rounding(most))
 
 
 def _rounding(most: float) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:

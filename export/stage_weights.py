@@ -53,8 +53,8 @@ def stage_weights(weights: LazyTensors, skeleton: nn.Module, stage: str) -> dict
 
 
 def held(tensor: Tensor) -> LazyTensor:
-    """One that is in memory already."""
-    return LazyTensor(tuple(tensor.shape), tensor.dtype, lambda: tensor)
+    """One that is in memory already: a buffer that the model makes itself."""
+    return LazyTensor(tuple(tensor.shape), tensor.dtype, lambda: tensor, constant=True)
 
 
 def _folded(weights: LazyTensors, name: str, module: ConvolutionNorm) -> tuple[LazyTensor, LazyTensor]:

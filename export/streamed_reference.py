@@ -20,6 +20,7 @@ from engines import EngineOptions
 from export.adapters import axis_sizes
 from export.half_range import HalfRange
 from export.onnx_writer import stage_module
+from export.outcomes import OutcomesOnDisk
 from export.parity import (
     GOLDEN_PICTURES,
     TRACED_PICTURES,
@@ -33,12 +34,12 @@ from export.parity import (
     note_errors,
 )
 from export.piecewise import PiecewiseStage
-from export.quantisation import Quantisation, fake_quantised_tensors
+from export.quantisation import Quantisation, fake_quantised_tensors, round_inputs_of
 from export.stage_weights import all_weights, stage_weights
 from runtime.bundle import Bundle
 from runtime.contract import STAGES
 from runtime.one_at_a_time import Turn, TurnStage
-from runtime.parity import Gates, Outcome, compare
+from runtime.parity import Gates, Parity, compare, together
 from runtime.pipeline import Pipeline, Stage
 from runtime.verify import outcome_of, run_outcome
 
@@ -130,12 +131,14 @@ def measure_streamed(
     # Of the fake-quantised reference the stages that hold integers; the others are the reference's own.
     quantised = fake_quantised_tensors(weights, quantisation)
     twins = {name: stage for name, stage in streamed_stages(opened, quantised).items() if quantisation.in_stage(name)[0]}
+    for name, twin in twins.items():
+        round_inputs_of(twin.module, quantisation.in_stage(name)[1])
     exported_here = exported_stages(bundle, engine, options, memory)
     exported = streamed_pipeline(opened, exported_here, weights)
     exported.embeddings = bundle.embeddings()
     prompt = exported.prompts.encode()
-    reference: list[Outcome] = []
-    chain: list[Outcome] = []
+    reference = OutcomesOnDisk(bundle.folder)
+    chain: list[Parity] = []
     traces: list[Mapping[str, np.ndarray]] = []
     errors: dict[str, dict[str, float]] = {}
     of_quantisation: dict[str, dict[str, float]] = {}
@@ -143,10 +146,10 @@ def measure_streamed(
     for place, image in enumerate(images):
         recorders = {name: RecordingStage(stage) for name, stage in stages.items()}
         trace = streamed_pipeline(opened, recorders, weights).run(image, prompt)
-        reference.append(outcome_of(trace, rule))
+        reference.append(outcome := outcome_of(trace, rule))
         run = {name: RecordingStage(stage) for name, stage in exported_here.items()}
         exported.stages = run
-        chain.append(run_outcome(exported, image, rule)[0])
+        chain.append(compare([run_outcome(exported, image, rule)[0]], [outcome]))
         if place < TRACED_PICTURES:
             feeds = {name: recorder.feeds for name, recorder in recorders.items() if recorder.feeds is not None}
             if ranges is not None and place == 0:
@@ -160,13 +163,13 @@ def measure_streamed(
             layer_errors(ours, wanted, layers)
         traces.append(trace.tensors if place < TRACED_PICTURES else {})
         progress()
-    parity = compare(chain, reference)
+    parity = together(chain)
     chosen = hardest(reference, rule)[:GOLDEN_PICTURES]
     golden: dict[str, np.ndarray] = {}
     # Those with tensors first, as measure has them, too.
     for place, index in enumerate(sorted(chosen, key=lambda index: not traces[index])):
         golden |= golden_of(place, images[index], reference[index], traces[index])
-    on_golden = compare([chain[index] for index in chosen], [reference[index] for index in chosen])
+    on_golden = together([chain[index] for index in chosen])
     failures = chain_failures(gates, parity)
     return ParityReport(None, errors, parity, failures, engine, on_golden, of_quantisation, layers), golden
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import BinaryIO
 
@@ -16,7 +17,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from agvas.weights import LazyTensor, in_type
+from agvas.weights import LazyTensor, check_finite, in_type
 
 # What is converted at once.
 SLAB_BYTES = 64 << 20
@@ -49,7 +50,7 @@ class _View:
 class StreamedTensor(ir.LazyTensor):  # type: ignore[misc]
     """A checkpoint's tensor in a graph. A float one is float32 to begin with, as the reference computes with it.
 
-    Reading or writing it raises ValueError where its type does not hold its values.
+    Reading or writing it raises ValueError where its type does not hold its values, or where one is NaN or infinite.
     """
 
     def __init__(self, source: LazyTensor, name: str | None = None, view: _View | None = None) -> None:
@@ -75,7 +76,7 @@ class StreamedTensor(ir.LazyTensor):  # type: ignore[misc]
         if span is not None and self.view.as_stored:
             with open(span.file, "rb") as source:
                 source.seek(span.offset)
-                _copy(source, file, span.length)
+                _copy(source, file, span.length, lambda block: self._check(torch.frombuffer(block, dtype=self.view.source.dtype)))
             return
         tensor = self._turned()
         rows = len(tensor) if tensor.ndim else 0
@@ -89,14 +90,24 @@ class StreamedTensor(ir.LazyTensor):  # type: ignore[misc]
         return self.view.source.read().permute(self.view.order)
 
     def _converted(self, tensor: torch.Tensor) -> torch.Tensor:
-        return in_type(tensor, TORCH_TYPES[self.dtype], self.name or "a weight").contiguous()
+        self._check(tensor)
+        return in_type(tensor, TORCH_TYPES[self.dtype], self._told).contiguous()
+
+    def _check(self, tensor: torch.Tensor) -> None:
+        if not self.view.source.constant:
+            check_finite(tensor, self._told)
+
+    @property
+    def _told(self) -> str:
+        return self.name or "a weight"
 
 
-def _copy(source: BinaryIO, file: BinaryIO, length: int) -> None:
+def _copy(source: BinaryIO, file: BinaryIO, length: int, check: Callable[[bytearray], None]) -> None:
     while length:
-        block = source.read(min(length, SLAB_BYTES))
-        if not block:
+        block = bytearray(min(length, SLAB_BYTES))
+        if source.readinto(block) != len(block):  # type: ignore[attr-defined]
             raise OSError(f"{source.name}: expected {length} more bytes, got the file's end; copy the checkpoint again")
+        check(block)
         file.write(block)
         length -= len(block)
     # What was copied once is not read again: it need not crowd other files out of the system's cache.

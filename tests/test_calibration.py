@@ -17,6 +17,7 @@ from agvas import AGVAS, save
 from agvas.config import INSTRUCTIONS, tiny
 from agvas.tokenizer import train_tokenizer
 from agvas.training.instructions import all_instructions
+from agvas.writing import FolderInUse
 from calibration.calibrate import HEAD, LAYERS, SHARING, Calibration, CalibrationSettings, calibrate
 from calibration.cli import main
 from calibration.conversations import conversation, modes_in_turn
@@ -204,7 +205,7 @@ def test_a_work_folder_that_another_process_works_in_is_refused(model: AGVAS, tm
     work.mkdir()
     opened = os.open(work, os.O_RDONLY)
     fcntl.flock(opened, fcntl.LOCK_EX)
-    with pytest.raises(PlanError, match="work: another calibration is at work in it; wait for it"):
+    with pytest.raises(FolderInUse, match="work: another calibration is at work in it; wait for it"):
         calibrate(model, PICTURES[:1], SETTINGS, work=work)
     os.close(opened)
     calibrate(model, PICTURES[:1], SETTINGS, work=work)
@@ -324,6 +325,16 @@ def test_the_command_refuses_bad_arguments_in_one_line(
     error = capsys.readouterr().err
     assert error.startswith("agvas-calibrate: ") and words in error and len(error.splitlines()) == 1
     assert not any(tmp_path.iterdir())
+
+
+def test_a_gptq_checkpoint_is_not_written_over_the_checkpoint_or_other_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint = tmp_path / "checkpoint"
+    save(AGVAS(tiny(), train_tokenizer([*all_instructions()], tiny().language.vocabulary)), checkpoint)
+    before = {path.name: path.read_bytes() for path in checkpoint.iterdir()}
+    arguments = ("--checkpoint", checkpoint, "--output", tmp_path / "plan", "--samples", "1", "--group", "32")
+    assert run(*arguments, "--gptq-checkpoint", checkpoint) == 2
+    assert "expected a new folder or an older GPTQ checkpoint, got one with other files" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in checkpoint.iterdir()} == before and not (tmp_path / "plan").exists()
 
 
 def test_the_command_does_not_write_over_a_folder_of_other_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

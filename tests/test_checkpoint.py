@@ -236,6 +236,14 @@ def test_a_truncated_file_is_refused(copy: Path, kept: float) -> None:
         load(copy)
 
 
+@pytest.mark.parametrize("surplus", [1, 16])
+def test_a_file_with_more_than_its_tensors_is_refused(surplus: int, copy: Path) -> None:
+    with open(copy / "model.safetensors", "ab") as file:
+        file.write(bytes(surplus))
+    with pytest.raises(CheckpointError, match="model.safetensors cannot be read: its tensors end at byte .*; copy the file again"):
+        load(copy)
+
+
 def test_nano_ships_with_the_package() -> None:
     assert NANO.is_dir(), "agvas/nano is not there: train it with agvas-train and copy its checkpoint folder"
     assert sum((NANO / name).stat().st_size for name in FILES) <= 25e6

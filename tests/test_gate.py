@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -61,6 +63,12 @@ def test_a_budget_of_seconds_begins_no_further_trial() -> None:
     assert kept.failures and "0 seconds were spent" in kept.stopped and len(tried) <= 1
 
 
+def test_the_seconds_of_measuring_count() -> None:
+    tried: list[int] = []
+    kept = search(LAYERS, needing(9, tried), GateBudget(layers=16, seconds=60), FAILED, started=time.monotonic() - 61)
+    assert kept.failures and "60 seconds were spent" in kept.stopped and not tried
+
+
 def test_left_open_the_budget_is_a_quarter_of_the_layers() -> None:
     assert [GateBudget().most(layers) for layers in (1, 3, 16, 196)] == [1, 1, 4, 49]
 
@@ -107,6 +115,29 @@ def test_a_sensitivity_is_what_the_fake_quantised_model_shows(tiny_model: AGVAS)
     with torch.inference_mode():
         ours, wanted = (model(*inputs).maps.anomaly_map for model in (fake_quantised(tiny_model, quantisation.only([name])), tiny_model))
     assert found[name] == pytest.approx(float((ours - wanted).abs().mean()), rel=1e-3)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_head_that_changes_the_answer_comes_first_and_a_tied_table_stays(tied: bool, tiny_model: AGVAS) -> None:
+    model = copy.deepcopy(tiny_model)
+    table = model.language.get_input_embeddings().weight
+    if tied:
+        model.language.lm_head.weight = table
+    names = (*NAMES, "language.lm_head")
+    reference = [outcome_of_reference(model.segment(picture()))]
+    answer = reference[0].answer
+    reference[0] = Outcome(reference[0].mask, reference[0].anomaly_map, np.zeros((3, 8), np.float32), answer)  # judged whatever it says
+    before = table.detach().clone()
+    found = sensitivities(model, in_eight_bits(model, names, "language.lm_head"), [picture()], reference)
+    assert by_sensitivity(found)[0] == "language.lm_head" and found["language.lm_head"] == float("inf")
+    assert torch.equal(table, before) and (model.language.lm_head.weight is table) == tied
+    twin = fake_quantised(model, in_eight_bits(model, names).only(["language.lm_head"]))
+    assert torch.equal(twin.language.get_input_embeddings().weight, before), "the bundle's table is in float"
+
+
+def test_measuring_stops_when_the_time_is_spent(tiny_model: AGVAS) -> None:
+    reference = [outcome_of_reference(tiny_model.segment(picture()))]
+    assert sensitivities(tiny_model, in_eight_bits(tiny_model, NAMES), [picture()], reference, until=0.0) == {}
 
 
 def test_pictures_without_anchors_measure_nothing(tiny_model: AGVAS) -> None:

@@ -222,6 +222,27 @@ def test_a_chain_that_fails_with_all_the_budget_spent_makes_no_bundle(
     assert not list((tmp_path / "out").iterdir())
 
 
+def test_where_no_layer_may_go_back_none_is_measured(
+    ready: Callable[..., ExportSettings], wide: Path, wide_model: AGVAS, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer, "sensitivities", lambda *_: pytest.fail("measured"))
+    plan = spoilt_plan(wide, wide_model, tmp_path / "plan", SPOILT[0])
+    with pytest.raises(ParityFailed, match="though 0 layers were put back to float, and no more than 0 layers"):
+        export_bundle(ready(tmp_path / "bundle", lmm="int8", calibration=plan, budget=writer.GateBudget(layers=0)), QUIET)
+
+
+def test_what_rounding_the_encoders_inputs_costs_is_quantisation_in_memory_and_layer_by_layer(
+    ready: Callable[..., ExportSettings], wide: Path, tmp_path: Path
+) -> None:
+    settings = ready(tmp_path / "bundle", "int8", lmm="float", calibration=wide / "plan8", pictures=2, strict=False)
+    whole, streamed = (export_bundle(replace(settings, streamed=how), QUIET)[1] for how in (False, True))
+    assert whole is not None and streamed is not None
+    for stage in ("pixel_encoder", "semantic_encoder"):
+        for name, error in whole.quantisation[stage].items():
+            assert streamed.quantisation[stage][name] == pytest.approx(error, rel=0.02)
+            assert streamed.stages[stage][name] < 0.1 * error, "conversion is not what costs"
+
+
 def test_other_gates_are_kept_in_the_manifest_and_hold_on_the_target(
     ready: Callable[..., ExportSettings], wide: Path, tmp_path: Path
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
@@ -27,12 +28,13 @@ from agvas.streamed import stream
 from agvas.weights import LazyTensor, safetensors_file
 from benchmarks.random_checkpoint import write_random_checkpoint
 from calibration.gptq import GPTQSettings, round_to_nearest, rounded_to_nearest
-from engines import Engine, EngineOptions, open_engine
+from engines import Engine, EngineFailed, EngineOptions, open_engine
 from export.adapters import axis_sizes, example_inputs
 from export.bundle import ExportSettings, export_bundle
 from export.cli import main
 from export.estimate import estimate
 from export.onnx_writer import export_stage, stage_module, write
+from export.outcomes import OutcomesOnDisk
 from export.passes import lower_precision, turn_weights
 from export.piecewise import PiecewiseStage, cut
 from export.progress import Progress
@@ -42,8 +44,9 @@ from export.streamed_tensor import StreamedTensor
 from runtime import Segmenter
 from runtime.bundle import UNFINISHED, Bundle
 from runtime.contract import STAGES
-from runtime.errors import BundleMissing, RequestError
+from runtime.errors import BundleMissing, OutputError, RequestError
 from runtime.one_at_a_time import Turn, TurnStage
+from runtime.parity import Outcome
 
 QUIET = Progress(quiet=True)
 
@@ -59,6 +62,21 @@ def written(tensor: ir.TensorProtocol, folder: Path) -> bytes:
 
 
 # A weight in a graph
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+@pytest.mark.parametrize("wanted", [ir.DataType.FLOAT, ir.DataType.FLOAT16])
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_a_streamed_weight_that_is_no_number_is_refused(
+    value: float, wanted: ir.DataType, order: tuple[int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("export.streamed_tensor.SLAB_BYTES", 64)
+    tensor = weight(40, 6)
+    tensor[33, 2] = value
+    save_file({"w": tensor}, tmp_path / "w.safetensors")
+    streamed = StreamedTensor(safetensors_file(tmp_path / "w.safetensors")["w"], "head").transposed(order, "head").as_type(wanted, "head")
+    with pytest.raises(ValueError, match="head holds 1 NaN or infinite values of"):
+        written(streamed, tmp_path)
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16])
@@ -301,7 +319,7 @@ def test_an_interrupted_export_goes_on_with_its_finished_stages_and_opens_nowher
     assert UNFINISHED not in bundle.manifest.files
 
 
-@pytest.mark.parametrize("change", ["settings", "checkpoint", "part", "damage"])
+@pytest.mark.parametrize("change", ["settings", "checkpoint", "part", "damage", "code"])
 def test_stages_of_another_export_are_made_again(
     change: str, ready_graphs: list[str], tiny_checkpoint: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -321,6 +339,8 @@ def test_stages_of_another_export_are_made_again(
     repair()
     if change == "settings":
         settings = replace(settings, precision="fp16", strict=False)
+    elif change == "code":
+        monkeypatch.setattr(writer, "_code_sha256", lambda: "of a later commit")
     elif change != "damage":
         save_file(load_file(weights), weights)
     else:
@@ -330,6 +350,138 @@ def test_stages_of_another_export_are_made_again(
     export_bundle(settings, QUIET)
     assert ready_graphs == [name for name in STAGES if not (change == "damage" and name == "semantic_encoder")] or change == "damage"
     assert "pixel_encoder" in ready_graphs
+
+
+def test_an_export_into_its_checkpoints_folder_goes_on_too(
+    ready_graphs: list[str], tiny_checkpoint: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint")
+    settings = ExportSettings(str(checkpoint), "fp32", checkpoint / "bundle", images=pictures, resume=True)
+    repair = interrupted_at(monkeypatch, "mask_decoder")
+    with pytest.raises(KeyboardInterrupt):
+        export_bundle(settings, QUIET)
+    repair()
+    ready_graphs.clear()
+    export_bundle(settings, QUIET)
+    assert ready_graphs == ["mask_decoder"]
+
+
+def test_what_a_killed_comparison_left_in_a_stage_does_not_come_into_the_bundle(
+    ready_graphs: list[str], tiny_checkpoint: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = ExportSettings(str(tiny_checkpoint), "fp32", tmp_path / "out" / "bundle", images=pictures, resume=True)
+    repair = interrupted_at(monkeypatch, "mask_decoder")
+    with pytest.raises(KeyboardInterrupt):
+        export_bundle(settings, QUIET)
+    (tmp_path / "out" / ".bundle.partial" / "language" / "language.piece.onnx").write_bytes(b"half")
+    repair()
+    bundle, _ = export_bundle(settings, QUIET)
+    assert not [name for name in bundle.manifest.files if "piece" in name]
+    assert not list(bundle.folder.rglob("*.piece.onnx"))
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_second_export_to_the_same_output_is_refused_and_the_first_goes_on(
+    same: bool, ready_graphs: list[str], tiny_checkpoint: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("fcntl")
+    settings = ExportSettings(str(tiny_checkpoint), "fp32", tmp_path / "out" / "bundle", images=pictures, resume=True)
+    original, second = writer.write, settings if same else replace(settings, precision="fp16")
+
+    def meanwhile(model: ir.Model, folder: Path, stage: str) -> None:
+        original(model, folder, stage)
+        if stage == "language":
+            monkeypatch.setattr(writer, "write", original)
+            with pytest.raises(OutputError, match=".bundle.partial: another export is at work in it; wait for it, or choose another"):
+                export_bundle(second, QUIET)
+
+    monkeypatch.setattr(writer, "write", meanwhile)
+    bundle, report = export_bundle(settings, QUIET)
+    assert report is not None and not report.failures and set(bundle.manifest.precision.values()) == {"fp32"}
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["bundle"]
+
+
+def test_an_output_that_is_a_link_stays_one_and_what_it_points_at_is_replaced(
+    ready_graphs: list[str], tiny_checkpoint: Path, pictures: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "line").symlink_to(tmp_path / "store" / "v3")
+    for threshold in (0.3, 0.4):  # the first makes what the link points at
+        settings = ExportSettings(str(tiny_checkpoint), "fp32", tmp_path / "line", images=pictures, strict=False, threshold=threshold)
+        export_bundle(settings, QUIET)
+    assert (tmp_path / "line").is_symlink() and Bundle(tmp_path / "line").manifest.threshold == 0.4
+    assert [path.name for path in (tmp_path / "store").iterdir()] == ["v3"]
+
+
+def test_a_mount_point_is_refused_before_the_work(
+    ready_graphs: list[str], tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Path, "is_mount", lambda path: path == tmp_path)
+    with pytest.raises(OutputError, match="is a mount point, which nothing whole can replace; choose a folder in it: .*bundle"):
+        export_bundle(ExportSettings(str(tiny_checkpoint), "fp32", tmp_path), QUIET)
+    assert not ready_graphs
+
+
+def test_an_interruption_while_the_bundle_takes_its_place_says_that_it_did(
+    ready_graphs: list[str],
+    tiny_checkpoint: Path,
+    pictures: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    original = writer._rename
+
+    def interrupted(partial: Path, output: Path) -> None:
+        handler = signal.getsignal(signal.SIGINT)
+        assert callable(handler)
+        handler(signal.SIGINT, None)
+        original(partial, output)
+
+    monkeypatch.setattr(writer, "_rename", interrupted)
+    arguments = ["--checkpoint", str(tiny_checkpoint), "--output", str(tmp_path / "bundle"), "--lmm", "float", "--images", str(pictures)]
+    assert main(arguments) == 130
+    told = capsys.readouterr().err
+    assert "interrupted" in told and "bundle was written all the same" in told and "no bundle was written" not in told
+    assert Bundle(tmp_path / "bundle").manifest.parity["passed"]
+
+
+@pytest.mark.parametrize("fault", [EngineFailed("killed"), KeyboardInterrupt()])
+def test_a_bundle_whose_memory_could_not_be_measured_was_made_all_the_same(
+    fault: BaseException,
+    ready_graphs: list[str],
+    tiny_checkpoint: Path,
+    pictures: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def failing(*_: object) -> None:
+        raise fault
+
+    monkeypatch.setattr("runtime.footprint.footprints", failing)
+    arguments = ["--checkpoint", str(tiny_checkpoint), "--output", str(tmp_path / "bundle"), "--lmm", "float", "--images", str(pictures)]
+    code = main([*arguments, "--json"])
+    told = capsys.readouterr()
+    assert Bundle(tmp_path / "bundle").manifest.parity["passed"]
+    if isinstance(fault, EngineFailed):
+        assert code == 0 and json.loads(told.out.splitlines()[-1])["stages"] == {}
+        assert "memory by stage was not measured: killed" in told.err
+    else:
+        assert code == 130 and "was written all the same; its memory by stage was not measured" in told.err
+
+
+def test_outcomes_on_disk_are_those_that_were_put_there(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    maps = [generator.random((rows, 7), np.float32) for rows in (3, 11, 5)]
+    states = [generator.random((3, 4), np.float32), None, generator.random((3, 4), np.float32)]
+    kept = OutcomesOnDisk(tmp_path)
+    for number, (anomaly_map, anchors) in enumerate(zip(maps, states)):
+        kept.append(Outcome(anomaly_map > 0.5, anomaly_map, anchors, (number, 9), "late" if number == 1 else ""))
+        assert len(kept) == number + 1 and np.array_equal(kept[0].anomaly_map, maps[0])  # read between, too
+    for number, outcome in enumerate(kept):
+        assert np.array_equal(outcome.anomaly_map, maps[number]) and np.array_equal(outcome.mask, maps[number] > 0.5)
+        assert outcome.anchor_states is states[number] and outcome.answer == (number, 9) and bool(outcome.error) == (number == 1)
+    assert not list(tmp_path.iterdir()), "a file without a name"
 
 
 def test_parity_layer_by_layer_finds_what_parity_does(
@@ -344,6 +496,20 @@ def test_parity_layer_by_layer_finds_what_parity_does(
     assert all(0 < error < 1e-4 for errors in parity["layers"].values() for error in errors)
     assert all(0 < error < 1e-4 for errors in parity["stages"].values() for error in errors.values())
     assert bundle.golden()["0.image"].shape == picture(0).shape
+
+
+@pytest.mark.parametrize("parity", ["strict", "none"])
+def test_a_weight_that_is_no_number_makes_no_bundle_though_no_picture_shows_it(
+    parity: str, tiny_checkpoint: Path, pictures: Path, tmp_path: Path, ready_graphs: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint")
+    state, name = load_file(checkpoint / "model.safetensors"), "language.model.embed_tokens.weight"
+    state[name][-1, 0] = float("nan")  # of a token that no prompt has
+    save_file(state, checkpoint / "model.safetensors")
+    arguments = ["--checkpoint", str(checkpoint), "--output", str(tmp_path / "bundle"), "--lmm", "float", "--images", str(pictures)]
+    assert main([*arguments, "--parity", parity, "--stream-reference"]) == 2
+    assert f"{name} holds 1 NaN or infinite values of" in capsys.readouterr().err
+    assert not (tmp_path / "bundle").exists()
 
 
 def test_an_export_that_is_not_compared_says_so(
