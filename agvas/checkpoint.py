@@ -189,8 +189,11 @@ def misfits(skeleton: AGVAS, tensors: Mapping[str, LazyTensor]) -> list[str]:
     return problems
 
 
-def load(checkpoint: str | Path = "nano", dtype: torch.dtype = torch.float32) -> AGVAS:
+def load(checkpoint: str | Path = "nano", dtype: torch.dtype = torch.float32, left: str | None = None) -> AGVAS:
     """The model, on the CPU, in evaluation mode, in `dtype`.
+
+    Args:
+        left: a module that stays on the meta device, for a caller who reads its weights himself, one part at a time; None for all.
 
     Raises:
         CheckpointError: see open_checkpoint; a tensor holds NaN or infinite values, or some that `dtype` does not hold.
@@ -198,8 +201,9 @@ def load(checkpoint: str | Path = "nano", dtype: torch.dtype = torch.float32) ->
     opened = open_checkpoint(checkpoint)
     model = opened.skeleton()
     tied = {HEAD} if opened.config.language.tied_head else set()
-    state = {name: _loaded(tensor, dtype, name) for name, tensor in opened.tensors.items() if name not in tied}
-    model.load_state_dict(state, assign=True, strict=not tied)  # open_checkpoint has compared every name
+    kept = [name for name in opened.tensors if name not in tied and not (left and name.startswith(f"{left}."))]
+    state = {name: _loaded(opened.tensors[name], dtype, name) for name in kept}
+    model.load_state_dict(state, assign=True, strict=not tied and not left)  # open_checkpoint has compared every name
     if tied:
         model.language.tie_weights()
     fill_buffers(model)

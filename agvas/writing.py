@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
+import torch
 from safetensors import SafetensorError
+
+from agvas.weights import DTYPES, LazyTensors
 
 fcntl: ModuleType | None
 try:
@@ -17,6 +21,7 @@ try:
 except ModuleNotFoundError:  # Windows
     fcntl = None
 
+NAMES = {dtype: name for name, dtype in DTYPES.items()} | {torch.int8: "I8"}
 UNLOCKABLE = (errno.EBADF, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)  # file systems without locks on folders, as NFS has none
 
 
@@ -26,15 +31,44 @@ class FolderInUse(ValueError):
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Raise what safetensors says of a file that it cannot write, an exception of its own, as the OSError that it is.
+    """Tell in words of a file that cannot be written; what safetensors says, an exception of its own, becomes the OSError that it is.
 
     Raises:
         OSError: names the file and what to do. The library writes beside it and renames: an older file of that name is untouched.
     """
     try:
         yield
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise OSError(f"{path}: expected to be written whole, got: {error}; free some space, then the same command again") from error
+
+
+def write_tensors(path: Path, tensors: LazyTensors, metadata: Mapping[str, str] | None = None) -> None:
+    """A .safetensors file of tensors that are read one after the other: the library's own writer wants all of them in memory.
+
+    The file is written where it is; give a name beside the final one, and rename it.
+
+    Raises:
+        OSError: the disk is full.
+        ValueError: one that reads otherwise than it says.
+    """
+    # The library's order, in which every tensor begins at a multiple of its numbers' size.
+    names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name in names:
+        tensor = tensors[name]
+        header[name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [end, end + tensor.bytes]}
+        end += tensor.bytes
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with disk_errors(path), open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            values = tensors[name].read()
+            if tuple(values.shape) != tensors[name].shape or values.dtype != tensors[name].dtype:
+                found = f"{values.dtype} {list(values.shape)}"
+                raise ValueError(f"{name}: expected {tensors[name].dtype} {list(tensors[name].shape)}, got {found}")
+            file.write(values.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 @contextmanager

@@ -2,7 +2,8 @@
 
 The pictures' real embeddings (prefix, image, aligned tokens, question, answer) wait on disk; one decoder layer at a time is copied in
 float32 to the computing device. Inside a layer the linears that share an input are quantised together and the next ones see what those
-then put out, as does the next layer: each makes up for what was lost before it. Memory is one layer, one Hessian and one picture.
+then put out, as does the next layer: each makes up for what was lost before it. Decoder layers may stay in the checkpoint's file until
+their turn; then memory is encoders and embeddings, one layer, and its Hessian with what is factored of it (`memory_needed`).
 Finished pictures and layers stay in the work folder, so an interrupted run goes on where it was.
 """
 
@@ -12,10 +13,11 @@ import copy
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -29,6 +31,7 @@ from safetensors.numpy import save_file
 from torch import Tensor, nn
 
 from agvas.model import AGVAS
+from agvas.weights import LazyTensors, check_finite
 from agvas.writing import alone_in, disk_errors
 from calibration.conversations import conversation, modes_in_turn
 from calibration.gptq import GPTQSettings, curvature, gptq, output_error, round_to_nearest
@@ -48,6 +51,7 @@ SHARING = (
     ("mlp.down_proj",),
 )
 GROUPS = (128, 64, 32)
+LIBRARIES = 900_000_000  # bytes of Python with torch and transformers, before any weight
 PASSES = len(SHARING) + 1  # over the pictures in each layer: one a Hessian, one for the output
 
 Report = Callable[[str, int, int], None]  # (what, steps done, steps in all)
@@ -77,7 +81,7 @@ class Calibration(NamedTuple):
     """What calibration makes; calibration.plan.write_plan keeps it."""
 
     plan: QuantPlan
-    weights: dict[str, QuantizedWeight]  # of every linear in the language model's decoder layers
+    weights: Mapping[str, QuantizedWeight]  # of every linear in the language model's decoder layers
     ranges: dict[str, np.ndarray]  # of every linear in encoders and language model, head included: float32 [K]
 
 
@@ -88,15 +92,18 @@ def calibrate(
     progress: Report | None = None,
     work: Path | None = None,
     weights_sha256: str | None = None,
+    tensors: LazyTensors | None = None,
 ) -> Calibration:
     """Quantise the language model on pictures. The model stays as it is.
 
     Args:
+        model: its decoder layers may be on the meta device (agvas.checkpoint.load with `left`) where `tensors` are given.
         images: uint8 RGB [H, W, 3] each; read twice in order, first for their hashes, so let a large folder's be read when asked for.
         progress: told (what, steps done, steps in all).
         work: where embeddings and finished layers are kept, to go on with after an interruption; about two times pictures × tokens ×
-            width × 4 bytes. Left behind at the end. None for a temporary folder.
-        weights_sha256: model_sha256 of the checkpoint, where the model was rounded when it was loaded; None: of the model.
+            width × 4 bytes. Left behind at the end, and the weights are read from it when asked for. None for a temporary folder.
+        weights_sha256: model_sha256 of the checkpoint, where the model was rounded when it was loaded, or is not whole; None: of the model.
+        tensors: the checkpoint's, which decoder layers are read from when their turn comes.
 
     Raises:
         ValueError: no pictures; a group that does not divide a layer's inputs; values that are not finite.
@@ -110,10 +117,31 @@ def calibrate(
             settings.gptq.group_of(linear_of(layer, name).in_features, f"{LAYERS}.{index}.{name}")
     if work is None:
         with tempfile.TemporaryDirectory() as folder:
-            return calibrate(model, images, settings, progress, Path(folder), weights_sha256)
+            made = calibrate(model, images, settings, progress, Path(folder), weights_sha256, tensors)
+            return made._replace(weights=dict(made.weights))
     with alone_in(work, "calibration"), torch.inference_mode():
-        run = _Run(model, images, settings, progress or (lambda *_: None), work, weights_sha256 or model_sha256(model))
+        run = _Run(model, images, settings, progress or (lambda *_: None), work, weights_sha256 or model_sha256(model), tensors)
         return run.finished()
+
+
+def memory_needed(tensors: LazyTensors, dtype: torch.dtype, device: str = "cpu") -> int:
+    """Bytes that a calibration takes at most with decoder layers read in their turn, roughly: of shapes alone.
+
+    One full-width layer of Qwen2-7B took 7.7 GB on the CPU (benchmarks/results/gptq_layer.json), of which the Hessian of down_proj's
+    18,944 inputs and what is factored of it are four of 1.4.
+    """
+    layers: dict[str, int] = {}
+    held = widest = 0
+    for name, tensor in tensors.items():
+        count = math.prod(tensor.shape)
+        if not name.startswith(f"{LAYERS}."):
+            held += count * dtype.itemsize
+            continue
+        index = name.removeprefix(f"{LAYERS}.").split(".")[0]
+        layers[index] = layers.get(index, 0) + 4 * count
+        widest = max(widest, *tensor.shape[1:], 0)
+    layer = max(layers.values(), default=0)
+    return LIBRARIES + held + layer + (layer + 4 * 4 * widest**2 if device == "cpu" else 0)
 
 
 def common_group(model: AGVAS) -> int:
@@ -137,8 +165,9 @@ class _Run:
         progress: Report,
         work: Path,
         weights_sha256: str,
+        tensors: LazyTensors | None,
     ) -> None:
-        self.model, self.images, self.settings, self.work = model, images, settings, work
+        self.model, self.images, self.settings, self.work, self.tensors = model, images, settings, work, tensors
         self.device = torch.device(settings.device)
         self.layers: Sequence[nn.Module] = model.language.model.layers
         self.modes = modes_in_turn(model.prompt_encoder, len(images))
@@ -158,17 +187,15 @@ class _Run:
 
     def finished(self) -> Calibration:
         ranges = self._look()
-        weights: dict[str, QuantizedWeight] = {}
-        records: list[LinearRecord] = []
+        places: dict[str, tuple[Path, LinearRecord]] = {}
         rotary = copy.deepcopy(self.model.language.model.rotary_emb).to(self.device, torch.float32)
         for index in range(len(self.layers)):
             path = self.work / "layers" / f"{index:03}.safetensors"
             if not path.exists():
                 self._quantize(index, rotary, path)
             self.step(len(self.images) * (1 + PASSES * (index + 1)))
-            found, linears, seen = _read_layer(path)
-            weights |= found
-            records += linears
+            linears, seen = _read_layer(path)
+            places |= {record.name: (path, record) for record in linears}
             ranges |= seen
         plan = QuantPlan(
             model=self.model.config.name,
@@ -178,10 +205,10 @@ class _Run:
             modes=tuple(dict.fromkeys(self.modes)),
             images=self.hashes,
             tokens=sum(len(self._hidden(len(self.layers), number, mmap=True)) for number in range(len(self.images))),
-            linears=tuple(records),
+            linears=tuple(record for _, record in places.values()),
             versions=versions(),
         )
-        return Calibration(plan, weights, ranges)
+        return Calibration(plan, _LayerFiles(places), ranges)
 
     def _claim(self) -> None:
         """Take an empty work folder, or one that the same calibration left."""
@@ -240,7 +267,7 @@ class _Run:
 
     def _quantize(self, index: int, rotary: nn.Module, path: Path) -> None:
         """One decoder layer: quantised, its file written, its outputs laid down for the next."""
-        layer = copy.deepcopy(self.layers[index]).to(self.device, torch.float32)
+        layer = self._layer(index)
         done = len(self.images) * (1 + PASSES * index)
 
         def step() -> None:
@@ -268,6 +295,18 @@ class _Run:
         about = {"linears": json.dumps([dataclasses.asdict(record) for record in records])}
         _write(path, lambda file: save_file(tensors, file, about))
         shutil.rmtree(self.work / "hidden" / f"{index:03}")
+
+    def _layer(self, index: int) -> nn.Module:
+        """A copy of a decoder layer in float32 on the device."""
+        layer, name = copy.deepcopy(self.layers[index]), f"{LAYERS}.{index}"
+        if next(layer.parameters()).is_meta:
+            if self.tensors is None:
+                raise ValueError(f"{name} is on the meta device: expected the checkpoint's tensors, got none")
+            state = {local: self.tensors[f"{name}.{local}"].read() for local in layer.state_dict()}
+            for local, tensor in state.items():
+                check_finite(tensor, f"{name}.{local}")
+            layer.load_state_dict(state, assign=True)
+        return layer.to(self.device, torch.float32)
 
     def _through(self, layer: nn.Module, index: int, number: int, rotary: nn.Module) -> Tensor:
         """A picture's tokens through a decoder layer: [1, N, D]."""
@@ -362,17 +401,34 @@ def _write(path: Path, write: Callable[[Path], Any]) -> None:
     os.replace(partial, path)
 
 
-def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+class _LayerFiles(Mapping[str, QuantizedWeight]):
+    """Integer weights in the files of finished layers, each read when asked for."""
+
+    def __init__(self, places: Mapping[str, tuple[Path, LinearRecord]]) -> None:
+        self._places = places
+
+    def __getitem__(self, name: str) -> QuantizedWeight:
+        path, record = self._places[name]
+        tensors, _ = _read(path, lambda tensor: tensor in (name + CODES, name + SCALES))
+        return QuantizedWeight(tensors[name + CODES], tensors[name + SCALES], record.bits, record.group)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+
+def _read(path: Path, wanted: Callable[[str], bool] = lambda _: True) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     try:
         with safe_open(path, framework="np") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
+            return {name: file.get_tensor(name) for name in file.keys() if wanted(name)}, file.metadata()
     except Exception as error:  # the library raises nothing narrower
         raise PlanError(f"{path} cannot be read: {error}; remove the work folder and start again") from error
 
 
-def _read_layer(path: Path) -> tuple[dict[str, QuantizedWeight], list[LinearRecord], dict[str, np.ndarray]]:
-    tensors, about = _read(path)
+def _read_layer(path: Path) -> tuple[list[LinearRecord], dict[str, np.ndarray]]:
+    """Records and ranges of a finished layer."""
+    tensors, about = _read(path, lambda name: name.endswith(RANGE))
     records = [LinearRecord(**record) for record in json.loads(about["linears"])]
-    weights = {r.name: QuantizedWeight(tensors[r.name + CODES], tensors[r.name + SCALES], r.bits, r.group) for r in records}
-    ranges = {name.removesuffix(RANGE): tensor for name, tensor in tensors.items() if name.endswith(RANGE)}
-    return weights, records, ranges
+    return records, {name.removesuffix(RANGE): tensor for name, tensor in tensors.items()}

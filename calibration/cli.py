@@ -28,7 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--damping", type=float, default=0.01, help="share of the Hessian's mean diagonal added to it (default 0.01)")
     parser.add_argument("--answer-share", type=float, default=0.5, help="how much of the Hessians the answers make (default 0.5)")
     parser.add_argument("--device", default="cpu", help="where layers are computed and quantised: cpu (default) or cuda:N")
-    parser.add_argument("--dtype", default="fp32", help="in which the checkpoint is held in memory: fp32 (default), bf16 or fp16")
+    parser.add_argument("--dtype", default="fp32", help="of encoders and embeddings in memory: fp32 (default), bf16 or fp16")
     parser.add_argument("--gptq-checkpoint", type=Path, metavar="DIR", help="also write the language model in the GPTQ checkpoint layout")
     parser.add_argument("--json", action="store_true", help="last line of stdout as JSON")
     options = parser.parse_args(arguments)
@@ -63,29 +63,39 @@ def _calibrate(options: argparse.Namespace, started: float) -> int:
     import torch
 
     from agvas.checkpoint import load, open_checkpoint
-    from calibration.calibrate import CalibrationSettings, calibrate, common_group
+    from calibration.calibrate import LAYERS, CalibrationSettings, calibrate, common_group, memory_needed
     from calibration.gptq import GPTQSettings
     from calibration.gptq_checkpoint import check_writable, write_gptq_checkpoint
     from calibration.pictures import calibration_pictures
     from calibration.plan import model_sha256, write_plan
+    from engines.memory import available_memory
 
     asked = GPTQSettings(bits=options.bits, group=options.group or 0, damping=options.damping)  # wrong values are told before the work
     device = _device(options.device)
     pictures = calibration_pictures(options.images, options.samples)
-    model = load(options.checkpoint, {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[options.dtype])
+    opened = open_checkpoint(options.checkpoint)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[options.dtype]
+    needed, free = memory_needed(opened.tensors, dtype, device), available_memory()
+    if free is not None and free < needed:
+        print(
+            f"agvas-calibrate: this takes about {needed >> 20} MiB of memory and {free >> 20} MiB are available: it may be killed; "
+            "close other programs, or take --dtype bf16 or --device cuda:0",
+            file=sys.stderr,
+        )
+    model = load(options.checkpoint, dtype, LAYERS)  # decoder layers are read in their turn
     group = common_group(model) if options.group is None else options.group
     if options.gptq_checkpoint and not group:
         raise RequestError("--group: expected more than 0 with --gptq-checkpoint, which has one group for all layers, got 0; leave it out")
     if options.gptq_checkpoint:
         check_writable(options.gptq_checkpoint, model, options.bits)
-    weights_sha256 = model_sha256(open_checkpoint(options.checkpoint).tensors)  # as stored, which export has: --dtype may have rounded them
+    weights_sha256 = model_sha256(opened.tensors)  # as stored, which export has: --dtype may have rounded them
     settings = CalibrationSettings(replace(asked, group=group), options.answer_share, device)
     work = options.output.with_name(f"{options.output.name}.partial")
     with Progress() as progress:
-        plan, weights, ranges = calibrate(model, pictures, settings, progress, work, weights_sha256)
+        plan, weights, ranges = calibrate(model, pictures, settings, progress, work, weights_sha256, opened.tensors)
     write_plan(options.output, plan, weights, ranges)
     if options.gptq_checkpoint:
-        write_gptq_checkpoint(model, weights, options.gptq_checkpoint)
+        write_gptq_checkpoint(model, weights, options.gptq_checkpoint, floats=opened.tensors)
     shutil.rmtree(work)
     errors = [record.error for record in plan.linears]
     plain = [record.rounding_error for record in plan.linears]

@@ -11,17 +11,17 @@ import json
 import os
 import re
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 
 from agvas.model import AGVAS
-from agvas.weights import LazyTensors, index_of, shard_of
-from agvas.writing import disk_errors
+from agvas.weights import LazyTensor, LazyTensors, in_type, index_of, shard_of
+from agvas.writing import write_tensors
 from calibration.truth import linear_of
 from calibration.weights import LazyQuantizedWeight, QuantizedWeight
 
@@ -130,33 +130,46 @@ def check_writable(folder: Path, model: AGVAS, bits: int) -> None:
             raise GPTQCheckpointError(f"{name}: expected multiples of {per_word} to pack {bits} bits, got {found}; leave it out")
 
 
-def write_gptq_checkpoint(model: AGVAS, weights: Mapping[str, QuantizedWeight], folder: Path, version: str = "gptq") -> None:
+def write_gptq_checkpoint(
+    model: AGVAS, weights: Mapping[str, QuantizedWeight], folder: Path, version: str = "gptq", floats: LazyTensors | None = None
+) -> None:
     """The language model as a GPTQ checkpoint that transformers, gptqmodel and serving engines load. Embeddings, norms and head stay float.
 
     Args:
-        weights: by linear layer of the language model's decoder layers, all of one bits and group.
+        weights: by linear layer of the language model's decoder layers, all of one bits and group; asked for one after the other.
+        floats: the checkpoint's tensors, from which come those that the model has on the meta device.
 
     Raises:
         GPTQCheckpointError: weights of several kinds, or of a layer that is no linear of the language model; a layer left out.
     """
-    kinds = {(weight.bits, weight.group) for weight in weights.values()}
+    shapes = {name: (weight.shape, weight.bits, weight.group) for name, weight in weights.items()}
+    kinds = {(bits, group) for _, bits, group in shapes.values()}
     linears = {f"{PREFIX}model.{name}" for name, layer in model.language.model.named_modules() if isinstance(layer, torch.nn.Linear)}
     if differing := sorted(linears ^ weights.keys()):
         raise GPTQCheckpointError(f"weights: expected all linears of the decoder layers alone, differing: {', '.join(differing[:5])}")
     if len(kinds) != 1:
         raise GPTQCheckpointError(f"weights: expected one (bits, group), got {sorted(kinds)}; quantise with one group for all")
     bits, group = kinds.pop()
-    tensors: dict[str, torch.Tensor] = {}
-    for name, quantized in weights.items():
-        for part, values in layer_tensors(quantized, version).items():
-            tensors[f"{name.removeprefix(PREFIX)}.{part}"] = torch.from_numpy(values)
+    tensors: dict[str, LazyTensor] = {}
+    for name, ((outputs, inputs), _, _) in shapes.items():
+        for part, shape, kind in (
+            ("qweight", (inputs * bits // 32, outputs), torch.int32),
+            ("qzeros", (inputs // group, outputs * bits // 32), torch.int32),
+            ("scales", (inputs // group, outputs), torch.float16),
+            ("g_idx", (inputs,), torch.int32),
+        ):
+            tensors[f"{name.removeprefix(PREFIX)}.{part}"] = LazyTensor(shape, kind, partial(_part, weights, name, version, part))
     replaced = {f"{name.removeprefix(PREFIX)}.weight" for name in weights}
     config = model.language.config.to_dict()
     if config.get("tie_word_embeddings"):
         replaced.add("lm_head.weight")
+    dtype = model.language.lm_head.weight.dtype
     for name, tensor in model.language.state_dict().items():
         if name not in replaced:
-            tensors[name] = tensor.detach().cpu().contiguous()
+            if tensor.is_meta and floats is None:
+                raise GPTQCheckpointError(f"{name} is on the meta device: expected the checkpoint's tensors, got none")
+            read = floats[PREFIX + name].read if tensor.is_meta and floats is not None else partial(torch.Tensor.detach, tensor)
+            tensors[name] = LazyTensor(tuple(tensor.shape), dtype, partial(_in_type, read, dtype, name))
     quantization = {
         "quant_method": "gptq",
         "bits": bits,
@@ -170,17 +183,26 @@ def write_gptq_checkpoint(model: AGVAS, weights: Mapping[str, QuantizedWeight], 
         "pack_dtype": "int32",
         "meta": {"quantizer": "agvas"},
     }
-    dtype = str(model.language.lm_head.weight.dtype).removeprefix("torch.")
-    config |= {"architectures": [type(model.language).__name__], "dtype": dtype, "quantization_config": quantization}
+    named = str(dtype).removeprefix("torch.")
+    config |= {"architectures": [type(model.language).__name__], "dtype": named, "quantization_config": quantization}
     folder.mkdir(parents=True, exist_ok=True)
-    with disk_errors(folder / FILE):
-        save_file(tensors, folder / FILE, metadata={"format": "pt"})
+    partial_file = folder / f"{FILE}.partial"
+    write_tensors(partial_file, tensors, {"format": "pt"})
+    os.replace(partial_file, folder / FILE)
     model.tokenizer.save(str(folder / "tokenizer.json"))
     end = model.config.prompts.end
     tokens = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end, "pad_token": end}
     (folder / "tokenizer_config.json").write_text(json.dumps(tokens, indent=2) + "\n")
     (folder / "quantize_config.json").write_text(json.dumps(quantization, indent=2) + "\n")
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _part(weights: Mapping[str, QuantizedWeight], name: str, version: str, part: str) -> torch.Tensor:
+    return torch.from_numpy(layer_tensors(weights[name], version)[part])
+
+
+def _in_type(read: Callable[[], torch.Tensor], dtype: torch.dtype, name: str) -> torch.Tensor:
+    return in_type(read(), dtype, name)
 
 
 def read_gptq_checkpoint(folder: str | Path, model: AGVAS | None = None) -> dict[str, QuantizedWeight]:

@@ -13,6 +13,7 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,10 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.numpy import save_file
 from torch import nn
 
-from agvas.weights import LazyTensors
-from agvas.writing import disk_errors
+from agvas.weights import LazyTensor, LazyTensors
+from agvas.writing import write_tensors
 from calibration.gptq import GPTQSettings
 from calibration.weights import LazyQuantizedWeight, QuantizedWeight
 from runtime.bundle import sha256_of
@@ -132,27 +132,26 @@ def write_plan(folder: Path, plan: QuantPlan, weights: Mapping[str, QuantizedWei
     """Write the folder; plan.json last, so that an interrupted writing leaves none or the old one's.
 
     Args:
-        weights: by linear layer, those of the plan's records.
+        weights: by linear layer, those of the plan's records; asked for one after the other, twice.
         ranges: largest absolute input of each channel by linear layer, float32 [K].
 
     Raises:
         PlanError: weights that are not those of the records.
     """
-    _check_records(folder, plan, weights)
+    tensors = _check_records(folder, plan, weights)
+    for name, channels in ranges.items():
+        values = torch.from_numpy(np.ascontiguousarray(channels, np.float32))
+        tensors[name + RANGE] = LazyTensor(tuple(values.shape), values.dtype, partial(torch.Tensor.clone, values))
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name + CODES: weight.codes for name, weight in weights.items()}
-    tensors |= {name + SCALES: weight.scales for name, weight in weights.items()}
-    tensors |= {name + RANGE: np.asarray(channels, np.float32) for name, channels in ranges.items()}
-    partial = folder / f"{WEIGHTS}.partial"
-    with disk_errors(partial):
-        save_file({name: np.ascontiguousarray(values) for name, values in tensors.items()}, partial)
+    partial_file = folder / f"{WEIGHTS}.partial"
+    write_tensors(partial_file, tensors)
     # An old plan.json must not vouch for new tensors, not even for a moment.
     (folder / PLAN).unlink(missing_ok=True)
-    os.replace(partial, folder / WEIGHTS)
+    os.replace(partial_file, folder / WEIGHTS)
     content = {"schema": SCHEMA, "tensors_sha256": sha256_of(folder / WEIGHTS)} | dataclasses.asdict(plan)
-    partial = folder / f"{PLAN}.partial"
-    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, folder / PLAN)
+    partial_file = folder / f"{PLAN}.partial"
+    partial_file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    os.replace(partial_file, folder / PLAN)
 
 
 def read_plan(folder: str | Path, model: nn.Module | None = None) -> tuple[QuantPlan, dict[str, QuantizedWeight]]:
@@ -266,9 +265,23 @@ def _plan(path: Path, content: dict[str, Any]) -> QuantPlan:
         raise PlanError(f"{path}: expected the fields of a plan: {error}; run agvas-calibrate again") from error
 
 
-def _check_records(folder: Path, plan: QuantPlan, weights: Mapping[str, QuantizedWeight]) -> None:
+def _check_records(folder: Path, plan: QuantPlan, weights: Mapping[str, QuantizedWeight]) -> dict[str, LazyTensor]:
+    """Codes and scales, to be read when they are written."""
     recorded = {record.name: (record.bits, record.group) for record in plan.linears}
-    given = {name: (weight.bits, weight.group) for name, weight in weights.items()}
+    given, tensors = {}, {}
+    for name, weight in weights.items():
+        given[name] = (weight.bits, weight.group)
+        tensors[name + CODES] = LazyTensor(weight.shape, torch.int8, partial(_codes, weights, name))
+        tensors[name + SCALES] = LazyTensor(tuple(weight.scales.shape), torch.float16, partial(_scales, weights, name))
     if recorded != given:
         differing = sorted(name for name in recorded.keys() | given.keys() if recorded.get(name) != given.get(name))
         raise PlanError(f"{folder}: expected weights as the plan records them, got others for {', '.join(differing[:5])}")
+    return tensors
+
+
+def _codes(weights: Mapping[str, QuantizedWeight], name: str) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(weights[name].codes))
+
+
+def _scales(weights: Mapping[str, QuantizedWeight], name: str) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(weights[name].scales))

@@ -23,7 +23,7 @@ ALLOWED = {
     "engines": set(),
     "runtime": {"engines"},
     "agvas": {"runtime.masking", "runtime.preprocess", "runtime.progress", "runtime.prompts"},  # what has to be one and the same
-    "calibration": {"agvas", "runtime"},
+    "calibration": {"agvas", "engines.memory", "runtime"},
     "export": {"agvas", "calibration", "engines", "runtime"},
     "benchmarks": {"agvas", "calibration", "engines", "export", "runtime"},
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,17 @@ import torch
 from torch import nn
 
 from agvas import AGVAS, save
-from agvas.config import INSTRUCTIONS, tiny
+from agvas.checkpoint import load, open_checkpoint
+from agvas.config import INSTRUCTIONS, ov_7b, tiny
 from agvas.tokenizer import train_tokenizer
 from agvas.training.instructions import all_instructions
+from agvas.weights import LazyTensor
 from agvas.writing import FolderInUse
-from calibration.calibrate import HEAD, LAYERS, SHARING, Calibration, CalibrationSettings, calibrate
+from calibration.calibrate import HEAD, LAYERS, SHARING, Calibration, CalibrationSettings, _Run, calibrate, memory_needed
 from calibration.cli import main
 from calibration.conversations import conversation, modes_in_turn
 from calibration.gptq import GPTQSettings
+from calibration.gptq_checkpoint import write_gptq_checkpoint
 from calibration.observers import HessianSum, Ranges, input_of
 from calibration.pictures import calibration_pictures
 from calibration.plan import PlanError, model_sha256, read_plan, read_ranges
@@ -185,6 +189,66 @@ def test_an_interrupted_run_goes_on_and_ends_as_an_uninterrupted_one(model: AGVA
     assert all(np.array_equal(again.ranges[name], values) for name, values in calibrated.ranges.items())
     assert steps[0][:2] == (layers, each) and steps[-1] == (layers, 2 * each, 2 * each)  # the first layer was not computed again
     assert not (tmp_path / "work" / "hidden" / "000").exists()
+
+
+def test_decoder_layers_that_stay_in_the_file_until_their_turn_come_out_the_same(
+    model: AGVAS, calibrated: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(model, tmp_path / "checkpoint")
+    opened, partly = open_checkpoint(tmp_path / "checkpoint"), load(tmp_path / "checkpoint", left=LAYERS)
+    assert all(parameter.is_meta for parameter in partly.language.model.layers.parameters())
+    assert sum(parameter.is_meta for parameter in partly.parameters()) == len(list(partly.language.model.layers.parameters()))
+    alive: set[int] = set()
+    most, original = 0, _Run._layer
+
+    def counted(run: _Run, index: int) -> torch.nn.Module:
+        nonlocal most
+        layer = original(run, index)
+        alive.add(index)
+        weakref.finalize(layer, alive.discard, index)
+        most = max(most, len(alive))
+        return layer
+
+    monkeypatch.setattr(_Run, "_layer", counted)
+    weights_sha256 = model_sha256(opened.tensors)
+    made = calibrate(partly, PICTURES, SETTINGS, work=tmp_path / "work", weights_sha256=weights_sha256, tensors=opened.tensors)
+    assert most == 1 and all(parameter.is_meta for parameter in partly.language.model.layers.parameters())
+    assert made.plan == calibrated.plan and made.weights.keys() == calibrated.weights.keys()
+    for name, weight in made.weights.items():
+        wanted = calibrated.weights[name]
+        assert np.array_equal(weight.codes, wanted.codes) and np.array_equal(weight.scales, wanted.scales)
+    assert all(np.array_equal(channels, calibrated.ranges[name]) for name, channels in made.ranges.items())
+    write_gptq_checkpoint(partly, made.weights, tmp_path / "partly", floats=opened.tensors)
+    write_gptq_checkpoint(model, calibrated.weights, tmp_path / "whole")
+    for file in sorted((tmp_path / "whole").iterdir()):
+        assert file.read_bytes() == (tmp_path / "partly" / file.name).read_bytes(), file.name
+
+
+def test_what_is_left_in_the_file_needs_the_file(model: AGVAS, tmp_path: Path) -> None:
+    save(model, tmp_path / "checkpoint")
+    partly = load(tmp_path / "checkpoint", left=LAYERS)
+    with pytest.raises(ValueError, match="language.model.layers.0 is on the meta device: expected the checkpoint's tensors, got none"):
+        calibrate(partly, PICTURES[:1], SETTINGS, weights_sha256="of the checkpoint")
+
+
+def test_the_memory_of_the_papers_model_is_what_one_layer_and_the_encoders_take() -> None:
+    with torch.device("meta"):
+        state = AGVAS(ov_7b(), train_tokenizer(["a"], 300)).state_dict()
+    tensors = {name: LazyTensor(tuple(tensor.shape), torch.bfloat16, lambda: pytest.fail("read")) for name, tensor in state.items()}
+    layer = 2 * 4 * 233_057_792 + 4 * 4 * 18944**2
+    held = sum(tensor.numel() for name, tensor in state.items() if not name.startswith(LAYERS))
+    assert memory_needed(tensors, torch.bfloat16) == pytest.approx(0.9e9 + 2 * held + layer, rel=1e-3)
+    assert memory_needed(tensors, torch.bfloat16) < 14e9 < memory_needed(tensors, torch.float32) < 20e9
+    assert memory_needed(tensors, torch.bfloat16, "cuda:0") < memory_needed(tensors, torch.bfloat16) - 6e9
+
+
+def test_too_little_memory_is_told_before_the_work(
+    model: AGVAS, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save(model, tmp_path / "checkpoint")
+    monkeypatch.setattr("engines.memory.available_memory", lambda: 500 << 20)
+    assert run("--checkpoint", tmp_path / "checkpoint", "--output", tmp_path / "plan", "--samples", "1") == 0
+    assert "MiB of memory and 500 MiB are available: it may be killed" in capsys.readouterr().err
 
 
 def test_another_calibrations_work_folder_is_refused(model: AGVAS, tmp_path: Path) -> None:
