@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 
@@ -15,9 +16,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="last line of stdout as JSON")
     options = parser.parse_args(arguments)
     try:
-        from agvas.contents import contents
+        from agvas.bundle_contents import MANIFEST, bundle_contents
 
-        found = contents(options.path)
+        if (Path(options.path) / MANIFEST).is_file():  # on a target, which has no torch
+            found = bundle_contents(Path(options.path))
+        else:
+            from agvas.contents import contents
+
+            found = contents(options.path)
         needs = _needs(options.path) if found.layout.startswith("AG-VAS checkpoint") and not found.problems else {}
     except ModuleNotFoundError as error:
         print(f'agvas-inspect: {error.name} is not installed; pip install "agvas[export]"', file=sys.stderr)

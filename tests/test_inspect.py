@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -82,6 +84,15 @@ def test_a_bundle_is_told_by_its_manifest(tiny_bundle: Path, capsys: pytest.Capt
     rule = Bundle(tiny_bundle).manifest.mask_rule
     assert "parity passed on 6 pictures" in text
     assert f"masks: threshold {rule.threshold:g}, relative threshold {rule.relative_threshold:g}" in text
+
+
+def test_a_bundle_is_told_where_there_is_no_torch(tiny_bundle: Path) -> None:
+    code = (
+        "import sys; from export.inspect_cli import main; code = main(sys.argv[1:]); "
+        "assert not {'torch', 'transformers', 'onnx', 'safetensors'} & sys.modules.keys(); sys.exit(code)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tiny_bundle)], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and "masks: threshold" in done.stdout, done.stderr
 
 
 def test_a_bundle_that_was_not_compared_says_so(copy_of_bundle: Callable[[], Path], capsys: pytest.CaptureFixture[str]) -> None:
