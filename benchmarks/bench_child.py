@@ -19,8 +19,8 @@ from typing import Any, TextIO
 import numpy as np
 
 from benchmarks.bench_candidates import Candidate, Opened, open_candidate
-from runtime.footprint import peak
 from runtime.images import read_image
+from runtime.verify import peak_rss_bytes as peak
 
 
 def main() -> int:

@@ -9,11 +9,14 @@ import contextlib
 import hashlib
 import os
 import sys
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO
+
+from engines.errors import EngineUnavailable
 
 POLL_SECONDS = 0.2
 # What ends the name of a graph in onnxruntime's own operators, for its CUDA provider alone (export/cuda_fusion.py).
@@ -21,10 +24,35 @@ CUDA_FORM = ".cuda.onnx"
 
 
 def cache_folder() -> Path:
-    """$AGVAS_CACHE, or agvas in the user's cache folder."""
+    """$AGVAS_CACHE, or agvas in the user's cache folder; of a user without a home, a folder of their own among temporary ones.
+
+    Raises:
+        EngineUnavailable: another user has made that folder.
+    """
     if folder := os.environ.get("AGVAS_CACHE"):
         return Path(folder)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "agvas"
+    if folder := os.environ.get("XDG_CACHE_HOME"):
+        return Path(folder) / "agvas"
+    try:
+        return Path.home() / ".cache" / "agvas"
+    except RuntimeError:  # $HOME is unset, and a container's user is a number that no list of users has
+        return _temporary_folder()
+
+
+def _temporary_folder() -> Path:
+    folder = Path(tempfile.gettempdir())
+    if not hasattr(os, "getuid"):  # Windows, where it is the user's own
+        return folder / "agvas"
+    folder, user = folder / f"agvas-{os.getuid()}", os.getuid()
+    with contextlib.suppress(OSError):  # it is there already, or cannot be made, which is told where a file is written
+        folder.mkdir(mode=0o700)
+    try:
+        owner = folder.lstat().st_uid
+    except OSError:
+        return folder
+    if owner != user:  # all users may write there, and engines that lie in a cache are run
+        raise EngineUnavailable(f"{folder}: expected a cache of user {user}, found one of user {owner}; set AGVAS_CACHE to another folder")
+    return folder
 
 
 def graph_hash(files: Mapping[str, str]) -> str:

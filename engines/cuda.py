@@ -37,16 +37,38 @@ def capability_here(device: str) -> str:
         ValueError: no name of a device.
         EngineUnavailable: no bindings, no driver, or no such device.
     """
-    index, cuda = device_index(device), runtime()
-    error, count = cuda.cudaGetDeviceCount()
-    if error != cuda.cudaError_t.cudaSuccess or not count:
-        raise EngineUnavailable(f"device {device}: no CUDA GPU here ({_words(cuda, error)}); check the driver with nvidia-smi")
+    index, count, cuda = device_index(device), gpus_here(device), runtime()
     if index >= count:
         raise EngineUnavailable(f"device {device}: expected cuda:0 to cuda:{count - 1}; choose one of them")
     attributes = cuda.cudaDeviceAttr
     major = check(cuda.cudaDeviceGetAttribute(attributes.cudaDevAttrComputeCapabilityMajor, index))
     minor = check(cuda.cudaDeviceGetAttribute(attributes.cudaDevAttrComputeCapabilityMinor, index))
     return f"{major}.{minor}"
+
+
+def gpus_here(device: str) -> int:
+    """How many GPUs the driver knows, at least one.
+
+    Args:
+        device: what was asked for, for the message.
+
+    Raises:
+        EngineUnavailable: no bindings, no driver, or none that it knows.
+    """
+    cuda = runtime()
+    error, count = cuda.cudaGetDeviceCount()
+    if error != cuda.cudaError_t.cudaSuccess or not count:
+        raise EngineUnavailable(f"device {device}: no CUDA GPU here ({_words(cuda, error)}); check the driver with nvidia-smi")
+    return int(count)
+
+
+def select(index: int) -> None:
+    """Make GPU `index` the one that this thread works on; every thread begins on GPU 0.
+
+    Raises:
+        EngineFailed: CUDA refused.
+    """
+    check(runtime().cudaSetDevice(index))
 
 
 def device_index(device: str) -> int:

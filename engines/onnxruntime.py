@@ -25,8 +25,8 @@ from engines.spec import StageSpec
 
 try:
     import onnxruntime
-except ImportError as error:
-    raise EngineUnavailable('engine onnxruntime is not installed; pip install "agvas[cpu]", or "agvas[gpu]" for CUDA') from error
+except (ImportError, OSError) as error:  # it may be there, and a library that it needs may not
+    raise EngineUnavailable(f'engine onnxruntime is not installed ({error}); pip install "agvas[cpu]", or "agvas[gpu]" for CUDA') from error
 
 
 # How exactly a product with integer weights is computed: 0 in the graph's own type, 4 with its other factor in int8 (measured on
@@ -36,8 +36,6 @@ CUDA = "CUDAExecutionProvider"
 DEVICE = "cuda"  # what onnxruntime calls its memory
 # What onnxruntime says of a graph that it cannot capture.
 CAPTURE_REFUSED = "graph capture"
-# Shapes whose memory and captured graph are kept: direct mode has one for each instruction, decoding another with every token.
-KEPT_SHAPES = 4
 NO_CAPTURE = "-1"
 ROUNDS_INPUTS = b"\x22\x0eQuantizeLinear"  # a node's op_type in an ONNX file
 # c [1, 1] = MatMulInteger(a: uint8 [1, 4], b: int8 [4, 1]) in opset 10; tests/test_integer_weights.py makes it with onnx.
@@ -117,61 +115,62 @@ class OnnxRuntimeEngine:
 
 
 class _Bound:
-    """Memory on the GPU for the inputs and outputs of the shapes seen last, so that calls of a kind neither allocate nor capture again.
+    """Memory on the GPU for a stage's inputs and outputs, so that calls neither allocate nor capture again: in a chain each has one shape.
 
-    A first call finds out the outputs' shapes; from the second on with the same inputs' shapes everything is bound. A captured graph
-    belongs to its addresses and onnxruntime runs one at a time, so calls from several threads take turns.
+    A first call finds out the outputs' shapes; from the second on with the same inputs' shapes everything is bound. Other shapes run
+    unbound, and take the former's place when they come twice in a row. A captured graph belongs to its addresses and onnxruntime runs one
+    at a time, so calls from several threads take turns.
     """
 
     def __init__(self, session: Any, outputs: list[str], device: int, captures: bool) -> None:
         self._session = session
-        self._outputs = outputs
+        self._names = outputs
         self._device = device
         self._captures = captures
         self._lock = threading.Lock()
-        self._shapes: dict[tuple[tuple[int, ...], ...], tuple[Any, dict[str, Any], dict[str, Any], str]] = {}
-        self._seen: tuple[tuple[int, ...], ...] | None = None
-        self._graphs = 0
+        self._last: dict[str, tuple[int, ...]] | None = None  # inputs' shapes of the call before
+        self._shapes: dict[str, tuple[int, ...]] | None = None  # those that are bound
+        self._binding: Any = None
+        self._inputs: dict[str, Any] = {}
+        self._outputs: dict[str, Any] = {}
+        self._graph = 0
 
     def run(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        key = tuple(array.shape for array in feeds.values())
+        shapes = {name: array.shape for name, array in feeds.items()}
         with self._lock:
-            if key not in self._shapes:
-                if key != self._seen or any(not array.size for array in feeds.values()):
-                    self._seen = key  # not seen twice in a row, or with an empty past, which has no memory to bind
+            again, self._last = shapes == self._last, shapes
+            if shapes != self._shapes:
+                if not again or any(not array.size for array in feeds.values()):  # what is empty has no memory to bind
                     return self._once(feeds)
-                self._bind(key, feeds)
-            binding, inputs, outputs, graph = self._shapes[key]
+                self._bind(shapes, feeds)
             for name, array in feeds.items():
-                inputs[name].update_inplace(np.ascontiguousarray(array))
+                self._inputs[name].update_inplace(np.ascontiguousarray(array))
             options = onnxruntime.RunOptions()
             if self._captures:
-                options.add_run_config_entry("gpu_graph_id", graph)
-            self._session.run_with_iobinding(binding, options)
-            return {name: _own(value.numpy()) for name, value in outputs.items()}
+                options.add_run_config_entry("gpu_graph_id", str(self._graph))
+            self._session.run_with_iobinding(self._binding, options)
+            return {name: _own(value.numpy()) for name, value in self._outputs.items()}
 
     def _once(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         options = onnxruntime.RunOptions()
         if self._captures:
             options.add_run_config_entry("gpu_graph_id", NO_CAPTURE)
-        return dict(zip(self._outputs, self._session.run(self._outputs, feeds, options), strict=True))
+        return dict(zip(self._names, self._session.run(self._names, feeds, options), strict=True))
 
-    def _bind(self, key: tuple[tuple[int, ...], ...], feeds: dict[str, np.ndarray]) -> None:
+    def _bind(self, shapes: dict[str, tuple[int, ...]], feeds: dict[str, np.ndarray]) -> None:
         known = self._once(feeds)
-        while len(self._shapes) >= KEPT_SHAPES:
-            self._shapes.pop(next(iter(self._shapes)))
+        self._shapes = self._binding = None  # the former memory is freed before the new one is taken
+        self._inputs, self._outputs = {}, {}
         binding, value = self._session.io_binding(), onnxruntime.OrtValue
-        # Of copies: in the CPU's memory a value is a view of its array, and the caller's must not change with the next call.
-        inputs = {name: value.ortvalue_from_numpy(array.copy(order="C"), DEVICE, self._device) for name, array in feeds.items()}
-        outputs = {
-            name: value.ortvalue_from_shape_and_type(array.shape, array.dtype, DEVICE, self._device) for name, array in known.items()
-        }
-        for name, tensor in inputs.items():
-            binding.bind_ortvalue_input(name, tensor)
-        for name, tensor in outputs.items():
-            binding.bind_ortvalue_output(name, tensor)
-        self._graphs += 1
-        self._shapes[key] = binding, inputs, outputs, str(self._graphs)
+        for name, array in feeds.items():
+            # Of a copy: in the CPU's memory a value is a view of its array, and the caller's must not change with the next call.
+            self._inputs[name] = value.ortvalue_from_numpy(array.copy(order="C"), DEVICE, self._device)
+            binding.bind_ortvalue_input(name, self._inputs[name])
+        for name, array in known.items():
+            self._outputs[name] = value.ortvalue_from_shape_and_type(array.shape, array.dtype, DEVICE, self._device)
+            binding.bind_ortvalue_output(name, self._outputs[name])
+        self._binding, self._shapes = binding, shapes
+        self._graph += 1  # the number of a former graph would replay that one, at its own addresses
 
 
 class _Growing:

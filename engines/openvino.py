@@ -24,8 +24,8 @@ from engines.spec import StageSpec
 try:
     import openvino
     from openvino import opset13
-except ImportError as error:
-    raise EngineUnavailable('engine openvino is not installed; pip install "agvas[openvino]"') from error
+except (ImportError, OSError) as error:  # it may be there, and a library that it needs may not
+    raise EngineUnavailable(f'engine openvino is not installed ({error}); pip install "agvas[openvino]"') from error
 
 
 # Inputs that share a scale where they are rounded to 8 bit while running: what int4 weights have, too.

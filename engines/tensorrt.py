@@ -19,7 +19,7 @@ import numpy as np
 
 from engines import EngineOptions
 from engines.cache import write_whole
-from engines.cuda import Buffer, Graph, Stream, capability_here, check, device_index, runtime
+from engines.cuda import Buffer, Graph, Stream, capability_here, device_index, select
 from engines.errors import EngineFailed, EngineUnavailable, TensorMismatch
 from engines.spec import StageSpec
 from engines.tensorrt_cache import EngineKey, hash_of, load
@@ -45,7 +45,7 @@ class TensorRtEngine:
         self.key = EngineKey(spec.name, hash_of(graph), engine, self._trt.__version__, capability)
         self._rebuild = f"agvas-build --bundle {graph.parent.parent} --engine {engine} --device {options.device}"
         content, self.record = load(self.key, self._rebuild)
-        check(runtime().cudaSetDevice(self._index))
+        select(self._index)
         self._logger = _logger(self._trt)
         self._runtime = self._trt.Runtime(self._logger)
         self._check_validity(content)
@@ -59,7 +59,7 @@ class TensorRtEngine:
     def run(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         self.spec.check_inputs(feeds)
         self._check_profile(feeds)
-        check(runtime().cudaSetDevice(self._index))  # of this thread, which another engine may have left on another GPU
+        select(self._index)  # another engine may have left this thread on another GPU
         execution = getattr(self._threads, "execution", None)
         if execution is None:
             execution = self._threads.execution = _Execution(self._engine, self._new_context(), self.spec, self._logger)

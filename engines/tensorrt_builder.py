@@ -21,14 +21,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from engines.cuda import select
 from engines.errors import EngineFailed
+from engines.memory import available_memory
 from engines.tensorrt_library import TENSORRT, library, sm
 
 # By input: least, usual and largest shape.
 Profile = Mapping[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
 
 CHILD = (sys.executable, "-m", "engines.tensorrt_builder")
-CONTROL_GROUP = Path("/sys/fs/cgroup")  # a container's own, of version 2
 # Host memory of a build, measured with TensorRT for RTX 1.7.1 (benchmarks/results/tensorrt_rtx_builds.json): the library and its
 # compiler, and per byte of the graph what the parser, the optimiser and the serialised engine hold at once.
 BASE_BYTES = 350 << 20
@@ -54,6 +55,7 @@ class BuildRequest:
         profile: shapes of every input.
         workspace_mb: most scratch memory a layer may take on the GPU; None leaves it to the builder.
         timing_cache: file with the measured times of kernels, read and written by tensorrt; None for none.
+        device: number of the GPU that tensorrt builds on; tensorrt-rtx builds on none.
     """
 
     engine: str
@@ -63,6 +65,7 @@ class BuildRequest:
     profile: Profile
     workspace_mb: int | None = None
     timing_cache: str | None = None
+    device: int = 0
 
 
 @dataclass(frozen=True)
@@ -141,28 +144,12 @@ def check_memory(graph: Path) -> None:
         EngineFailed: the system has less memory free than the build is likely to take.
     """
     size = sum(path.stat().st_size for path in graph.parent.glob(f"{graph.stem}.*"))
-    needed, free = int(BASE_BYTES + BYTES_PER_GRAPH_BYTE * size), available_bytes()
+    needed, free = int(BASE_BYTES + BYTES_PER_GRAPH_BYTE * size), available_memory()
     if free is not None and free < needed:
         raise EngineFailed(
             f"building {graph.name} takes about {needed >> 20} MiB of memory, {free >> 20} MiB are free; end other programs, "
             "add swap, or build on another machine"
         )
-
-
-def available_bytes() -> int | None:
-    """Memory that a new process may take: the system's, or what a container's limit leaves; None where the system does not tell.
-
-    Files that were read count as used in a container (a bundle, when its hashes were checked) and give way to a process: they are free.
-    """
-    found = []
-    with contextlib.suppress(OSError, ValueError, StopIteration):
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        found.append(next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")))
-    with contextlib.suppress(OSError, ValueError):
-        left = int((CONTROL_GROUP / "memory.max").read_text()) - int((CONTROL_GROUP / "memory.current").read_text())
-        kinds = dict(line.split() for line in (CONTROL_GROUP / "memory.stat").read_text().splitlines())
-        found.append(left + int(kinds.get("inactive_file", 0)) + int(kinds.get("active_file", 0)))
-    return min(found) if found else None
 
 
 def _reason(code: int, log: Path) -> str:
@@ -196,6 +183,8 @@ def _build(request: BuildRequest) -> BuildReport:
     started = time.monotonic()
     trt = library(request.engine)
     logger = _logger(trt)
+    if request.engine == TENSORRT:
+        select(request.device)  # before the builder, which takes the thread's GPU for its own
     builder = trt.Builder(logger)
     network = builder.create_network(_strongly_typed(trt))
     parser = trt.OnnxParser(network, logger)

@@ -93,11 +93,18 @@ def engines_folder() -> Path:
 
 
 def hash_of(graph: Path) -> str:
-    """`graph_hash` of the files themselves: the .onnx and what lies beside it under the same stem. Reads them whole, once a process."""
+    """`graph_hash` of the files themselves: the .onnx and what lies beside it under the same stem. Reads them whole, once a process.
+
+    Raises:
+        EngineFailed: one cannot be read.
+    """
     files = {}
     for path in sorted(graph.parent.glob(f"{graph.stem}.*")):
-        known = path.stat()
-        files[path.name] = _sha256(path.absolute(), known.st_size, known.st_mtime_ns)
+        try:
+            known = path.stat()
+            files[path.name] = _sha256(path.absolute(), known.st_size, known.st_mtime_ns)
+        except OSError as error:
+            raise EngineFailed(f"{path}: cannot be read ({error}); check its permissions, or copy the bundle again") from error
     return graph_hash(files)
 
 
@@ -124,8 +131,16 @@ def load(key: EngineKey, rebuild: str) -> tuple[bytes, EngineRecord]:
         rebuild: the command that makes it, for the message.
 
     Raises:
-        EngineUnavailable: none was built, it was built for another GPU, version or graph, or its file is not what was built.
+        EngineUnavailable: none was built, it was built for another GPU, version or graph, or its file is not what was built or
+            cannot be read.
     """
+    try:
+        return _load(key, rebuild)
+    except OSError as error:
+        raise EngineUnavailable(f"{key.path}: cannot be read ({error}); check its permissions, or run {rebuild} --rebuild") from error
+
+
+def _load(key: EngineKey, rebuild: str) -> tuple[bytes, EngineRecord]:
     path = key.path
     if not path.is_file():
         raise EngineUnavailable(f"stage {key.stage}: expected {_what(key)}, found {_found_instead(key)}; run {rebuild}")
@@ -153,10 +168,14 @@ def build_into_cache(
     profile: Profile,
     workspace_mb: int | None = None,
     *,
+    device: int = 0,
     rebuild: bool = False,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> tuple[EngineRecord, bool]:
     """Build the engine of a key unless it is there whole, with this profile. Processes that ask for the same one build it once.
+
+    Args:
+        device: number of the GPU that tensorrt builds on, which has the key's compute capability.
 
     Returns:
         Its record, and whether it was there already.
@@ -177,7 +196,7 @@ def build_into_cache(
                     if record.profile == shapes and record.workspace_mb == workspace_mb:
                         return record, True
             _check_disk(graph)
-            return _build(key, graph, profile, shapes, workspace_mb, progress), False
+            return _build(key, graph, profile, shapes, workspace_mb, device, progress), False
     except OSError as error:
         raise EngineFailed(f"{path}: cannot be written ({error}); free some space or set AGVAS_CACHE to another folder") from error
 
@@ -204,6 +223,7 @@ def _build(
     profile: Profile,
     shapes: dict[str, list[list[int]]],
     workspace_mb: int | None,
+    device: int,
     progress: Callable[[str, int, int], None] | None,
 ) -> EngineRecord:
     path = key.path
@@ -216,6 +236,7 @@ def _build(
         profile=profile,
         workspace_mb=workspace_mb,
         timing_cache=str((engines_folder() / f"timings-{key.engine}-{key.version}-sm{key.capability.replace('.', '')}").absolute()),
+        device=device,
     )
     try:
         report = build(request, path.with_suffix(".log"), progress)

@@ -143,7 +143,7 @@ class Bundle:
 
     Raises:
         BundleMissing: no such folder, no manifest in it, or a file of it is gone.
-        BundleCorrupt: a file has another size or content than the manifest says, or a path leaves the folder.
+        BundleCorrupt: a file cannot be read, has another size or content than the manifest says, or a path leaves the folder.
         BundleVersionError: written for another schema or contract.
     """
 
@@ -151,19 +151,19 @@ class Bundle:
         """`unfinished` opens what export has not ended: export's own way to verify what it wrote."""
         self.folder = Path(folder)
         manifest = self.folder / MANIFEST
-        if not self.folder.is_dir():
-            how = "give the folder that agvas-export wrote"
-            if str(folder) == "nano":
-                how = "nano is a checkpoint: agvas-export --checkpoint nano --output bundle makes a bundle of it"
-            raise BundleMissing(f"{self.folder} is not a folder; {how}")
-        if not manifest.is_file():
-            raise BundleMissing(f"{self.folder} has no {MANIFEST}: it is not a bundle, or its export was interrupted; run agvas-export")
-        if not unfinished and (self.folder / UNFINISHED).exists():
-            raise BundleMissing(f"{self.folder} was not exported to its end; run the same agvas-export again, which goes on with it")
         try:
+            if not self.folder.is_dir():
+                how = "give the folder that agvas-export wrote"
+                if str(folder) == "nano":
+                    how = "nano is a checkpoint: agvas-export --checkpoint nano --output bundle makes a bundle of it"
+                raise BundleMissing(f"{self.folder} is not a folder; {how}")
+            if not manifest.is_file():
+                raise BundleMissing(f"{self.folder} has no {MANIFEST}: it is not a bundle, or its export was interrupted; run agvas-export")
+            if not unfinished and (self.folder / UNFINISHED).exists():
+                raise BundleMissing(f"{self.folder} was not exported to its end; run the same agvas-export again, which goes on with it")
             text = manifest.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise BundleCorrupt(f"{manifest} cannot be read ({error}); check its permissions, or copy the bundle again") from error
+            raise _unreadable(manifest, error) from error
         self.manifest = Manifest.from_json(text, str(manifest))
         self.id = hashlib.sha256(text.encode()).hexdigest()
         for name, record in self.manifest.files.items():
@@ -199,21 +199,30 @@ class Bundle:
 
     def embeddings(self) -> np.ndarray:
         """The token embedding table [V, D], float32 or float16, memory-mapped: a request touches a few dozen rows of it."""
-        return np.load(self.folder / EMBEDDINGS, mmap_mode="r", allow_pickle=False)
+        path = self.folder / EMBEDDINGS
+        try:
+            return np.load(path, mmap_mode="r", allow_pickle=False)
+        except OSError as error:
+            raise _unreadable(path, error) from error
 
     def golden(self) -> dict[str, np.ndarray]:
         """The reference's traces, see runtime.verify.
 
         Raises:
             NotCompared: export made none.
+            BundleCorrupt: they cannot be read.
         """
         if not self.compared:
             raise NotCompared(
                 f"{self.folder} was exported without a comparison (--parity none) and has no golden pictures, to verify it or choose an "
                 "engine by; name an engine (--engine), or export it without --parity none"
             )
-        with np.load(self.folder / GOLDEN, allow_pickle=False) as file:
-            return dict(file)
+        path = self.folder / GOLDEN
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                return dict(file)
+        except OSError as error:
+            raise _unreadable(path, error) from error
 
     @property
     def compared(self) -> bool:
@@ -230,13 +239,20 @@ class Bundle:
         if parts.is_absolute() or ".." in parts.parts or "\\" in name or ":" in name:
             raise BundleCorrupt(f"{MANIFEST} names {name!r}, a path outside the bundle; do not use this bundle")
         path = self.folder / name
-        if not path.is_file():
-            raise BundleMissing(f"{path} is missing; copy the bundle again, whole, or run agvas-export")
-        size = path.stat().st_size
-        if size != record.bytes:
-            raise BundleCorrupt(f"{path} has {size} bytes, the manifest says {record.bytes}; copy or export the bundle again")
-        if check_hash and sha256_of(path) != record.sha256:
-            raise BundleCorrupt(f"{path} was altered: its sha256 is not the manifest's; copy or export the bundle again")
+        try:
+            if not path.is_file():
+                raise BundleMissing(f"{path} is missing; copy the bundle again, whole, or run agvas-export")
+            size = path.stat().st_size
+            if size != record.bytes:
+                raise BundleCorrupt(f"{path} has {size} bytes, the manifest says {record.bytes}; copy or export the bundle again")
+            if check_hash and sha256_of(path) != record.sha256:
+                raise BundleCorrupt(f"{path} was altered: its sha256 is not the manifest's; copy or export the bundle again")
+        except OSError as error:
+            raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> BundleCorrupt:
+    return BundleCorrupt(f"{path} cannot be read ({error}); check its permissions, or copy the bundle again")
 
 
 def seal_of(fields: dict[str, Any]) -> str:

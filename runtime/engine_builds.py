@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from engines import EngineError, EngineFailed, EngineOptions, EngineUnavailable
-from engines.cuda import GPU, capability_here
+from engines.cuda import GPU, capability_here, device_index, gpus_here
 from engines.tensorrt_builder import Profile
-from engines.tensorrt_cache import EngineKey, EngineRecord, build_into_cache, set_aside, set_verified
+from engines.tensorrt_cache import EngineKey, EngineRecord, build_into_cache, engines_folder, set_aside, set_verified
 from engines.tensorrt_library import TENSORRT, TENSORRT_ENGINES, ahead_of_time, version
 from runtime.bundle import Bundle
 from runtime.contract import STAGES
@@ -35,7 +35,7 @@ class BuildSettings:
         capabilities: compute capabilities ("8.9") to build for; empty for that of the GPU here.
         device: which GPU that is, "cuda:N".
         workspace_mb: most scratch memory of a layer; None leaves it to the builder.
-        max_batch: most pictures in one call.
+        max_batch: most pictures in one call of an engine that open_engine opened; a Segmenter's calls have one.
         rebuild: build what is there already, too.
         stages: which stages; empty for all.
     """
@@ -68,13 +68,13 @@ def build_engines(bundle: Bundle, settings: BuildSettings, progress: Told | None
         (True or False of the GPU here, None where none could run), "note" (why not, or what failed), "seconds".
 
     Raises:
-        EngineUnavailable: the library is missing, or a compute capability cannot be built for here.
+        EngineUnavailable: the library or the device is missing, or a compute capability cannot be built for here.
         EngineFailed: a build failed; engines built before it stay.
     """
     started = time.monotonic()
     installed = version(settings.engine)
-    here = _here(settings.device)
-    capabilities = _capabilities(settings, here)
+    here, trouble = _here(settings.device)
+    capabilities = _capabilities(settings, here, trouble)
     shapes = profiles(bundle, settings.max_batch)
     stages = settings.stages or tuple(STAGES)
     built: list[dict[str, Any]] = []
@@ -85,7 +85,13 @@ def build_engines(bundle: Bundle, settings: BuildSettings, progress: Told | None
             label = f"{stage}, compute capability {capability}"
             told = None if progress is None else _labelled(progress, label)
             record, cached = build_into_cache(
-                key, bundle.graph(stage), shapes[stage], settings.workspace_mb, rebuild=settings.rebuild, progress=told
+                key,
+                bundle.graph(stage),
+                shapes[stage],
+                settings.workspace_mb,
+                device=device_index(settings.device),
+                rebuild=settings.rebuild,
+                progress=told,
             )
             keys.append(key)
             built.append(_told(key, record, cached))
@@ -98,7 +104,8 @@ def build_engines(bundle: Bundle, settings: BuildSettings, progress: Told | None
         "note": "",
     }
     if here not in capabilities:
-        report["note"] = f"built, not verified: {_why_not(here, settings)}; run agvas-verify on the device"
+        why = trouble or f"the GPU here has compute capability {here}"
+        report["note"] = f"built, not verified: {why}; run agvas-verify on the device"
     elif missing := [stage for stage in STAGES if stage not in stages]:
         report["note"] = f"built, not verified: without {', '.join(missing)} there is no chain; build all stages, or run agvas-verify"
     else:
@@ -112,14 +119,14 @@ def build_engines(bundle: Bundle, settings: BuildSettings, progress: Told | None
 def profiles(bundle: Bundle, max_batch: int = 1) -> dict[str, Profile]:
     """Least, usual and largest shape of every stage's inputs: the contract's axes with this bundle's sizes.
 
-    The free axes: B from 1 to `max_batch`; N, the tokens of a call, from one (a decoding step) over direct mode's to the longest
-    instruction's; K, the past, from 0 to the longest prompt and answer; R, the rows, from one to the draft's.
+    The free axes: B from 1, which a Segmenter's calls have, to `max_batch`; N, the tokens of a call, from one (a decoding step) over direct
+    mode's to the longest instruction's; K, the past, from 0 to the longest prompt and answer; R, the rows, from one to the draft's.
     """
     prompts, sizes = bundle.prompt_encoder(), bundle.manifest.sizes
     usual, longest, draft = _tokens(prompts, sizes["T"])
     answer = prompts.prompts.max_new_tokens
     least = {"B": 1, "N": 1, "K": 0, "R": 1}
-    common = {"B": max_batch, "N": usual, "K": 0, "R": draft}
+    common = {"B": 1, "N": usual, "K": 0, "R": draft}
     most = {"B": max_batch, "N": longest, "K": longest + answer, "R": max(draft, 8)}
 
     return {stage: profile_of(stage, sizes, least, common, most) for stage in STAGES}
@@ -137,26 +144,40 @@ def profile_of(stage: str, sizes: Mapping[str, int], *free: Mapping[str, int]) -
     }
 
 
-def judge(bundle: Bundle, engine: str, device: str, verification: Verification) -> list[Path]:
+def judge(bundle: Bundle, engine: str, device: str, verification: Verification) -> tuple[list[Path], list[str]]:
     """Note a verification in the sidecars of the engines that ran; set them aside when it failed.
 
     Every trace was computed then: where an engine cannot run, `verify` raises, and nothing is known about it.
     Which stage is to blame is not known here (agvas-verify --bisect finds it), so all go together.
 
     Returns:
-        New names of the engines set aside.
+        New names of the engines set aside, and in words what of this could not be done (in a cache that cannot be written): that
+        changes nothing of the verdict.
     """
     parity = verification.parity.to_json()
     kept = ("mask_iou_mean", "mask_iou_min", "flips")
     verdict = {"passed": verification.passed, "failures": verification.failures, **{name: parity[name] for name in kept}}
-    aside = []
+    aside: list[Path] = []
+    unnoted: Exception | None = None
+    unmoved: OSError | None = None
     installed, capability = version(engine), capability_here(device)
     for stage in STAGES:
         path = EngineKey(stage, bundle.graph_hash(stage), engine, installed, capability).path
-        set_verified(path, verdict)
+        try:
+            set_verified(path, verdict)
+        except (OSError, EngineUnavailable) as error:  # EngineUnavailable: a sidecar that is gone by now
+            unnoted = error
         if not verification.passed:
-            aside.append(set_aside(path))
-    return aside
+            try:
+                aside.append(set_aside(path))
+            except OSError as error:
+                unmoved = error
+    troubles = []
+    if unnoted is not None:
+        troubles.append(f"the verdict could not be noted beside the engines ({unnoted}); let this user write to {engines_folder()}")
+    if unmoved is not None:
+        troubles.append(f"the engines could not be set aside and go on being used ({unmoved}); remove them from {engines_folder()}")
+    return aside, troubles
 
 
 def _verify(bundle: Bundle, settings: BuildSettings, progress: Told | None) -> tuple[bool, str]:
@@ -166,13 +187,12 @@ def _verify(bundle: Bundle, settings: BuildSettings, progress: Told | None) -> t
         verification = verify(bundle, open_pipeline(bundle, settings.engine, options), options, told)
     except EngineError as error:
         raise EngineFailed(f"the engines were built but do not run here: {error}") from error
-    aside = judge(bundle, settings.engine, settings.device, verification)
+    aside, troubles = judge(bundle, settings.engine, settings.device, verification)
     if verification.passed:
-        return True, "built and verified"
-    return False, (
-        f"built, but the masks are not the reference's: {'; '.join(verification.failures)}. Set aside as {aside[0].name} and the like; "
-        f"run agvas-verify --bundle {bundle.folder} --engine {settings.engine} --device {settings.device} --bisect"
-    )
+        return True, "; ".join(["built and verified", *troubles])
+    moved = [f"set aside as {aside[0].name} and the like"] if aside else []
+    command = f"run agvas-verify --bundle {bundle.folder} --engine {settings.engine} --device {settings.device} --bisect"
+    return False, f"built, but the masks are not the reference's: {'; '.join([*verification.failures, *moved, *troubles, command])}"
 
 
 def _tokens(prompts: PromptEncoder, image_tokens: int) -> tuple[int, int, int]:
@@ -184,29 +204,35 @@ def _tokens(prompts: PromptEncoder, image_tokens: int) -> tuple[int, int, int]:
     return seen + template + draft - 1, seen + template + prompts.prompts.max_instruction_tokens + draft, draft
 
 
-def _here(device: str) -> str | None:
-    """Compute capability of the GPU here; None where there is none or no way to ask."""
+def _here(device: str) -> tuple[str | None, str]:
+    """Compute capability of the GPU here; None, and why, where there is none or no way to ask.
+
+    Raises:
+        EngineUnavailable: there are GPUs, but not this one.
+    """
     try:
-        return capability_here(device)
-    except EngineUnavailable:
-        return None
+        gpus_here(device)
+    except EngineUnavailable as error:
+        return None, str(error)
+    return capability_here(device), ""
 
 
-def _capabilities(settings: BuildSettings, here: str | None) -> tuple[str, ...]:
+def _capabilities(settings: BuildSettings, here: str | None, trouble: str) -> tuple[str, ...]:
     asked = settings.capabilities
     if settings.engine == TENSORRT:
         if here is None:
-            capability_here(settings.device)  # raises with the reason
+            raise EngineUnavailable(trouble)
         if asked and asked != (here,):
             raise EngineUnavailable(
                 f"--compute-capability: engine tensorrt builds on the GPU that runs it; expected {here} (the one here), "
                 f"got {', '.join(asked)}; build on that device, or use engine tensorrt-rtx"
             )
-        assert here is not None
         return (here,)
     offered = ahead_of_time(settings.engine)
     if not asked and here is None:
-        raise EngineUnavailable(f"--compute-capability: expected one or more of {', '.join(offered)}, since no GPU is here; got none")
+        raise EngineUnavailable(
+            f"--compute-capability: expected one or more of {', '.join(offered)}, since no GPU here can be asked; got none ({trouble})"
+        )
     for capability in asked or (here or "",):
         if capability not in offered:
             raise EngineUnavailable(
@@ -214,10 +240,6 @@ def _capabilities(settings: BuildSettings, here: str | None) -> tuple[str, ...]:
                 "data centre GPUs use engine tensorrt on the device"
             )
     return asked or (here or "",)
-
-
-def _why_not(here: str | None, settings: BuildSettings) -> str:
-    return "no GPU here" if here is None else f"the GPU here has compute capability {here}"
 
 
 def _told(key: EngineKey, record: EngineRecord, cached: bool) -> dict[str, Any]:

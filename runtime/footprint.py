@@ -55,22 +55,13 @@ def _run(folder: str, stage: str, engine: str, precision: str) -> None:
     bundle = Bundle(folder, check_hashes=False)
     options = EngineOptions(inference_precision=precision)
     _import(engine)
-    idle = peak()
+    idle = peak_rss_bytes()
     if stage == WHOLE:
         pipeline = open_pipeline(bundle, engine, options)
         pipeline.run(bundle.golden()["0.image"], pipeline.prompts.encode())
     else:
         open_engine(bundle.graph(stage), STAGES[stage], engine, options).run(_zeros(stage, bundle.manifest.sizes))
-    print(json.dumps({"peak_rss_bytes": peak(), "idle_rss_bytes": idle}))
-
-
-def peak() -> int | None:
-    """Largest resident memory of this process; on Linux of this program alone, where getrusage counts what started it, too."""
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return peak_rss_bytes()
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), None)
+    print(json.dumps({"peak_rss_bytes": peak_rss_bytes(), "idle_rss_bytes": idle}))
 
 
 def _import(engine: str) -> None:

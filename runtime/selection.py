@@ -12,7 +12,6 @@ import json
 import os
 import platform
 import statistics
-import uuid
 import warnings
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError
@@ -20,7 +19,7 @@ from importlib.metadata import version as package_version
 from pathlib import Path
 
 from engines import EngineError, EngineOptions, EngineUnavailable
-from engines.cache import cache_folder
+from engines.cache import cache_folder, write_whole
 from engines.tensorrt_cache import engines_folder
 from runtime.bundle import Bundle
 from runtime.parity import GATES
@@ -65,8 +64,9 @@ def choose_engine(
         remeasure: measure now, whatever is remembered; what is found is remembered in its place.
 
     Raises:
-        EngineUnavailable: none does; the message has every candidate's reason.
+        EngineUnavailable: none does, and the message has every candidate's reason; or none has this precision.
     """
+    candidates = _considered(bundle, options.device, precision)
     cache = _remembered(bundle, options, precision)
     if not remeasure and (known := _read(cache)) is not None:
         try:
@@ -75,12 +75,9 @@ def choose_engine(
             pass  # what was chosen then cannot be opened now: measure again
         else:
             return pipeline, replace(known, remembered=True)
-    candidates = candidates_for(bundle, options.device)
     best: tuple[Pipeline, Choice] | None = None
     rejected: dict[str, str] = {}
     for engine, computes_in in candidates:
-        if precision not in (None, computes_in):
-            continue
         name = f"{engine}/{computes_in}"
         tried = replace(options, inference_precision=computes_in)
         try:
@@ -121,6 +118,24 @@ def candidates_for(bundle: Bundle, device: str) -> tuple[tuple[str, str], ...]:
     if device != "cpu":
         return CUDA_CANDIDATES
     return (*INTEGER_CANDIDATES, *CPU_CANDIDATES) if bundle.manifest.integer_weights else CPU_CANDIDATES
+
+
+def _considered(bundle: Bundle, device: str, precision: str | None) -> tuple[tuple[str, str], ...]:
+    """`candidates_for` in one inference precision; None takes all. Raises EngineUnavailable where there are none."""
+    candidates = candidates_for(bundle, device)
+    if precision is None:
+        return candidates
+    if found := tuple(candidate for candidate in candidates if candidate[1] == precision):
+        return found
+    offered = ", ".join(dict.fromkeys(computes_in for _, computes_in in candidates))
+    why = remedy = ""
+    if precision == "int8" and device == "cpu":
+        why = f", which rounds what is multiplied with integer weights; those of {bundle.folder}'s language model are no integers"
+        remedy = ", or export with --lmm int8 or gptq4"
+    raise EngineUnavailable(
+        f"inference precision: expected one that engine auto considers for this bundle on device {device} ({offered}), "
+        f"got {precision}{why}; ask for one of those, or for none{remedy}"
+    )
 
 
 def _median_milliseconds(bundle: Bundle, pipeline: Pipeline) -> float:
@@ -183,10 +198,7 @@ def _read(path: Path) -> Choice | None:
 def _write(path: Path, choice: Choice) -> None:
     """A cache that cannot be written costs a measurement next time, which a warning tells, and nothing else."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
-        partial.write_text(json.dumps(asdict(choice), indent=2))
-        os.replace(partial, path)
+        write_whole(path, json.dumps(asdict(choice), indent=2).encode())
     except OSError as error:
         warnings.warn(
             f"{path.parent} cannot be written ({error.strerror or error}), so that engine auto will measure again at the next start; set "

@@ -24,6 +24,9 @@ class CudaDouble:
     """cuda.bindings.runtime. Enumerations are the real ones; functions are those below and no others.
 
     Attributes:
+        capability: of GPU 0; None where there is no GPU.
+        second: of GPU 1; None where there is none.
+        selected: number of the GPU that was set last.
         calls: names of the functions called, in order.
         copied: bytes copied to and from the device.
     """
@@ -31,6 +34,8 @@ class CudaDouble:
     def __init__(self, real: ModuleType, capability: str | None = "8.9", memory: int = 1 << 30) -> None:
         self.real = real
         self.capability = capability
+        self.second: str | None = None
+        self.selected = 0
         self.memory = memory
         self.calls: list[str] = []
         self.device: dict[int, Any] = {}
@@ -68,16 +73,20 @@ class CudaDouble:
     # Devices
 
     def _cudaGetDeviceCount(self) -> tuple[str, int]:
-        return ("cudaSuccess", 1) if self.capability else ("cudaErrorNoDevice", 0)
+        return ("cudaSuccess", 1 + bool(self.second)) if self.capability else ("cudaErrorNoDevice", 0)
 
     def _cudaDeviceGetAttribute(self, attribute: Any, device: int) -> tuple[str, int]:
-        assert device == 0 and self.capability
-        major, minor = map(int, self.capability.split("."))
+        capability = (self.capability, self.second)[device]
+        assert capability
+        major, minor = map(int, capability.split("."))
         wanted = {"cudaDevAttrComputeCapabilityMajor": major, "cudaDevAttrComputeCapabilityMinor": minor}
         return "cudaSuccess", wanted[attribute.name]
 
     def _cudaSetDevice(self, device: int) -> str:
-        return "cudaSuccess" if device == 0 else "cudaErrorInvalidDevice"
+        if device > bool(self.second):
+            return "cudaErrorInvalidDevice"
+        self.selected = device
+        return "cudaSuccess"
 
     def _cudaGetErrorString(self, error: Any) -> tuple[Any, ...]:
         return self.real.cudaGetErrorString(error)

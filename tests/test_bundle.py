@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -199,6 +200,43 @@ def test_without_hashes_contents_are_trusted_and_sizes_are_not(copy_of_bundle: C
     Bundle(folder, check_hashes=False)
     path.write_bytes(path.read_bytes()[:-1])
     assert str(path) in refusal(folder, BundleCorrupt, check_hashes=False)
+
+
+@pytest.mark.parametrize("name", ["spam/spam.data", "manifest.json", "."])
+def test_what_may_not_be_looked_at_is_named(name: str, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, stat = tiny_bundle / name, Path.stat
+
+    def refused(self: Path, **options: Any) -> os.stat_result:
+        if self == path:
+            raise PermissionError(13, "Permission denied")
+        return stat(self, **options)
+
+    monkeypatch.setattr(Path, "stat", refused)
+    message = refusal(tiny_bundle, BundleCorrupt)
+    assert str(path / "manifest.json" if name == "." else path) in message and "check its permissions" in message
+
+
+@pytest.mark.parametrize(
+    ("name", "read"),
+    [
+        ("spam/spam.data", Bundle),
+        ("golden.npz", lambda folder: Bundle(folder, check_hashes=False).golden()),
+        ("embeddings.npy", lambda folder: Bundle(folder, check_hashes=False).embeddings()),
+    ],
+)
+def test_a_file_that_may_not_be_read_is_named(
+    name: str, read: Callable[[Path], Any], tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, opened = tiny_bundle / name, open
+
+    def refused(file: Any, *arguments: Any, **options: Any) -> Any:
+        if str(file) == str(path):
+            raise PermissionError(13, "Permission denied")
+        return opened(file, *arguments, **options)
+
+    monkeypatch.setattr("builtins.open", refused)
+    with pytest.raises(BundleCorrupt, match=f"{path} cannot be read .*Permission denied.*check its permissions, or copy the bundle again"):
+        read(tiny_bundle)
 
 
 @pytest.mark.parametrize("name", ["../outside", "spam/../../outside", "{absolute}", "..\\outside", "spam\\spam.onnx", "C:outside"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -143,6 +144,25 @@ def test_an_unknown_engine_is_told_with_those_that_exist(tiny_bundle: Path) -> N
         opened(tiny_bundle, SPAM, "onyx")
 
 
+@pytest.mark.parametrize("engine", HERE)
+@pytest.mark.parametrize("cause", [ImportError, OSError])
+def test_an_engine_whose_package_does_not_load_says_why(
+    engine: str, cause: type[Exception], tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Broken:
+        """A package that is there, and a library of it that is not."""
+
+        def find_spec(self, name: str, path: object = None, target: object = None) -> None:
+            if name == engine:
+                raise cause("libodd.so.1: cannot open shared object file")
+
+    for name in [name for name in sys.modules if name == engine or name.startswith((f"{engine}.", f"engines.{engine}"))]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
+    with pytest.raises(EngineUnavailable, match=rf"engine {engine} is not installed \(libodd.so.1: cannot open.*\); pip install \"agvas"):
+        opened(tiny_bundle, SPAM, engine)
+
+
 @pytest.mark.parametrize("engine", ["tensorrt", "tensorrt-rtx"])
 def test_tensorrt_on_the_cpu_says_what_to_ask_for(engine: str, tiny_bundle: Path) -> None:
     with pytest.raises(EngineUnavailable, match="TensorRT runs on a GPU; ask for device cuda:0, or use engine onnxruntime"):
@@ -210,7 +230,25 @@ def test_memory_bound_for_the_gpu_gives_the_same_numbers_whatever_the_order_of_s
     for seed, batch in enumerate([1, 1, 1, 2, 2, 2, 1, 3, 3, 4, 4, 5, 5, 1, 1]):
         feeds = feeds_for(tiny_bundle, "mask_decoder", seed, B=batch)
         assert_same(bound.run(feeds), plain.run(feeds))
-    assert len(bound._bound._shapes) == 4  # type: ignore[attr-defined]
+        backwards = dict(reversed(feeds.items()))
+        assert_same(bound.run(backwards), plain.run(feeds))
+
+
+def test_memory_for_the_gpu_is_bound_once_to_the_shapes_that_come_again(
+    tiny_bundle: Path, on_cpu_memory: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bound = opened(tiny_bundle, MASK_DECODER, device="cuda:0")
+    session, bindings = bound._session, list[int]()  # type: ignore[attr-defined]
+    original = session.io_binding
+
+    def counted() -> Any:
+        bindings.append(call)
+        return original()
+
+    monkeypatch.setattr(session, "io_binding", counted, raising=False)
+    for call, batch in enumerate([1, 1, 1, 2, 1, 2, 1, 2, 2, 2, 1]):
+        bound.run(feeds_for(tiny_bundle, "mask_decoder", call, B=batch))
+    assert bindings == [1, 8], "one that comes in between, however often, runs unbound"
 
 
 def test_keys_and_values_stay_on_the_gpu_and_are_fed_back_there(tiny_bundle: Path, on_cpu_memory: list[dict[str, Any]]) -> None:

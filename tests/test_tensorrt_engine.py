@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
+import re
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,7 +16,7 @@ import numpy as np
 import pytest
 from cuda_double import CudaDouble, TensorRtDouble
 
-from engines import EngineFailed, EngineOptions, EngineUnavailable, TensorMismatch, open_engine, tensorrt_cache
+from engines import EngineFailed, EngineOptions, EngineUnavailable, TensorMismatch, open_engine, tensorrt_builder, tensorrt_cache
 from engines.tensorrt import TensorRtEngine
 from engines.tensorrt_builder import BuildReport, BuildRequest
 from engines.tensorrt_cache import EngineKey, engines_folder, record_of, set_aside
@@ -43,6 +45,7 @@ class Gpu:
     cuda: CudaDouble
     trt: TensorRtDouble
     graphs: dict[str, Path]  # another graph to "build" a stage from
+    requests: list[BuildRequest]  # that a builder was started for
 
     def build(self, bundle: Path, **settings: Any) -> dict[str, Any]:
         return build_engines(Bundle(bundle), BuildSettings(self.engine, **settings))
@@ -61,9 +64,10 @@ def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
     engine = getattr(request, "param", "tensorrt-rtx")
     cuda = CudaDouble(cudart)
     double = TensorRtDouble(trt, cuda, rtx=engine == "tensorrt-rtx", version="1.7.1.116" if engine == "tensorrt-rtx" else "10.3.0")
-    machine = Gpu(engine, cuda, double, {})
+    machine = Gpu(engine, cuda, double, {}, [])
 
     def build(request: BuildRequest, log: Path, progress: Any = None) -> BuildReport:
+        machine.requests.append(request)
         graph = machine.graphs.get(Path(request.graph).stem, Path(request.graph))
         Path(request.output).write_text(str(graph))
         return BuildReport(1.0, 1.0, len(str(graph)), 1 << 20, 3, 1, 1, (), 0)
@@ -72,9 +76,8 @@ def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
         assert name == engine
         return double
 
-    for module in ("engines.cuda", "engines.tensorrt"):
-        monkeypatch.setattr(f"{module}.runtime", lambda: cuda)
-    for module in ("engines.tensorrt", "engines.tensorrt_library"):
+    monkeypatch.setattr("engines.cuda.runtime", lambda: cuda)
+    for module in ("engines.tensorrt", "engines.tensorrt_builder", "engines.tensorrt_library"):
         monkeypatch.setattr(f"{module}.library", library)
     monkeypatch.setattr(tensorrt_cache, "build", build)
     yield machine
@@ -210,6 +213,33 @@ def test_engines_that_cannot_run_are_no_wrong_ones_and_stay(
     assert record_of(gpu.key(tiny_bundle).path).verified is None
 
 
+@pytest.mark.parametrize("right", [True, False])
+def test_a_cache_that_cannot_be_written_changes_no_verdict(
+    right: bool, gpu: Gpu, tiny_bundle: Path, spoilt: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not right:
+        gpu.graphs["mask_decoder"] = spoilt / "mask_decoder" / "mask_decoder.onnx"
+    gpu.cuda.capability = None
+    gpu.build(tiny_bundle, capabilities=("8.9",))
+    gpu.cuda.capability = "8.9"
+
+    def read_only(*paths: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("os.replace", read_only)
+    arguments = ["--bundle", str(tiny_bundle), "--engine", gpu.engine, "--quiet"]
+    assert verify_command.main([*arguments, "--device", "cuda:0", "--json"]) == (0 if right else 1)
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert report["passed"] is right and report["parity"]["images"] > 0 and report["set_aside"] == []
+    noted = f"the verdict could not be noted beside the engines ([Errno 13] Permission denied); let this user write to {engines_folder()}"
+    kept = "the engines could not be set aside and go on being used ([Errno 13] Permission denied); remove them from "
+    assert report["notes"][0] == noted and [note.startswith(kept) for note in report["notes"][1:]] == ([] if right else [True])
+    assert verify_command.main([*arguments, "--device", "cuda:0"]) == (0 if right else 1)
+    assert f"note      {noted}" in capsys.readouterr().out.splitlines()
+    assert build_command.main(arguments) == (0 if right else 1)  # all of it is in the cache
+    assert noted in capsys.readouterr().out
+
+
 def test_engines_that_compute_nan_are_set_aside(gpu: Gpu, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = TensorRtEngine.run
 
@@ -240,6 +270,32 @@ def test_bisecting_builds_the_graphs_it_takes_apart(gpu: Gpu, tiny_bundle: Path,
     finding, errors = bisect(sealed, gpu.engine, GPU, against=Bundle(tiny_bundle))
     assert finding is not None and finding.stage == "mask_decoder" and finding.operator in ("MatMul", "Gemm")
     assert max(error for stage, error in errors.items() if stage != "mask_decoder") < 1e-5
+
+
+@BOTH
+def test_an_engine_is_built_on_the_gpu_that_it_is_for(gpu: Gpu, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorRT measures kernels on the GPU of the thread that builds; TensorRT for RTX builds on none."""
+    gpu.cuda.second = "8.6"
+    report = gpu.build(tiny_bundle, device="cuda:1")
+    assert {entry["capability"] for entry in report["engines"]} == {"8.6"} and report["verified"] is True
+    found: list[int] = []
+
+    def builder(logger: object) -> None:
+        found.append(gpu.cuda.selected)
+        raise EngineFailed("that is far enough")
+
+    monkeypatch.setattr(gpu.trt, "Builder", builder)
+    gpu.cuda.selected = 0  # as in the new process that the request goes to
+    monkeypatch.setattr("sys.stdin", io.StringIO(json.dumps(dataclasses.asdict(gpu.requests[0]))))
+    assert tensorrt_builder.main() == 1
+    assert found == [1 if gpu.engine == "tensorrt" else 0]
+
+
+@pytest.mark.parametrize("gpu", ["tensorrt"], indirect=True)
+def test_bisecting_builds_on_the_gpu_that_was_asked_for(gpu: Gpu, tiny_bundle: Path) -> None:
+    gpu.cuda.second = "8.6"
+    assert bisect(Bundle(tiny_bundle), gpu.engine, EngineOptions(device="cuda:1"))[0] is None
+    assert {(request.device, request.capability) for request in gpu.requests} == {(1, "8.6")}
 
 
 @pytest.fixture
@@ -468,6 +524,40 @@ def test_a_spoilt_engine_is_named_and_never_loaded(spoil: Callable[[Path], Any],
         gpu.open(tiny_bundle)
 
 
+@BOTH
+def test_an_engine_that_cannot_be_read_is_one_that_cannot_be_had(gpu: Gpu, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu.build(tiny_bundle)
+    read = Path.read_bytes
+
+    def refused(path: Path) -> bytes:
+        if path.suffix == ".engine":
+            raise PermissionError(13, "Permission denied")
+        return read(path)
+
+    def only_this(engine: str) -> Any:
+        if engine != gpu.engine:
+            raise EngineUnavailable(f"engine {engine} is not installed")
+        return gpu.trt
+
+    monkeypatch.setattr(Path, "read_bytes", refused)
+    with pytest.raises(EngineUnavailable, match=r"spam-.*engine: cannot be read \(.*Permission denied\); check its permissions"):
+        gpu.open(tiny_bundle)
+    monkeypatch.setattr("engines.tensorrt.library", only_this)
+    with pytest.raises(EngineUnavailable, match=f"{gpu.engine}/graph: .*cannot be read .* onnxruntime/graph: device cuda:0 was asked for"):
+        Segmenter(tiny_bundle, device="cuda:0")  # goes on to the next one
+
+
+def test_a_graph_that_cannot_be_read_is_told_as_an_engines_failure(
+    gpu: Gpu, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*arguments: object) -> str:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(tensorrt_cache, "_sha256", refused)
+    with pytest.raises(EngineFailed, match=r"spam.* cannot be read \(.*Permission denied\); check its permissions"):
+        gpu.open(tiny_bundle)
+
+
 def test_an_engine_that_the_library_finds_invalid_is_told_by_its_reasons(gpu: Gpu, tiny_bundle: Path) -> None:
     gpu.build(tiny_bundle, stages=("spam",))
     reasons = trt.EngineInvalidityDiagnostics
@@ -496,6 +586,20 @@ def test_a_device_that_is_not_there_is_told(capability: str | None, gpu: Gpu, ti
     message = "no CUDA GPU here .*; check the driver" if capability is None else "expected cuda:0 to cuda:0"
     with pytest.raises(EngineUnavailable, match=f"device cuda:3: {message}"):
         open_engine(Bundle(tiny_bundle).graph("spam"), SPAM, gpu.engine, EngineOptions("cuda:3"))
+
+
+@BOTH
+def test_a_gpu_that_is_not_there_is_no_machine_without_one(gpu: Gpu, tiny_bundle: Path) -> None:
+    """What cannot be asked is told in the driver's words; a number that no GPU has is a mistake."""
+    with pytest.raises(EngineUnavailable, match="device cuda:3: expected cuda:0 to cuda:0; choose one of them"):
+        gpu.build(tiny_bundle, capabilities=("8.9",), device="cuda:3")
+    gpu.cuda.capability = None
+    told = r"device cuda:3: no CUDA GPU here \(.*\(cudaErrorNoDevice\)\); check the driver with nvidia-smi"
+    with pytest.raises(EngineUnavailable, match=told):
+        gpu.build(tiny_bundle, device="cuda:3")
+    if gpu.engine == "tensorrt-rtx":
+        report = gpu.build(tiny_bundle, capabilities=("8.9",), stages=("spam",), device="cuda:3")
+        assert re.fullmatch(f"built, not verified: {told}; run agvas-verify on the device", report["note"]), report["note"]
 
 
 def test_tensorrt_builds_for_the_gpu_here_alone(gpu: Gpu, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:

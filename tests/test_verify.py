@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,7 +23,17 @@ from runtime.contract import STAGES
 from runtime.errors import BundleCorrupt
 from runtime.parity import GATES, Outcome, Parity, compare, relative_error, together
 from runtime.pipeline import Stage
-from runtime.verify import Verification, compare_on_images, gates_for, open_pipeline, run_outcome, summary, trace_count, verify
+from runtime.verify import (
+    Verification,
+    compare_on_images,
+    gates_for,
+    open_pipeline,
+    peak_rss_bytes,
+    run_outcome,
+    summary,
+    trace_count,
+    verify,
+)
 
 HERE = ("onnxruntime", "openvino")
 RNG = np.random.default_rng(0)
@@ -167,6 +179,22 @@ def test_a_bundle_without_traces_cannot_be_verified(copy_of_bundle: Callable[[],
     np.savez(folder / "golden.npz")
     with pytest.raises(BundleCorrupt, match="holds no trace; export the bundle again"):
         verified(sealed(folder))
+
+
+def test_the_peak_of_memory_is_this_programs_alone() -> None:
+    """getrusage gives a program that is started the peak of the one that started it."""
+    ours = peak_rss_bytes()
+    command = [sys.executable, "-c", "from runtime.verify import peak_rss_bytes; print(peak_rss_bytes())"]
+    started = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
+    assert ours is not None and 10 << 20 < int(started.stdout) < ours
+
+
+def test_the_summary_tells_what_masks_are_cut_by(copy_of_bundle: Callable[[], Path]) -> None:
+    folder = copy_of_bundle()
+    path = folder / "manifest.json"
+    path.write_text(replace(Manifest.from_json(path.read_text()), threshold=0.37, relative_threshold=0.61).to_json())
+    told = summary(Bundle(folder), verified(folder))
+    assert (told["threshold"], told["relative_threshold"]) == (0.37, 0.61)
 
 
 def test_the_summary_is_json_without_nan(copy_of_bundle: Callable[[], Path]) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 from engines import EngineError
 from engines.tensorrt_library import TENSORRT_ENGINES
 from runtime.bundle import Bundle
-from runtime.cli.common import Progress, close_stdout, json_line, open_streams, say
+from runtime.cli.common import Progress, add_version, close_stdout, json_line, open_streams, say
 from runtime.engine_builds import BuildSettings, build_engines
 from runtime.errors import AgvasError, RequestError
 
@@ -33,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "Engines lie in $AGVAS_CACHE/engines (by default in the user's cache folder); what is there already is not built again.",
         allow_abbrev=False,
     )
+    add_version(parser)
     parser.add_argument("--bundle", required=True, metavar="DIR", help="folder that agvas-export wrote")
     parser.add_argument("--engine", required=True, help=f"{' or '.join(TENSORRT_ENGINES)}")
     parser.add_argument(
@@ -42,7 +43,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--device", default="cuda:0", help="the GPU here to build for and verify on (default cuda:0)")
     parser.add_argument("--workspace", type=int, metavar="MB", help="most scratch memory a layer may take on the GPU (default: no limit)")
-    parser.add_argument("--max-batch", type=int, default=1, metavar="N", help="most pictures in one call (default 1)")
+    parser.add_argument(
+        "--max-batch",
+        type=int,
+        default=1,
+        metavar="N",
+        help="most pictures in one call, for programs that call open_engine; agvas-segment and a Segmenter run one at a time (default 1)",
+    )
     parser.add_argument("--stages", metavar="NAME,...", help="build these stages only, to try one")
     parser.add_argument("--rebuild", action="store_true", help="build again what is in the cache")
     parser.add_argument("--json", action="store_true", help="one line of JSON in place of the table")

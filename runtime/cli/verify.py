@@ -118,7 +118,8 @@ def verify_bundle(
 
     Returns:
         runtime.verify.summary and "model", "engine", "device", "inference_precision", "gates"; of a TensorRT engine "set_aside", the new
-        names of engines that failed; with `images` also "images_parity" with "against", "passed" and "failures", counted in the whole's.
+        names of engines that failed, and "notes", what could not be written to their cache; with `images` also "images_parity" with
+        "against", "passed" and "failures", counted in the whole's.
 
     Raises:
         AgvasError: the bundle or the pictures cannot be read.
@@ -151,7 +152,8 @@ def verify_bundle(
     report["inference_precision"] = options.inference_precision
     report["gates"] = gates_for(bundle, options)
     if engine in TENSORRT_ENGINES:
-        report["set_aside"] = [path.name for path in judge(bundle, engine, options.device, verification)]
+        aside, report["notes"] = judge(bundle, engine, options.device, verification)
+        report["set_aside"] = [path.name for path in aside]
     if why:
         report["auto_failed"] = why
     if against is not None:
@@ -283,6 +285,7 @@ def _table(report: dict[str, Any]) -> list[str]:
     lines = [
         f"bundle    {report['bundle']}: model {report['model']}, {report['bytes'] / 1e6:.1f} MB",
         f"engine    {report['engine']}, precision {report['inference_precision']}, device {report['device']}",
+        f"masks     by the bundle's threshold {report['threshold']:g}, relative threshold {report['relative_threshold']:g}",
     ]
     if "auto_failed" in report:
         lines.append(f"          auto would use none here: {report['auto_failed']}")
@@ -296,6 +299,7 @@ def _table(report: dict[str, Any]) -> list[str]:
         lines += _parity_lines(f"pictures  {pictures['images']} against {pictures['against']}", pictures)
     lines += [f"broken    {failure}" for failure in report["failures"]]
     lines += [f"set aside {name}: it will not be used; --bisect finds where it goes wrong" for name in report.get("set_aside", ())]
+    lines += [f"note      {note}" for note in report.get("notes", ())]
     verdict, peak = "passed" if report["passed"] else "FAILED", report["peak_rss_bytes"]
     memory = "" if peak is None else f", {peak / 1e6:.0f} MB of memory"  # Windows does not tell
     lines.append(f"{verdict}    gates {report['gates']}; {report['seconds']:.1f} s{memory}")
