@@ -9,5 +9,7 @@ from runtime.inspection import Inspection
 from runtime.segmentation import Segmentation
 from runtime.segmenter import Segmenter
 from runtime.stream import Streamed
+from runtime.version import package_version
 
-__all__ = ["Inspection", "Segmentation", "Segmenter", "Streamed"]
+__version__ = package_version()
+__all__ = ["Inspection", "Segmentation", "Segmenter", "Streamed", "__version__"]

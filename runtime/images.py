@@ -1,4 +1,4 @@
-"""From whatever holds a picture (path, PIL image, array) to the one thing the pipeline takes: uint8 RGB [H, W, 3].
+"""From whatever holds a picture (path, bytes, PIL image, array) to the one thing the pipeline takes: uint8 RGB [H, W, 3].
 
 Every rule below depends on the file's header or the array's dtype and shape, never on pixel values, so two parts of one
 production run are never scaled differently. A picture whose grey levels would have to be guessed is refused.
@@ -7,37 +7,44 @@ production run are never scaled differently. A picture whose grey levels would h
   is refused; of one that is only cut short, Pillow warns and gives what it could read.
 - 1-bit and grey: 0..255, repeated in three channels.
 - 16-bit grey (I;16, and I, which Pillow uses for 16-bit PGM): `sample >> 8`, the full 16-bit range to 8 bits. 12-bit
-  camera data in a 16-bit container comes out dark, with a warning: scale it before. 16-bit colour: the same, to a level, by Pillow.
-  A TIFF of 32-bit integers is refused.
+  camera data in a 16-bit container comes out dark, with a warning: scale it before. 16-bit colour: the same, to a level, by Pillow;
+  the warning, too, as long as Pillow has not decoded it yet. A TIFF of 32-bit integers is refused.
 - Alpha (RGBA, LA, PA, transparency of a palette or PNG): dropped. The stored colours are what the camera saw;
   compositing would paint over them with a colour of our choosing, and inspection pictures carry an opaque alpha anyway.
 - Palette: its colours. CMYK, YCbCr, HSV: Pillow's conversion; ICC profiles are not applied.
-- Several frames: the first of a file, with a warning; of a PIL image, the frame it stands at.
+- Several frames: the first of a file, with a warning; of a PIL image, the frame it stands at, with a warning where that is the first.
 - 32-bit float (F), LAB, premultiplied alpha: refused.
 - uint8 array [H, W, 3]: taken as RGB, never as BGR; from OpenCV pass `array[..., ::-1]`. [H, W] and [H, W, 1]: grey,
   repeated in three channels.
 
-Files are told apart by their first bytes, not by suffix: PNG, JPEG, BMP, TIFF and PNM (PBM, PGM, PPM). Pillow knows
-more formats, but some of its decoders start other programs (EPS) or allocate the canvas before its size is checked
+Files, and pictures encoded in memory, are told apart by their first bytes, not by suffix: PNG, JPEG, BMP, TIFF and PNM (PBM, PGM,
+PPM). Pillow knows more formats, but some of its decoders start other programs (EPS) or allocate the canvas before its size is checked
 (WebP).
 """
 
 from __future__ import annotations
 
 import glob
+import io
 import os
+import re
 import stat
 import threading
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from PIL import BmpImagePlugin, Image, ImageFile, JpegImagePlugin, PngImagePlugin, PpmImagePlugin, TiffImagePlugin
 
 from runtime.errors import ImageError
+
+# What holds a picture; bytes hold a file's content.
+Picture = str | os.PathLike[str] | bytes | bytearray | memoryview | Image.Image | np.ndarray
 
 # Pillow's own warning threshold, 256 MiB of RGB: a bomb is refused, a 60-megapixel camera is not.
 PIXEL_LIMIT = 89_478_485
@@ -46,6 +53,7 @@ SUFFIXES = (".bmp", ".jfif", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".
 
 KINDS = ("mask", "overlay", "map")  # behind a stem, as in x_mask.png: what Segmentation.save writes, and masks as people keep them
 ENDINGS = tuple(f"_{kind}" for kind in KINDS)
+_NUMBER = re.compile(r"__[0-9]+$")  # behind the stem of a result where there were several instructions
 
 # Pictures too, by suffix, that are not read: a folder's are left out, and a warning tells how many.
 UNREAD_SUFFIXES = (".avif", ".gif", ".heic", ".heif", ".jp2", ".jxl", ".webp")
@@ -62,9 +70,22 @@ _DECODERS: tuple[tuple[bytes, type[ImageFile.ImageFile]], ...] = (
 _FORMATS = "PNG, JPEG, BMP, TIFF or PNM"
 
 DIM_BELOW = 1 << 14  # 16-bit samples that all lie below it are likely a 12-bit camera's
+# The same words for every picture, so that Python shows them once and no line's log fills.
+DIM = (
+    f"the samples of a 16-bit picture all lie below {DIM_BELOW}: such pictures are judged as dark ones; if the camera has 12 bits or so, "
+    "scale its samples to 0..65535 before"
+)
 _SIXTEEN_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I")
+_COLOUR_FROM_SIXTEEN_BIT = ("RGB", "RGBA", "LA")  # modes in which Pillow has shifted 16-bit samples itself
 _PALETTE_MODES = ("P", "PA")
 _EIGHT_BIT_MODES = ("1", "L", "LA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV")
+
+# Of arrays that are not uint8, by kind of dtype.
+_INTEGERS = (
+    "of a camera's 12 bits (Mono12) pass (array >> 4).astype(np.uint8), of 10 bits >> 2, of full-range 16 bits >> 8; of values that are "
+    "0..255 already, array.astype(np.uint8)"
+)
+_REMEDIES = {"u": _INTEGERS, "i": _INTEGERS, "b": "pass array.astype(np.uint8) * 255"}
 
 _EXIF_ORIENTATION = 0x0112
 _TIFF_BITS_PER_SAMPLE = 258
@@ -73,11 +94,21 @@ _TIFF_PHOTOMETRIC = 262
 _guard_lock = threading.Lock()
 
 
-def as_rgb(source: str | os.PathLike[str] | Image.Image | np.ndarray, *, pixel_limit: int = PIXEL_LIMIT) -> np.ndarray:
+class PictureWarning(UserWarning):
+    """What may have spoiled one picture's verdict; Segmentation.warnings keeps the words."""
+
+
+def tell(words: Iterable[str]) -> None:
+    """Warn of a picture, by Python's own rule once for each text."""
+    for text in words:
+        warnings.warn(text, PictureWarning, stacklevel=2)
+
+
+def as_rgb(source: Picture, *, pixel_limit: int = PIXEL_LIMIT) -> np.ndarray:
     """Take a picture in any of the accepted forms.
 
     Args:
-        source: path, PIL image, or uint8 array [H, W, 3] (RGB), [H, W] or [H, W, 1] (grey).
+        source: path, a file's content as bytes, PIL image, or uint8 array [H, W, 3] (RGB), [H, W] or [H, W, 1] (grey).
         pixel_limit: largest accepted H × W.
 
     Returns:
@@ -87,14 +118,9 @@ def as_rgb(source: str | os.PathLike[str] | Image.Image | np.ndarray, *, pixel_l
     Raises:
         ImageError: not one of these forms, or a picture that `read_image` would refuse.
     """
-    if isinstance(source, np.ndarray):
-        return _rgb_of_array(source, pixel_limit)
-    if isinstance(source, Image.Image):
-        return _rgb_of_pil(source, "PIL image", pixel_limit)
-    if isinstance(source, (str, os.PathLike)):
-        return read_image(source, pixel_limit=pixel_limit)
-    kind = f"{type(source).__module__}.{type(source).__qualname__}"
-    raise ImageError(f"image: expected a path, a PIL image or a uint8 array [H, W, 3], got {kind}; convert it, say with np.asarray")
+    rgb, words = rgb_and_words(source, pixel_limit=pixel_limit)
+    tell(words)
+    return rgb
 
 
 def read_image(path: str | os.PathLike[str], *, pixel_limit: int = PIXEL_LIMIT) -> np.ndarray:
@@ -112,37 +138,88 @@ def read_image(path: str | os.PathLike[str], *, pixel_limit: int = PIXEL_LIMIT) 
     Raises:
         ImageError: no such file, not a file, empty, not a picture, damaged, too large, or of a kind the rules refuse.
     """
+    rgb, words = _read_file(path, pixel_limit)
+    tell(words)
+    return rgb
+
+
+def rgb_and_words(source: Picture, *, pixel_limit: int = PIXEL_LIMIT) -> tuple[np.ndarray, tuple[str, ...]]:
+    """`as_rgb`, and in words what may have spoiled the picture, for the caller to keep and to `tell`."""
+    if isinstance(source, np.ndarray):
+        return _rgb_of_array(source, pixel_limit), ()
+    if isinstance(source, Image.Image):
+        rgb, words = _rgb_of_pil(source, "PIL image", pixel_limit)
+        if _is_first_of_several(source):
+            words += ("a PIL image of several frames stands at its first, which alone is judged; seek to each, and give its copy()",)
+        return rgb, words
+    if isinstance(source, (str, os.PathLike)):
+        return _read_file(source, pixel_limit)
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        name, content = f"encoded picture ({type(source).__name__})", bytes(source)
+        if not content:
+            raise ImageError(f"{name}: expected a file's content, got 0 bytes; check what sent it")
+        return _rgb_of_stream(io.BytesIO(content), name, pixel_limit, "encode it as PNG, or pass its pixels as a uint8 array [H, W, 3]")
+    kind = f"{type(source).__module__}.{type(source).__qualname__}"
+    if source is None:
+        remedy = "check where it comes from: OpenCV's imread and imdecode give None for what they cannot read"
+    elif hasattr(source, "getvalue"):
+        remedy = "pass its content, .getvalue()"
+    elif hasattr(source, "read"):
+        remedy = "pass its path, or its content, .read() of a file opened as binary"
+    else:
+        remedy = "convert it, say with np.asarray"
+    raise ImageError(f"image: expected a path, a file's content as bytes, a PIL image or a uint8 array [H, W, 3], got {kind}; {remedy}")
+
+
+def _read_file(path: str | os.PathLike[str], pixel_limit: int) -> tuple[np.ndarray, tuple[str, ...]]:
     name = os.fspath(path)
     _check_is_file(name)
     try:
         with open(name, "rb") as file:
-            signature = file.read(16)
-            file.seek(0)
-            decoder = next((decoder for magic, decoder in _DECODERS if signature.startswith(magic)), None)
-            if decoder is None:
-                raise ImageError(f"{name}: expected a {_FORMATS} file, got one that begins with {signature!r}; save the picture as PNG")
-            try:
-                image = decoder(file)
-            except Exception as error:  # Pillow's decoders raise SyntaxError, struct.error, ValueError and more
-                raise ImageError(
-                    f"{name}: expected a {decoder.format} header, got one that does not read or has no pixels "
-                    f"({error}); the file is damaged: copy or save it again"
-                ) from error
-            rgb = _rgb_of_pil(image, name, pixel_limit)
-            if _has_more_frames(image):
-                # The same words for every picture, as below.
-                warnings.warn("a file of several pictures (pages, frames): the first alone is judged; save each as its own", stacklevel=2)
-            return rgb
+            return _rgb_of_stream(file, name, pixel_limit, "save the picture as PNG")
     except OSError as error:
         raise ImageError(f"{name}: expected a readable file, got {error}; check permissions and the disk") from error
+
+
+def _rgb_of_stream(file: IO[bytes], name: str, pixel_limit: int, remedy: str) -> tuple[np.ndarray, tuple[str, ...]]:
+    signature = file.read(16)
+    file.seek(0)
+    decoder = next((decoder for magic, decoder in _DECODERS if signature.startswith(magic)), None)
+    if decoder is None:
+        raise ImageError(f"{name}: expected a {_FORMATS} file, got one that begins with {signature!r}; {remedy}")
+    try:
+        image = decoder(file)
+    except Exception as error:  # Pillow's decoders raise SyntaxError, struct.error, ValueError and more
+        raise ImageError(
+            f"{name}: expected a {decoder.format} header, got one that does not read or has no pixels "
+            f"({error}); the file is damaged: copy or save it again"
+        ) from error
+    rgb, words = _rgb_of_pil(image, name, pixel_limit)
+    if _has_more_frames(image):
+        words += ("a file of several pictures (pages, frames): the first alone is judged; save each as its own",)
+    return rgb, words
+
+
+@dataclass(frozen=True)
+class Found:
+    """What `search` found.
+
+    Attributes:
+        pictures: to be read.
+        left_out: pictures of a kind that is not read (`UNREAD_SUFFIXES`) and subfolders that cannot be opened, with why: (path, reason).
+    """
+
+    pictures: list[Path]
+    left_out: list[tuple[Path, str]]
 
 
 def find_images(inputs: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], *, recursive: bool = False) -> list[Path]:
     """List the pictures that files, folders and glob patterns stand for.
 
     A file is listed whatever its suffix. A folder or pattern gives its files with a suffix in `SUFFIXES` (any case),
-    hidden ones left out, sorted by path; a warning tells of other pictures there (`UNREAD_SUFFIXES`), and of masks and results left out:
-    `x_mask.png`, `x_overlay.png` and `x_map.png` beside an `x.png`. Inputs keep their order; what is named twice is listed where it came
+    hidden ones left out, sorted by path; a warning tells of other pictures there (`UNREAD_SUFFIXES`), of subfolders that cannot be opened,
+    and of masks and results left out: `x_mask.png`, `x_overlay.png` and `x_map.png` beside an `x.png`, under any of the names that
+    agvas-segment gives them (`x__1_mask.png`, `x.png_mask.png`). Inputs keep their order; what is named twice is listed where it came
     first.
 
     Args:
@@ -150,64 +227,97 @@ def find_images(inputs: str | os.PathLike[str] | Sequence[str | os.PathLike[str]
         recursive: also look into a folder's subfolders, hidden ones left out.
 
     Raises:
-        ImageError: no inputs, a path that does not exist, a folder or pattern without pictures.
+        ImageError: no inputs, a path that does not exist, a folder that cannot be opened, a folder or pattern without pictures.
     """
+    return search(inputs, recursive=recursive).pictures
+
+
+def search(inputs: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], *, recursive: bool = False) -> Found:
+    """`find_images`, with what was left out by name."""
     given = [inputs] if isinstance(inputs, (str, os.PathLike)) else list(inputs)
     if not given:
         raise ImageError("images: expected at least one file, folder or pattern, got none; name one")
-    found: dict[tuple[str, str], Path] = {}
+    pictures: dict[tuple[str, str], Path] = {}
+    left_out: dict[Path, str] = {}
     for name in given:
-        for path in _expand(os.fspath(name), recursive):
+        found = _expand(os.fspath(name), recursive)
+        for path in found.pictures:
             # The folder is resolved, not the file: "./a.png" is "a.png", yet a link beside it is a picture of its own.
-            found.setdefault((os.path.realpath(path.parent), path.name), path)
-    return list(found.values())
+            pictures.setdefault((os.path.realpath(path.parent), path.name), path)
+        left_out.update(found.left_out)
+    return Found(list(pictures.values()), list(left_out.items()))
 
 
-def _expand(name: str, recursive: bool) -> list[Path]:
+def _expand(name: str, recursive: bool) -> Found:
     if name and os.path.isdir(name):
-        pictures = _pictures(name, _below(Path(name)) if recursive else Path(name).iterdir())
-        if not pictures:
+        found = _pictures(name, *_files_in(name, recursive))
+        if not found.pictures:
             below = "" if recursive else ", or ask for its subfolders too (agvas-segment --recursive)"
             raise ImageError(
                 f"{name}: expected pictures in this folder, got none with a suffix in {', '.join(SUFFIXES)}; "
                 f"name the files themselves{below}"
             )
-        return pictures
+        return found
     if glob.has_magic(name) and not os.path.exists(name):
-        pictures = _pictures(name, map(Path, glob.iglob(name, recursive=True)))
-        if not pictures:
+        found = _pictures(name, map(Path, glob.iglob(name, recursive=True)), [])
+        if not found.pictures:
             raise ImageError(
                 f"{name}: expected pictures to match this pattern, got none with a suffix in {', '.join(SUFFIXES)}; "
                 "check the pattern and the folder it starts from"
             )
-        return pictures
+        return found
     _check_is_file(name)
-    return [Path(name)]
+    return Found([Path(name)], [])
 
 
-def _below(folder: Path) -> Iterator[Path]:
-    """Everything under a folder but what lies in hidden folders, as caches do. The folder itself may be hidden: it was named."""
-    return (path for path in folder.rglob("*") if not any(part.startswith(".") for part in path.relative_to(folder).parts[:-1]))
+def _files_in(folder: str, recursive: bool) -> tuple[list[Path], list[OSError]]:
+    """What lies in a folder or, where asked for, anywhere under it but in hidden folders, as caches are (itself it may be hidden: it was
+    named); and the errors of subfolders that cannot be opened.
+
+    Raises:
+        ImageError: the folder itself cannot be.
+    """
+    errors: list[OSError] = []
+    try:
+        paths = [Path(folder, name) for name in os.listdir(folder)]
+    except OSError as error:
+        raise ImageError(f"{folder}: expected a folder that can be read, got {error}; check its permissions") from error
+    if recursive:
+        paths = []
+        for place, folders, files in os.walk(folder, onerror=errors.append):
+            folders[:] = [name for name in folders if not name.startswith(".")]
+            paths += [Path(place, name) for name in files]
+    return paths, errors
 
 
-def _pictures(name: str, paths: Iterator[Path]) -> list[Path]:
+def _pictures(name: str, paths: Iterable[Path], errors: Sequence[OSError]) -> Found:
     """Links that lead nowhere among them: reading them tells so."""
     shown = [path for path in paths if not path.name.startswith(".")]
-    unread = Counter(suffix for path in shown if (suffix := path.suffix.lower()) in UNREAD_SUFFIXES)
+    unread = sorted(path for path in shown if path.suffix.lower() in UNREAD_SUFFIXES)
     if unread:
-        counts = ", ".join(f"{count} {suffix}" for suffix, count in sorted(unread.items()))
-        warnings.warn(f"{name}: left out {counts}: {_FORMATS} is read; save them as PNG", stacklevel=4)
+        counts = ", ".join(f"{count} {suffix}" for suffix, count in sorted(Counter(path.suffix.lower() for path in unread).items()))
+        warnings.warn(f"{name}: left out {counts}: {_FORMATS} is read; save them as PNG", stacklevel=5)
+    for error in errors:
+        warnings.warn(f"{name}: left out what is in a folder that cannot be read: {error}; check its permissions", stacklevel=5)
+    left_out = [(path, f"expected a {_FORMATS} file, got a {path.suffix.lower()}, which is not read; save it as PNG") for path in unread]
+    left_out += [(Path(error.filename), f"expected a folder that can be read, got {error}; check its permissions") for error in errors]
     named = [path for path in shown if path.suffix.lower() in SUFFIXES]
-    stems = {path.parent / path.stem for path in named}
-    of_others = {path for path in named if path.stem.endswith(ENDINGS) and path.parent / path.stem.rpartition("_")[0] in stems}
+    owners = {owner for path in named for owner in (path.parent / path.stem, path)}
+    of_others = {path for path in named if path.stem.endswith(ENDINGS) and not owners.isdisjoint(_owners_of(path))}
     if of_others:
         warnings.warn(
             f"{name}: left out {len(of_others)} that lie beside the pictures they are of, such as {min(of_others).name}: masks or results, "
             "no pictures; name one itself to have it taken for one",
-            stacklevel=4,
+            stacklevel=5,
         )
     found = (path for path in named if path not in of_others)
-    return sorted(path for path in found if path.is_file() or (path.is_symlink() and not path.exists()))
+    return Found(sorted(path for path in found if path.is_file() or (path.is_symlink() and not path.exists())), left_out)
+
+
+def _owners_of(result: Path) -> list[Path]:
+    """What the picture of a mask or result may be called beside it, by stem or whole name: of `x__1_mask.png` it is `x__1` or `x`."""
+    owner = result.stem.rpartition("_")[0]
+    return [result.parent / name for name in (owner, _NUMBER.sub("", owner)) if name]
 
 
 def _check_is_file(name: str) -> None:
@@ -237,10 +347,11 @@ def _rgb_of_array(array: np.ndarray, pixel_limit: int) -> np.ndarray:
             remedy = "scale it to 0..255 by a rule of yours and pass .astype(np.uint8)"
         else:
             held = ""
-            remedy = "full-range 16-bit: (array >> 8).astype(np.uint8); bool: array.astype(np.uint8) * 255"
+            remedy = _REMEDIES.get(array.dtype.kind, "convert it to 0..255 by a rule of yours and pass .astype(np.uint8)")
         raise ImageError(f"{expected}, got {given}{held}; values are never guessed: {remedy}")
     if array.ndim not in (2, 3):
-        raise ImageError(f"{expected}, got {given}; pass one picture at a time, array[0] of a batch")
+        remedy = "one picture at a time, array[0] of a batch" if array.ndim > 3 else "a file's content as bytes: array.tobytes()"
+        raise ImageError(f"{expected}, got {given}; pass {remedy}")
     if array.size == 0:
         raise ImageError(f"{expected} with at least one pixel, got {given}; check the crop or the camera's frame")
     # The last axis decides, so a strip of three rows, [3, W, 3], is a picture and not channels-first.
@@ -258,7 +369,7 @@ def _rgb_of_array(array: np.ndarray, pixel_limit: int) -> np.ndarray:
     return np.ascontiguousarray(array)
 
 
-def _rgb_of_pil(image: Image.Image, name: str, pixel_limit: int) -> np.ndarray:
+def _rgb_of_pil(image: Image.Image, name: str, pixel_limit: int) -> tuple[np.ndarray, tuple[str, ...]]:
     if 0 in image.size:
         raise ImageError(f"{name}: expected at least one pixel, got {image.width} × {image.height}; check its source")
     _check_pixels(name, image.width, image.height, pixel_limit)
@@ -267,6 +378,7 @@ def _rgb_of_pil(image: Image.Image, name: str, pixel_limit: int) -> np.ndarray:
             f"{name}: expected an 8-bit or 16-bit grey or colour picture, got Pillow mode {image.mode!r}, for which no "
             "fixed rule leads to 0..255; convert it by a rule of yours and save it as 8-bit RGB or grey"
         )
+    dim, shifted = False, _shifted_by_pillow(image)  # known before it is loaded alone
     try:
         with _pillow_guard_lifted(image.width * image.height):
             image.load()
@@ -282,13 +394,41 @@ def _rgb_of_pil(image: Image.Image, name: str, pixel_limit: int) -> np.ndarray:
             "it is truncated, damaged or closed: copy or save it again"
         ) from error
     if image.mode in _SIXTEEN_BIT_MODES:
-        rgb = _repeat_grey(_eight_bits(image, name))
+        samples = _sixteen_bits(image, name)
+        dim = 0 < int(samples.max()) < DIM_BELOW
+        rgb = _repeat_grey((samples >> 8).astype(np.uint8))
     elif image.mode in _PALETTE_MODES:
         # By way of RGBA: straight to RGB, Pillow warns about the transparency that is dropped here on purpose.
         rgb = np.asarray(image.convert("RGBA"))[..., :3]
     else:
         rgb = np.array(image.convert("RGB"))
-    return np.ascontiguousarray(_turn(rgb, orientation))
+        # Black, too: of samples below 256, as of 8 bits in 16, nothing is left.
+        dim = shifted and int(rgb.max()) < DIM_BELOW >> 8
+    return np.ascontiguousarray(_turn(rgb, orientation)), (DIM,) if dim else ()
+
+
+def _shifted_by_pillow(image: Image.Image) -> bool:
+    """Whether Pillow makes 8 bits of this picture's 16 (colour, grey with alpha) when it decodes it: its own raw mode says so, or a PNM's
+    largest value. Of one that is decoded already nothing tells it."""
+    if image.mode not in _COLOUR_FROM_SIXTEEN_BIT:
+        return False
+    for tile in getattr(image, "tile", None) or ():
+        settings = tile[3] if isinstance(tile[3], tuple) else (tile[3],)
+        if any(isinstance(setting, str) and ";16" in setting for setting in settings):
+            return True
+        if isinstance(image, PpmImagePlugin.PpmImageFile) and isinstance(settings[-1], int) and settings[-1] > 255:
+            return True
+    return False
+
+
+def _is_first_of_several(image: Image.Image) -> bool:
+    """Whether a caller's PIL image has more frames and stands at the first. The others of a JPEG (MPO) are previews and depths."""
+    if image.format == "MPO":
+        return False
+    try:
+        return bool(image.tell() == 0 and getattr(image, "n_frames", 1) > 1)
+    except Exception:  # a closed file, or one that is damaged further on; this frame is whole
+        return False
 
 
 def _has_more_frames(image: Image.Image) -> bool:
@@ -308,8 +448,8 @@ def _check_pixels(name: str, width: int, height: int, pixel_limit: int) -> None:
         )
 
 
-def _eight_bits(image: Image.Image, name: str) -> np.ndarray:
-    """16-bit grey → uint8 [H, W]."""
+def _sixteen_bits(image: Image.Image, name: str) -> np.ndarray:
+    """16-bit grey → samples 0..65535, [H, W]."""
     if image.mode == "I" and isinstance(image, TiffImagePlugin.TiffImageFile):
         raise ImageError(
             f"{name}: expected 8 or 16 bits per sample, got integers of 32, for which no fixed rule leads to 0..255; "
@@ -330,14 +470,7 @@ def _eight_bits(image: Image.Image, name: str) -> np.ndarray:
             f"{name}: expected 16-bit samples 0..65535, got {samples.min()}..{samples.max()} in 32-bit integers; "
             "scale them to 0..255 by a rule of yours and save the picture as 8-bit"
         )
-    if 0 < int(samples.max()) < DIM_BELOW:
-        # The same words for every picture, so that Python shows them once and no line's log fills.
-        warnings.warn(
-            f"the samples of a 16-bit picture all lie below {DIM_BELOW}: such pictures are judged as dark ones; "
-            "if the camera has 12 bits or so, scale its samples to 0..65535 before",
-            stacklevel=2,
-        )
-    return (samples >> 8).astype(np.uint8)
+    return samples
 
 
 def _repeat_grey(grey: np.ndarray) -> np.ndarray:

@@ -1,6 +1,6 @@
 """One picture under inspection: looked at once, asked about as often as need be.
 
-The encoders run when it is made, and what the language model keeps of the picture is kept from the first answer on; so a second
+The encoders have run before it is made, and what the language model keeps of the picture is kept from the first answer on; so a second
 instruction costs its own words and nothing of the picture. Each answer is what a fresh call would give. `Segmenter.inspect` makes one.
 """
 
@@ -27,24 +27,34 @@ class Inspection:
 
     Args:
         image: uint8 RGB [H, W, 3].
+        vision: what the chain saw in it.
         rule: how masks are cut from maps.
         engine: named in errors.
-        vision: what the chain saw in it, where it has looked already.
         region: bool [H, W], the pixels that every answer is about, see Segmentation.within; None for all.
-
-    Raises:
-        EngineFailed: the engine could not compute.
+        warnings: what may have spoiled the picture, in words; every answer has them.
+        read_milliseconds: what reading it took: decoding, and a look at whether it shows anything. No answer's timings hold that.
     """
 
     def __init__(
-        self, chain: Chain, image: np.ndarray, rule: MaskRule, engine: str, vision: Any = None, region: np.ndarray | None = None
+        self,
+        chain: Chain,
+        image: np.ndarray,
+        vision: Any,
+        rule: MaskRule,
+        engine: str,
+        *,
+        region: np.ndarray | None = None,
+        warnings: tuple[str, ...] = (),
+        read_milliseconds: float = 0.0,
     ) -> None:
         self.image = image
         self.rule = rule
         self.region = region
+        self.warnings = warnings
+        self.read_milliseconds = read_milliseconds
         self._engine = engine
         self._chain = chain
-        self._vision = chain.look(chain.prepare(image)) if vision is None else vision
+        self._vision = vision
 
     def ask(
         self,
@@ -95,5 +105,6 @@ class Inspection:
             timings=trace.timings,
             image=self.image,
             tiles=trace.tiles,
+            warnings=self.warnings,
         )
         return result if self.region is None else result.within(self.region)

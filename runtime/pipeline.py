@@ -121,10 +121,11 @@ class Vision:
 
     def past(self) -> tuple[Past, Past] | None:
         """Keys and values [L, 1, H, K, C] of the tokens before the instruction; None before the first pass."""
-        if self._past is None:
+        past = self._past  # read once: another thread may forget it meanwhile
+        if past is None:
             return None
-        self._past = keys, values = _cut(self._past, self._prefix)
-        return keys, values
+        self._past = cut = _cut(past, self._prefix)
+        return cut
 
 
 class Chain(Protocol):
@@ -167,19 +168,13 @@ class Pipeline:
         return self.answer(self.see(image), prompt, on_text)
 
     def see(self, image: np.ndarray) -> Vision:
-        """Everything about a picture (uint8 RGB [H, W, 3]) that depends on no words: `prepare`, without its warnings, and `look`."""
-        return self.look(self.prepare(image, warn=False))
+        """Everything about a picture (uint8 RGB [H, W, 3]) that depends on no words: `prepare` and `look`."""
+        return self.look(self.prepare(image))
 
-    def prepare(self, image: np.ndarray, *, warn: bool = True) -> Prepared:
-        """Resize and normalise a picture (uint8 RGB [H, W, 3]) for both encoders; no engine is asked.
-
-        With `warn`, a picture that shows nothing, or at a size at which defects are lost, is warned of.
-        """
+    def prepare(self, image: np.ndarray) -> Prepared:
+        """Resize and normalise a picture (uint8 RGB [H, W, 3]) for both encoders; no engine is asked."""
         started = time.perf_counter()
         pixel_image, semantic_image, frame = preprocess.encoder_images(image, self.preprocessing)
-        if warn:
-            preprocess.warn_of_one_tone(image)
-            preprocess.warn_of_lost_detail(frame)
         return Prepared(pixel_image, semantic_image, frame, (time.perf_counter() - started) * 1e3)
 
     def look(self, prepared: Prepared) -> Vision:

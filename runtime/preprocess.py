@@ -8,7 +8,6 @@ no resize stands inside an exported graph, where engines disagree about it.
 from __future__ import annotations
 
 import math
-import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -16,6 +15,10 @@ import numpy as np
 from PIL import Image
 
 ONE_TONE = 8  # levels of 255; a part under light and a sensor's noise spread further
+# Levels of 255: nearly all pixels lie below, or above, in a frame that shows no part, whatever its noise, its vignette or a time stamp.
+DARK, BRIGHT = 20, 243
+NEARLY_ALL = 0.99
+LEAST_SAMPLES = 256  # pixels of a region; one that a grid hits less often is taken whole
 REDUCED = 4  # times; a frame that is shown so much smaller loses what is that many pixels wide
 SLIVER = 16  # pixels; a shorter side below it, of a picture or as the model sees it, is no more than a patch of the network
 # Pixels from which a map is enlarged by our own rows: below, Pillow's single call is faster (480 × 640: 0.8 ms against 1.1).
@@ -65,33 +68,51 @@ def frame_of(height: int, width: int, padded_size: int) -> Frame:
     )
 
 
-def warn_of_lost_detail(frame: Frame) -> None:
-    """Warn where a picture is so narrow, or is shown so small, that defects may not be seen at all: it would be judged OK."""
+def lost_detail(frame: Frame) -> tuple[str, ...]:
+    """In words where a picture is so narrow, or is shown so small, that defects may not be seen at all: it would be judged OK."""
     if min(frame.height, frame.width, frame.resized_height, frame.resized_width) < SLIVER:
-        warnings.warn(
+        return (
             f"a picture of {frame.width} × {frame.height} pixels is seen at {frame.resized_width} × {frame.resized_height}, where hardly "
             "any defect shows, and likely judged OK; cut it into parts whose sides are alike",
-            stacklevel=2,
         )
-    elif (times := max(frame.height, frame.width) / frame.padded_size) > REDUCED:
-        warnings.warn(
+    if (times := max(frame.height, frame.width) / frame.padded_size) > REDUCED:
+        return (
             f"a picture of {frame.width} × {frame.height} pixels is seen at {frame.resized_width} × {frame.resized_height}, where defects "
             f"of less than {math.ceil(2 * times)} of its pixels hardly show; see it in tiles (tile=, --tile) where such ones matter",
-            stacklevel=2,
         )
+    return ()
 
 
-def warn_of_one_tone(image: np.ndarray) -> None:
-    """Warn of a frame (uint8 RGB [H, W, 3]) that shows nothing: black, blown out, a lamp or a camera that failed; it would be judged OK."""
+def one_tone(image: np.ndarray, region: np.ndarray | None = None) -> tuple[str, ...]:
+    """In words where a frame shows nothing: black, blown out, a lamp or a camera that failed; it would be judged OK.
+
+    Between black and white only a frame without any structure counts: good parts may be smooth.
+
+    Args:
+        image: uint8 RGB [H, W, 3]; some 20,000 of its pixels are looked at.
+        region: bool [H, W], the pixels that the verdict is about; None for all.
+    """
+    if min(image.shape[:2]) < SLIVER:
+        return ()
     step = max(1, min(image.shape[:2]) // 128)
-    seen = image[::step, ::step].reshape(-1, 3)
-    lowest, highest = seen.min(axis=0), seen.max(axis=0)
-    if (highest - lowest).max() < ONE_TONE and min(image.shape[:2]) >= SLIVER:
-        warnings.warn(
-            f"a picture of one tone, levels {lowest.min()} to {highest.max()} of 255: it shows no part and is likely judged OK; look at "
-            "lamp, lens and camera",
-            stacklevel=2,
-        )
+    seen = image[::step, ::step].reshape(-1, 3).T.copy()  # [3, N]: of rows of three, maxima take ten times as long
+    lowest, highest = seen.min(axis=1), seen.max(axis=1)
+    advice = "it shows no part and is likely judged OK; look at lamp, lens and camera"
+    if (highest - lowest).max() < ONE_TONE:
+        return (f"a picture of one tone, levels {lowest.min()} to {highest.max()} of 255: {advice}",)
+    inside, whose = np.ones(seen.shape[1], bool), "its"
+    if region is not None:
+        inside, whose = region[::step, ::step].reshape(-1), "the region's"
+        if np.count_nonzero(inside) < LEAST_SAMPLES:
+            seen = image[region].T
+            inside = np.ones(seen.shape[1], bool)
+    enough = NEARLY_ALL * np.count_nonzero(inside)
+    # The same words whatever the noise, so that no line's log fills.
+    if np.count_nonzero(inside & (seen.max(axis=0) < DARK)) >= enough:
+        return (f"a picture of one tone, 99 in 100 of {whose} pixels below level {DARK} of 255: {advice}",)
+    if np.count_nonzero(inside & (seen.min(axis=0) > BRIGHT)) >= enough:
+        return (f"a picture of one tone, 99 in 100 of {whose} pixels above level {BRIGHT} of 255: {advice}",)
+    return ()
 
 
 def encoder_images(image: np.ndarray, settings: Preprocessing) -> tuple[np.ndarray, np.ndarray, Frame]:

@@ -7,10 +7,13 @@ and judges maps; the chain between is runtime.pipeline's.
 from __future__ import annotations
 
 import os
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -19,9 +22,11 @@ from PIL import Image
 from engines import ENGINES, INFERENCE_PRECISIONS, EngineError, EngineOptions
 from runtime.bundle import Bundle
 from runtime.errors import AgvasError, ImageError, RequestError, check_whole, choose
-from runtime.images import PIXEL_LIMIT, as_rgb
+from runtime.images import DIM, PIXEL_LIMIT, Picture, rgb_and_words, tell
 from runtime.inspection import Inspection
-from runtime.pipeline import Chain
+from runtime.one_at_a_time import give_back
+from runtime.pipeline import Chain, Pipeline
+from runtime.preprocess import lost_detail, one_tone
 from runtime.prompts import DIRECT, Prompt
 from runtime.region import as_region, read_region
 from runtime.segmentation import Segmentation
@@ -31,8 +36,20 @@ from runtime.tiling import TiledPipeline, Tiling
 from runtime.verify import open_pipeline
 
 
+@dataclass(frozen=True, eq=False)
+class _Read:
+    """A picture as uint8 RGB [H, W, 3] and as the encoders take it, what may have spoiled it in words, and what reading it took."""
+
+    rgb: np.ndarray
+    prepared: Any
+    warnings: tuple[str, ...]
+    milliseconds: float
+
+
 class Segmenter:
     """Segments anomalies in pictures with an exported AG-VAS.
+
+    Its engines go with `close()`, at the end of a `with`, or with the object.
 
     Args:
         bundle: folder that agvas-export wrote.
@@ -119,17 +136,40 @@ class Segmenter:
         self.pixel_limit = pixel_limit
         self.device = device
         self.choice: Choice | None = None
+        self._pipeline: Pipeline | None
         if engine == "auto":
             self._pipeline, self.choice = choose_engine(self.bundle, options, inference_precision, remeasure=remeasure)
             self.engine, self.inference_precision = self.choice.engine, self.choice.inference_precision
         else:
             self._pipeline = open_pipeline(self.bundle, engine, options)
             self.engine, self.inference_precision = engine, options.inference_precision
-        self._chain: Chain = self._pipeline if self.tiling is None else TiledPipeline(self._pipeline, self.tiling, self.region)
+        self._chain: Chain | None = self._pipeline if self.tiling is None else TiledPipeline(self._pipeline, self.tiling, self.region)
+
+    def close(self) -> None:
+        """Let the engines go, and give their memory back; closing twice does nothing more.
+
+        Calls that run in other threads, inspections and streams that were begun before keep the engines until they end. The engines'
+        libraries keep some memory for themselves until the process ends.
+        """
+        self._pipeline = self._chain = None
+        give_back()
+
+    def __enter__(self) -> Segmenter:
+        self._opened()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def _opened(self) -> Chain:
+        chain = self._chain
+        if chain is None:
+            raise RequestError("segmenter: expected an open one, got one whose engines close() has let go; make a new Segmenter")
+        return chain
 
     def __call__(
         self,
-        image: str | os.PathLike[str] | Image.Image | np.ndarray,
+        image: Picture,
         instruction: str | None = None,
         mode: str = DIRECT,
         *,
@@ -137,7 +177,7 @@ class Segmenter:
         max_new_tokens: int | None = None,
         on_text: Callable[[str], object] | None = None,
     ) -> Segmentation:
-        """Segment one picture: a path, a PIL image or uint8 RGB [H, W, 3].
+        """Segment one picture: a path, a picture file's content as bytes, a PIL image or uint8 RGB [H, W, 3].
 
         Args:
             instruction: what to look for, in words; None for the mode's default.
@@ -149,33 +189,53 @@ class Segmenter:
 
         Raises:
             ImageError: a picture that cannot be read, see runtime.images, or is not of the region's size.
-            RequestError: see PromptEncoder.encode; `on_text` for a picture in tiles.
+            RequestError: see PromptEncoder.encode; `on_text` for a picture in tiles; the segmenter is closed.
             EngineFailed: the engine could not compute, or computed NaN or a map outside 0..1.
         """
         prompt = self.request(instruction, mode, normal_state=normal_state, max_new_tokens=max_new_tokens)  # before the picture is read
         return self.inspect(image).answer(prompt, on_text)
 
-    def inspect(self, image: str | os.PathLike[str] | Image.Image | np.ndarray) -> Inspection:
+    def inspect(self, image: Picture) -> Inspection:
         """Look at one picture, to ask about it more than once: `inspection.ask(...)` takes what a call takes but the image.
 
         Raises:
             ImageError: a picture that cannot be read, or is not of the region's size.
+            RequestError: the segmenter is closed.
             EngineFailed: the engine could not compute.
         """
-        rgb = self._read(image)
-        return Inspection(self._chain, rgb, self.rule, f"{self.engine} ({self.inference_precision})", region=self.region)
+        chain = self._opened()
+        return self._look(chain, self._read(chain, image))
 
-    def _read(self, image: str | os.PathLike[str] | Image.Image | np.ndarray) -> np.ndarray:
-        rgb = as_rgb(image, pixel_limit=self.pixel_limit)
+    def _read(self, chain: Chain, image: Picture) -> _Read:
+        started = time.perf_counter()
+        rgb, words = rgb_and_words(image, pixel_limit=self.pixel_limit)
         if self.region is not None and self.region.shape != rgb.shape[:2]:  # before seconds are spent on it
             own, wanted = (f"{width} × {height}" for height, width in (rgb.shape[:2], self.region.shape))
             named = f"{os.fspath(image)}: " if isinstance(image, (str, os.PathLike)) else ""
             raise ImageError(f"{named}the region is {wanted} pixels, this picture {own}; give a region of the pictures' size")
-        return rgb
+        if DIM not in words:  # which has another cause and remedy
+            words += one_tone(rgb, self.region)
+        milliseconds = (time.perf_counter() - started) * 1e3
+        prepared = chain.prepare(rgb)
+        words += lost_detail(prepared.frame)
+        tell(words)
+        return _Read(rgb, prepared, words, milliseconds)
+
+    def _look(self, chain: Chain, read: _Read) -> Inspection:
+        return Inspection(
+            chain,
+            read.rgb,
+            chain.look(read.prepared),
+            self.rule,
+            f"{self.engine} ({self.inference_precision})",
+            region=self.region,
+            warnings=read.warnings,
+            read_milliseconds=read.milliseconds,
+        )
 
     def stream(
         self,
-        images: Iterable[str | os.PathLike[str] | Image.Image | np.ndarray],
+        images: Iterable[Picture],
         instruction: str | None = None,
         mode: str = DIRECT,
         *,
@@ -197,25 +257,28 @@ class Segmenter:
             instruction, mode, normal_state, max_new_tokens: as in a call, the same for all.
 
         Raises:
-            RequestError: one picture in place of several; see PromptEncoder.encode; at once, before a picture is read.
+            RequestError: one picture in place of several, or nothing to go through; no whole number of pictures on their way; see
+                PromptEncoder.encode; the segmenter is closed. At once, before a picture is read.
         """
-        if isinstance(images, (str, os.PathLike, Image.Image)) or (isinstance(images, np.ndarray) and images.ndim < 4):
+        one = (str, os.PathLike, bytes, bytearray, memoryview, Image.Image)
+        if isinstance(images, one) or (isinstance(images, np.ndarray) and images.ndim < 4):
             # Iterated, one frame would be judged row by row, and a path letter by letter.
             raise RequestError(
                 f"images: expected several pictures, got one {type(images).__name__}; put it into a list, or list() a stack of grey frames"
             )
+        if not hasattr(images, "__iter__") and not hasattr(images, "__getitem__"):  # iter() itself might begin to read
+            raise RequestError(f"images: expected several pictures, got {images!r}; give a list, a generator or an iterable of them")
+        check_whole("depth", depth)
         if depth < 1:
             raise RequestError(f"depth: expected 1 or more pictures on their way, got {depth}; {DEPTH} keeps every step busy")
         prompt = self.request(instruction, mode, normal_state=normal_state, max_new_tokens=max_new_tokens)
-        engine = f"{self.engine} ({self.inference_precision})"
+        chain = self._opened()
 
-        def read(image: str | os.PathLike[str] | Image.Image | np.ndarray) -> tuple[np.ndarray, Any]:
-            rgb = self._read(image)
-            return rgb, self._chain.prepare(rgb)
+        def read(image: Picture) -> _Read:
+            return self._read(chain, image)
 
-        def look(read: tuple[np.ndarray, Any]) -> Inspection:
-            rgb, prepared = read
-            return Inspection(self._chain, rgb, self.rule, engine, self._chain.look(prepared), self.region)
+        def look(read: _Read) -> Inspection:
+            return self._look(chain, read)
 
         def answer(inspection: Inspection) -> Segmentation:
             return inspection.answer(prompt)
@@ -239,6 +302,6 @@ class Segmenter:
         """A request checked and encoded, for `Inspection.answer`; with many pictures, once for all of them.
 
         Raises:
-            RequestError: see PromptEncoder.encode.
+            RequestError: see PromptEncoder.encode; the segmenter is closed.
         """
-        return self._pipeline.prompts.encode(instruction, mode, normal_state, max_new_tokens)
+        return self._opened().prompts.encode(instruction, mode, normal_state, max_new_tokens)

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from runtime import preprocess
 from runtime.errors import RequestError, check_whole
 from runtime.pipeline import Pipeline, Prepared, Trace, Vision
+from runtime.preprocess import Frame
 from runtime.prompts import Prompt
 
 KEPT = 32  # tiles of a picture whose encoders' outputs are kept for the next question: 1 GB of the full-size model's
@@ -100,8 +100,6 @@ class TiledPipeline:
         """`Pipeline.prepare` of a picture's (uint8 RGB [H, W, 3]) first tiles."""
         tiles = [tile for tile in self.tiling.tiles(*image.shape[:2]) if self.region is None or kept(self.region, tile).any()]
         prepared = [self._prepare(image, tile) for tile in tiles[:KEPT]]
-        preprocess.warn_of_one_tone(image)
-        preprocess.warn_of_lost_detail(prepared[0].frame)  # all tiles are of one size
         return TiledPrepared(image, tiles, prepared)
 
     def look(self, prepared: TiledPrepared) -> TiledVision:
@@ -152,7 +150,7 @@ class TiledPipeline:
 
     def _prepare(self, image: np.ndarray, tile: tuple[Span, Span]) -> Prepared:
         rows, columns = tile
-        return self.pipeline.prepare(np.ascontiguousarray(image[rows.start : rows.end, columns.start : columns.end]), warn=False)
+        return self.pipeline.prepare(np.ascontiguousarray(image[rows.start : rows.end, columns.start : columns.end]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,6 +160,11 @@ class TiledPrepared:
     image: np.ndarray
     tiles: list[tuple[Span, Span]]
     prepared: list[Prepared]
+
+    @property
+    def frame(self) -> Frame:
+        """Of every tile: all are of one size."""
+        return self.prepared[0].frame
 
 
 @dataclass(frozen=True, eq=False)

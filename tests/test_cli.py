@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import importlib
 import io
 import json
 import os
@@ -9,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +20,12 @@ import pytest
 from conftest import picture
 from PIL import Image
 
+import runtime
 from benchmarks import demo
 from engines import EngineFailed, EngineUnavailable
 from engines.onnxruntime import OnnxRuntimeEngine
 from runtime import Inspection, Segmenter, segmentation
+from runtime.bundle import Bundle
 from runtime.cli import segment, verify
 from runtime.cli.common import Progress
 from runtime.errors import OutputError
@@ -29,7 +34,9 @@ from runtime.parity import GATES, Gates
 from runtime.prompts import Prompt
 from runtime.segmentation import Segmentation
 
+MADE_KEYS = {"manifest_sha256", "model", "version", "time"}
 SEGMENT_KEYS = {
+    *MADE_KEYS,
     *("image", "score", "is_anomalous", "mask", "area", "text", "answer_verified", "anchors_found", "threshold", "relative_threshold"),
     *("instruction", "mode", "anchor_groups", "truncated"),
     *("timings_ms", "engine", "inference_precision", "device", "warnings", "tiles", "region_share", "boxes", "width", "height"),
@@ -130,6 +137,34 @@ def test_a_dim_16_bit_picture_is_judged_with_a_warning(run_segment: Any, tmp_pat
             assert "16-bit" in warning
 
 
+def test_a_record_says_which_model_made_it_and_when(run_segment: Any, photos: Path, tiny_bundle: Path) -> None:
+    (photos / "cut.png").write_bytes(b"cut off")
+    began = datetime.now(timezone.utc)
+    _, lines, _ = run_segment(photos, photos / "nowhere.png", "--json")
+    missing, *records = map(json.loads, lines)
+    assert missing.keys() == {"image", "error", "version", "time"}, "no bundle is opened yet"
+    manifest = hashlib.sha256((tiny_bundle / "manifest.json").read_bytes()).hexdigest()
+    expected = (manifest, Bundle(tiny_bundle).manifest.model, runtime.__version__)
+    assert [(record["manifest_sha256"], record["model"], record["version"]) for record in records] == [expected] * 4
+    times = [datetime.fromisoformat(record["time"]) for record in (missing, *records)]
+    assert times == sorted(times) and times[-1].utcoffset() == timedelta(0)
+    assert began - timedelta(seconds=1) <= times[0] and times[-1] <= datetime.now(timezone.utc)
+
+
+@pytest.mark.parametrize("command", ["segment", "verify", "build"])
+def test_every_command_tells_the_packages_version(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        importlib.import_module(f"runtime.cli.{command}").main(["--version"])
+    assert (end.value.code, capsys.readouterr().out) == (0, f"agvas-{command} {runtime.__version__}\n")
+
+
+def test_reading_is_told_beside_the_total_which_leaves_it_out(run_segment: Any, photos: Path) -> None:
+    _, lines, _ = run_segment(photos / "one.png", "--json", "--instruction", "Find dents.", "--instruction", "Find rust.")
+    first, second = (json.loads(line)["timings_ms"] for line in lines)
+    assert first["read"] > 0 and "read" not in second
+    assert sum(spent for stage, spent in first.items() if stage not in ("read", "total")) <= first["total"]
+
+
 def test_a_sliver_is_judged_with_a_warning(run_segment: Any, tmp_path: Path) -> None:
     for name, height, width in (("long", 20, 2000), ("dot", 1, 1), ("fine", 41, 67)):
         Image.fromarray(picture(0, height, width)).save(tmp_path / f"{name}.png")
@@ -228,7 +263,7 @@ def test_a_picture_that_cannot_be_read_is_told_once_and_an_instruction_that_fail
     records = [json.loads(line) for line in lines]
     assert code == 1
     (unread,) = [record for record in records if Path(record["image"]).name == "cut.png"]
-    assert unread.keys() == {"image", "error"}
+    assert unread.keys() == {"image", "error", *MADE_KEYS}
     failed = [record for record in records if "instruction" in record and "error" in record]
     assert [record["instruction"] for record in failed] == ["Find rust."] * 3
     assert [record["instruction"] for record in records if "score" in record] == ["Find dents."] * 3
@@ -243,9 +278,64 @@ def test_a_bad_picture_in_a_folder_does_not_stop_the_rest(run_segment: Any, phot
     code, lines, errors = run_segment(photos, "--json")
     assert code == 1
     records = {Path(record["image"]).name: record for record in map(json.loads, lines)}
-    assert records["cut.png"].keys() == {"image", "error"}
+    assert records["cut.png"].keys() == {"image", "error", *MADE_KEYS}
     assert sum("score" in record for record in records.values()) == 3
     assert errors.count("cut.png") == 1
+
+
+def test_a_picture_that_cannot_be_read_has_a_line_in_words_too(run_segment: Any, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (photos / "cut.png").write_bytes(b"cut off")
+    code, lines, errors = run_segment(photos, photos / "nowhere.png")
+    assert code == 1 and len(lines) == 5
+    unread = [line.split("  (")[0].split() for line in lines if line.startswith("??")]
+    assert unread == [["??", "-", "-", "px", "-", "ms", str(photos / f"{name}.png")] for name in ("nowhere", "cut")]
+    assert "stderr says why" in lines[0] and "cut.png: expected a PNG" in errors
+
+    def failing(self: Inspection, prompt: Prompt) -> Segmentation:
+        raise EngineFailed("out of memory")
+
+    monkeypatch.setattr(Inspection, "answer", failing)
+    _, lines, _ = run_segment(photos / "one.png", "--instruction", "Find rust.", "--instruction", "Find dents.")
+    assert [line.split()[0] for line in lines] == ["??", "Find", "??", "Find"]
+
+
+def test_a_name_too_long_for_its_results_is_that_pictures_error(run_segment: Any, photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    limit = 255 - len(".png")
+    for name in ("a" * limit, "b" * (255 - len("_mask.png"))):
+        save_picture(photos / f"{name}.png")
+    assert run_segment(photos, "--json")[0] == 0, "nothing is written, no name is needed"
+    code, lines, errors = run_segment(photos, "--json", "--output", out)
+    failed, *whole = map(json.loads, lines)
+    assert code == 1 and "expected a name that the file system takes, got one of 260 bytes; rename the picture" in failed["error"]
+    assert Path(failed["image"]).stem == "a" * limit and errors.count("expected a name") == 1
+    assert len(whole) == 4 and all(Path(record["mask"]).exists() for record in whole), "an overlay's longer name is not needed"
+    assert run_segment(photos, "--json", "--output", out, "--overlay")[0] == 1
+    assert not list(out.glob("b*")), "half of the results would pass for all"
+    (photos / f"{'a' * limit}.png").write_bytes(b"cut off")
+    assert run_segment(photos, "--output", out)[0] == 1
+
+
+def test_an_old_result_that_cannot_be_removed_stops_the_run(run_segment: Any, photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "out" / "one_overlay.png").mkdir(parents=True)
+    code, _, errors = run_segment(photos / "one.png", "--output", tmp_path / "out")
+    assert code == 2 and "one_overlay.png: expected to remove an earlier run's result, got" in errors
+
+
+def test_a_folder_that_cannot_be_opened_does_not_stop_the_rest(run_segment: Any, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tests may run as root, whom no permission stops."""
+    listed = os.listdir
+
+    def closed(folder: Any) -> list[str]:
+        if Path(folder).name == "shut":
+            raise PermissionError(13, "Permission denied", str(folder))
+        return listed(folder)
+
+    (photos / "shut").mkdir()
+    monkeypatch.setattr(os, "listdir", closed)
+    code, lines, errors = run_segment(photos / "shut", photos, "--json")
+    assert (code, len(lines)) == (1, 4) and json.loads(lines[0])["image"] == str(photos / "shut")
+    assert "shut: expected a folder that can be read" in errors
 
 
 def test_an_input_that_does_not_exist_does_not_stop_the_rest(run_segment: Any, photos: Path) -> None:
@@ -371,6 +461,9 @@ def test_a_frame_that_shows_nothing_is_warned_of_and_strict_makes_that_a_failure
         code, (line,), errors = run_segment(tmp_path / "black.png", "--json", *tile)
         assert code == 0 and "of one tone, levels 3 to 3" in json.loads(line)["warnings"][0]
         assert "look at lamp, lens and camera" in errors
+    Image.fromarray(np.random.default_rng(0).normal(2, 3, (80, 90, 3)).clip(0, 255).astype(np.uint8)).save(tmp_path / "noise.png")
+    assert "below level 20 of 255" in json.loads(run_segment(tmp_path / "noise.png", "--json")[1][0])["warnings"][0]
+    assert run_segment(tmp_path / "noise.png", "--strict")[0] == 1
     assert run_segment(tmp_path / "black.png", "--strict")[0] == 1
     assert run_segment(save_picture(tmp_path / "part.png"), "--strict")[0] == 0
 
@@ -398,9 +491,46 @@ def test_a_pattern_whose_folder_is_the_output_is_refused(run_segment: Any, photo
     assert (code, lines) == (2, []) and "expected a folder outside the pictures' own" in errors
 
 
-def test_pictures_that_are_left_out_are_told_even_quietly(run_segment: Any, photos: Path) -> None:
+@pytest.mark.parametrize(
+    ("pattern", "output", "refused"),
+    [
+        ("**/*.png", "results", True),
+        ("**/*.png", "camera/deep/results", True),
+        ("**", "results", True),
+        ("*/*.png", "results", True),
+        ("*/*.png", "camera/results", False),
+        ("cam*/*.png", "results", False),
+        ("cam*/**/*.png", "camera/results", True),
+        ("cam*/**/*.png", "results", False),
+        ("**/*.png", "../results", False),
+        ("*.png", "results", False),
+    ],
+)
+def test_a_pattern_that_would_find_its_own_results_is_refused(
+    run_segment: Any, photos: Path, pattern: str, output: str, refused: bool
+) -> None:
+    save_picture(photos / "camera" / "part.png")
+    code, lines, errors = run_segment(photos / pattern, "--output", photos / output)
+    assert (code, "where the next run would take masks for pictures" in errors) == ((2, True) if refused else (0, False)), errors
+    assert (photos / output).exists() is not refused
+
+
+def test_files_that_a_shell_named_of_the_output_folder_are_refused_and_a_single_one_is_not(run_segment: Any, photos: Path) -> None:
+    code, lines, errors = run_segment(photos / "one.png", photos / "two.png", "--output", photos)
+    assert (code, lines) == (2, []) and "the one of" in errors and "and 1 more that were named" in errors
+    assert run_segment(photos / "one.png", "--output", photos)[0] == 0
+
+
+def test_pictures_that_are_left_out_are_told_even_quietly_and_strict_makes_that_a_failure(run_segment: Any, photos: Path) -> None:
     (photos / "more.webp").write_bytes(b"RIFF")
-    assert "webp" in run_segment(photos, "--quiet")[2]
+    code, lines, errors = run_segment(photos, "--quiet")
+    assert (code, len(lines)) == (0, 3) and "left out 1 .webp" in errors
+    code, lines, _ = run_segment(photos, "--strict")
+    assert (code, len(lines)) == (1, 4) and lines[0].startswith("??") and str(photos / "more.webp") in lines[0]
+    code, lines, _ = run_segment(photos, photos / "*.png", "--strict", "--json")
+    assert (code, len(lines)) == (1, 4)
+    told = json.loads(lines[0])
+    assert told["image"] == str(photos / "more.webp") and "got a .webp, which is not read; save it as PNG" in told["error"]
 
 
 def test_a_folder_that_is_no_bundle_is_exit_code_2(
@@ -609,14 +739,18 @@ def test_a_bundle_passes_its_own_golden_traces(run_verify: Any, tiny_bundle: Pat
     assert {"bundle", "passed", "parity", "bytes", "peak_rss_bytes", "seconds", "engine"} <= report.keys()
     assert PARITY_KEYS <= report["parity"].keys()
     assert report["engine"] == "onnxruntime"
+    manifest = Bundle(tiny_bundle).manifest
+    assert (report["threshold"], report["relative_threshold"]) == (manifest.threshold, manifest.relative_threshold)
     assert max(report["stage_relative_errors"].values()) < 1e-4
     assert report["bundle"] == str(tiny_bundle)
 
 
-def test_verify_in_words_has_the_numbers_and_the_verdict(run_verify: Any) -> None:
+def test_verify_in_words_has_the_numbers_and_the_verdict(run_verify: Any, tiny_bundle: Path) -> None:
     code, lines, _ = run_verify()
     text = "\n".join(lines)
     assert code == 0
+    rule = Bundle(tiny_bundle).manifest.mask_rule
+    assert f"masks     by the bundle's threshold {rule.threshold:g}, relative threshold {rule.relative_threshold:g}" in lines
     assert lines[-1].startswith("passed")
     for word in ("mask IoU", "flips", "anchor states", "pixel_embeddings", "anomaly_map", "onnxruntime"):
         assert word in text

@@ -9,6 +9,7 @@ import warnings
 import zlib
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
@@ -128,6 +129,35 @@ def test_16_bit_samples_of_a_12_bit_camera_are_warned_of(tmp_path):
             read_image(path)
 
 
+@pytest.mark.parametrize("suffix", ["png", "tif", "ppm", "with alpha.png"])
+def test_16_bit_colour_of_a_12_bit_camera_is_warned_of_too(tmp_path, suffix):
+    path = tmp_path / f"part.{suffix}"
+    for top, told in ((255, True), (4095, True), (16383, True), (65535, False)):
+        samples = np.random.default_rng(3).integers(0, top + 1, (HEIGHT, WIDTH, 4 if "alpha" in suffix else 3)).astype(np.uint16)
+        samples[0, 0] = top
+        samples[..., 3:] = 65535  # opaque: alpha says nothing about the camera
+        if suffix == "ppm":
+            path.write_bytes(b"P6 %d %d 65535\n" % (WIDTH, HEIGHT) + samples.astype(">u2").tobytes())
+        else:
+            cv2.imwrite(str(path), samples)
+        for source in (path, path.read_bytes(), Image.open(path)):
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                as_rgb(source)
+            words = [str(warning.message) for warning in caught]
+            # Pillow rounds PPMs: the last level of the lowest quarter becomes the first of the next.
+            assert ["all lie below 16384" in text for text in words] == [True] * (told and (suffix, top) != ("ppm", 16383)), (source, top)
+
+
+def test_8_bit_colour_is_never_told_to_be_of_16(colours):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for kind in ("png", "tiff", "ppm", "bmp"):
+            stream = io.BytesIO()
+            Image.fromarray(colours // 5).save(stream, kind)
+            same(as_rgb(stream.getvalue()), colours // 5)
+
+
 def test_big_endian_16_bit_and_mode_i_follow_the_same_rule():
     samples = np.array([[0, 255, 256, 65535]], np.uint16)
     big_endian = Image.frombytes("I;16B", (4, 1), samples.astype(">u2").tobytes())
@@ -188,6 +218,30 @@ def test_of_several_frames_a_file_gives_the_first_and_a_pil_image_the_one_it_sta
     with Image.open(tmp_path / "stack.tif") as stack:
         stack.seek(1)
         same(as_rgb(stack), 255 - colours)
+
+
+@pytest.mark.parametrize("kind", ["gif", "tiff"])
+def test_a_pil_image_that_stands_at_the_first_of_several_frames_is_warned_of(colours, kind):
+    stream = io.BytesIO()
+    frames = [Image.fromarray(np.broadcast_to(np.uint8(level), (HEIGHT, WIDTH))) for level in (10, 90, 200)]
+    frames[0].save(stream, kind, save_all=True, append_images=frames[1:])
+    with Image.open(stream) as stack:
+        for _ in range(2):  # it stands there still
+            with pytest.warns(UserWarning, match="a PIL image of several frames stands at its first"):
+                same(as_rgb(stack), grey_of(np.full((HEIGHT, WIDTH), 10)))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            same(as_rgb(stack.copy()), grey_of(np.full((HEIGHT, WIDTH), 10)))
+            for frame in (1, 2):  # chosen: all are judged where a program goes through them
+                stack.seek(frame)
+                assert abs(int(as_rgb(stack)[0, 0, 0]) - (10, 90, 200)[frame]) <= 1
+
+
+def test_a_phones_jpeg_with_a_preview_behind_is_one_picture(colours):
+    stream = io.BytesIO()
+    Image.fromarray(colours).save(stream, "mpo", save_all=True, append_images=[Image.fromarray(255 - colours)])
+    as_rgb(Image.open(stream))
+    as_rgb(stream.getvalue())
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 4000), (4000, 1)])
@@ -366,10 +420,11 @@ def test_float_arrays_are_refused_and_the_message_says_whether_they_hold_nan(col
 @pytest.mark.parametrize(
     ("array", "words"),
     [
-        (np.zeros((5, 7, 3), np.uint16), ("uint16", ">> 8")),
+        (np.zeros((5, 7, 3), np.uint16), ("uint16", "12 bits (Mono12) pass (array >> 4)", "10 bits >> 2", "full-range 16 bits >> 8")),
+        (np.zeros((5, 7, 3), np.int64), ("int64", "0..255 already, array.astype(np.uint8)", ">> 4")),
         (np.zeros((5, 7), bool), ("bool", "* 255")),
         (np.zeros((2, 5, 7, 3), np.uint8), ("[2, 5, 7, 3]", "one picture")),
-        (np.zeros(7, np.uint8), ("[7]",)),
+        (np.zeros(7, np.uint8), ("[7]", "array.tobytes()")),
         (np.zeros((3, 5, 7), np.uint8), ("channels-first", "np.moveaxis(array, 0, -1)")),
         (np.zeros((5, 7, 4), np.uint8), ("[5, 7, 4]", "array[..., :3]")),
         (np.zeros((5, 7, 2), np.uint8), ("[5, 7, 2]", "red, green and blue")),
@@ -385,6 +440,40 @@ def test_other_arrays_are_refused_with_what_to_do(array, words):
 @pytest.mark.parametrize("source", [None, [[1, 2]], b"bytes", 3])
 def test_anything_else_is_refused_by_its_type(source):
     assert type(source).__name__ in refusal(source)
+
+
+@pytest.mark.parametrize(
+    ("source", "remedy"),
+    [
+        (io.BytesIO(b"x"), "pass its content, .getvalue()"),
+        (io.BufferedReader(io.BytesIO(b"x")), ".read() of a file opened as binary"),
+        (None, "imread and imdecode give None"),
+        ([[1, 2]], "np.asarray"),
+        (b"raw pixels", "pass its pixels as a uint8 array"),
+        (b"", "got 0 bytes"),
+    ],
+    ids=lambda value: type(value).__name__ if not isinstance(value, str) else "",
+)
+def test_what_holds_a_picture_in_another_way_is_refused_with_what_to_pass(source, remedy):
+    assert remedy in refusal(source)
+
+
+@pytest.mark.parametrize("form", [bytes, bytearray, memoryview])
+def test_a_picture_encoded_in_memory_is_read_as_its_file_is(tmp_path, colours, form):
+    for kind, settings in (("png", {}), ("jpeg", {"exif": _turned()}), ("tiff", {}), ("bmp", {})):
+        Image.fromarray(colours).save(tmp_path / "part", kind, **settings)
+        content = (tmp_path / "part").read_bytes()
+        same(as_rgb(form(content)), read_image(tmp_path / "part"))
+        assert f"encoded picture ({form.__name__}): expected a" in refusal(form(content[: len(content) // 2]))
+    assert "at most 4 pixels" in refusal(form(content), pixel_limit=4)
+    same(as_rgb(memoryview(content + content)[: len(content)]), colours)
+    same(as_rgb(memoryview(bytes(byte for pair in zip(content, content) for byte in pair))[::2]), colours)
+
+
+def _turned() -> Image.Exif:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return exif
 
 
 # Finding pictures
@@ -485,6 +574,38 @@ def test_masks_and_results_beside_their_pictures_are_no_pictures(tmp_path):
     with pytest.warns(UserWarning, match="left out 1 "):
         assert [path.name for path in find_images(str(tmp_path / "[ac]*.png"))] == ["a.png", "c_mask.png"]
     assert find_images(tmp_path / "a_mask.png") == [tmp_path / "a_mask.png"]
+
+
+def test_what_agvas_segment_writes_beside_its_pictures_is_no_picture(tmp_path):
+    """Of several instructions, and of pictures that share a stem."""
+    given = ["a.jpg", "a.png", "b.png", "c__1.png"]
+    results = ["a.jpg_mask.png", "a.png_overlay.png", "a.png__2_map.png", "b__1_mask.png", "b__12_overlay.png", "c__1_mask.png"]
+    others = ["d__1_mask.png", "b__x_mask.png", "a.bmp_mask.png"]
+    for name in (*given, *results, *others):
+        (tmp_path / name).write_bytes(b"not opened here")
+    with pytest.warns(UserWarning, match="left out 6 that lie beside"):
+        assert names(find_images(tmp_path)) == sorted([*given, *others])
+
+
+def test_a_folder_that_cannot_be_opened_is_refused_and_one_below_is_told(folder, monkeypatch):
+    """The tests may run as root, whom no permission stops."""
+    listed, scanned = os.listdir, os.scandir
+
+    def closed(name, function):
+        if Path(name).name == shut:
+            raise PermissionError(13, "Permission denied", str(name))
+        return function(name)
+
+    monkeypatch.setattr(os, "listdir", lambda name: closed(name, listed))
+    monkeypatch.setattr(os, "scandir", lambda name: closed(name, scanned))
+    shut = folder.name
+    for recursive in (False, True):
+        with pytest.raises(ImageError, match=r"expected a folder that can be read, got .*Permission denied.*; check its permissions"):
+            find_images(folder, recursive=recursive)
+    shut = "deep"
+    assert names(find_images(folder)) == ["a.JPG", "b.png", "c.tiff"]
+    with pytest.warns(UserWarning, match="left out what is in a folder that cannot be read: .*deep"):
+        assert names(find_images(folder, recursive=True)) == ["a.JPG", "b.png", "c.tiff"]
 
 
 def test_a_tiff_of_32_bit_integers_is_refused(tmp_path):

@@ -10,7 +10,7 @@ from conftest import new_tiny, picture, teach
 
 from agvas import AGVAS
 from export.parity import pipeline_over, torch_stages
-from runtime.pipeline import Pipeline
+from runtime.pipeline import Pipeline, Trace, Vision
 
 # Both sides compute in fp32 with torch; one pass over 40 tokens sums in another order than 10 passes over a cache do.
 MAP_TOLERANCE = 2e-5
@@ -120,3 +120,29 @@ def test_every_size_comes_back_at_its_own_size(tiny_model: AGVAS, height: int, w
     trace = chain(tiny_model).run(picture(0, height, width), tiny_model.prompt_encoder.encode())
     assert trace.anomaly_map.shape == (height, width)
     assert_same(tiny_model, picture(0, height, width), verified=True)
+
+
+class Forgotten(Vision):
+    """One that another thread forgets as soon as it has been looked at."""
+
+    @property  # type: ignore[override]
+    def _past(self) -> object:
+        kept, self.kept = self.kept, None
+        return kept
+
+    @_past.setter
+    def _past(self, value: object) -> None:
+        self.kept = value
+
+
+def test_what_is_forgotten_meanwhile_is_still_given_whole(tiny_model: AGVAS) -> None:
+    see = chain(tiny_model).see(picture())
+    vision = Forgotten(see.frame, Trace(see.tensors))
+    keys = np.arange(2 * 5, dtype=np.float32).reshape(1, 1, 1, 5, 2)
+    vision.keep(keys, -keys, tokens=3)
+    past = vision.past()
+    assert past is not None
+    np.testing.assert_array_equal(past[0], keys[:, :, :, :3])
+    np.testing.assert_array_equal(past[1], -keys[:, :, :, :3])
+    vision.forget()
+    assert vision.past() is None

@@ -213,6 +213,19 @@ def test_a_region_is_judged_alone():
     assert result.within(elsewhere).with_threshold(0.05).area == elsewhere.sum()
 
 
+def test_a_region_of_one_tone_is_told_where_the_picture_was_kept():
+    image = np.random.default_rng(0).integers(0, 256, (60, 80, 3), np.uint8)
+    image[:, :40] //= 20
+    left = np.zeros((60, 80), bool)
+    left[:, :40] = True
+    result = segmentation(np.zeros((60, 80), bool), image=image, warnings=("a file of several pictures",))
+    assert result.within(~left).warnings == ("a file of several pictures",)
+    kept, (first, second) = result.warnings, result.within(left).warnings
+    assert (first,) == kept and "99 in 100 of the region's pixels below level 20" in second
+    assert result.within(left).to_json()["warnings"] == [first, second]
+    assert replace(result, image=None).within(left).warnings == kept
+
+
 def test_regions_of_a_region_are_what_lies_in_both_and_never_nothing():
     """Judged one after the other on the result of the one before, two parts of a picture would both be OK."""
     result = segmentation()
@@ -319,6 +332,7 @@ def test_json_holds_the_keys_of_the_command_line_and_only_plain_values():
         "relative_threshold": 1.0,
         "tiles": 1,
         "region_share": 1.0,
+        "warnings": [],
         "boxes": [[2, 1, 3, 2]],
         "width": WIDTH,
         "height": HEIGHT,
@@ -392,6 +406,14 @@ def test_a_stem_that_would_leave_the_folder_is_refused(tmp_path, stem):
     with pytest.raises(RequestError, match="stem"):
         segmentation().save(tmp_path / "out", stem)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_name_that_is_too_long_is_told_as_the_requests_and_leaves_no_scraps(tmp_path):
+    longest = "x" * (255 - len("_mask.png"))
+    assert segmentation().save(tmp_path, longest)["mask"].exists()
+    with pytest.raises(RequestError, match="expected a name that the file system takes, got one of 256 bytes; rename the picture"):
+        segmentation().save(tmp_path / "more", longest + "x")
+    assert not list((tmp_path / "more").iterdir())
 
 
 def test_an_unwritable_place_is_an_output_error_with_its_path(tmp_path):

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
+import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +21,15 @@ import pytest
 from conftest import picture
 from PIL import Image
 
+import runtime
 from agvas import AGVAS
 from engines import ENGINES, INFERENCE_PRECISIONS, EngineFailed, EngineOptions, EngineUnavailable
-from runtime import Segmentation, Segmenter, selection
+from runtime import Segmentation, Segmenter, selection, version
 from runtime import verify as verification
 from runtime.bundle import Bundle, Manifest
 from runtime.contract import STAGES
 from runtime.errors import RequestError
+from runtime.images import PictureWarning
 from runtime.parity import GATES, Gates
 from runtime.pipeline import Pipeline, Trace
 
@@ -69,7 +75,7 @@ def test_a_path_a_pil_image_and_an_array_are_the_same_picture(segmenter: Segment
     path = tmp_path / "part.png"
     Image.fromarray(image).save(path)
     wanted = segmenter(image)
-    for form in (path, str(path), Image.open(path)):
+    for form in (path, str(path), Image.open(path), path.read_bytes(), memoryview(path.read_bytes())):
         assert_same(segmenter(form), wanted)
     assert wanted.image is not None
     np.testing.assert_array_equal(wanted.image, image)
@@ -405,6 +411,48 @@ def test_a_cache_that_cannot_be_written_costs_a_measurement_and_says_so(
     assert len(verified) == 2
 
 
+def test_what_a_full_disk_cut_short_is_not_left_in_the_cache(tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*paths: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(selection, "CPU_CANDIDATES", (("onnxruntime", "graph"),))
+    monkeypatch.setattr("os.replace", full)
+    with pytest.warns(UserWarning, match=r"engine-choice cannot be written \(No space left on device\)"):
+        Segmenter(tiny_bundle)
+    assert not list((tmp_path / "cache" / "engine-choice").iterdir())
+
+
+@pytest.fixture
+def homeless(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A container's user: a number without an entry, and no $HOME. Gives the system's temporary folder."""
+
+    def home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("AGVAS_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", home)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(selection, "CPU_CANDIDATES", (("onnxruntime", "graph"),))
+    return tmp_path
+
+
+def test_a_user_without_a_home_has_a_cache_of_their_own(homeless: Path, tiny_bundle: Path) -> None:
+    Segmenter(tiny_bundle)
+    folder = homeless / f"agvas-{os.getuid()}"
+    assert list(folder.glob("engine-choice/*.json")) and folder.stat().st_mode & 0o077 == 0
+    choice = Segmenter(tiny_bundle).choice
+    assert choice is not None and choice.remembered
+
+
+def test_a_cache_that_another_user_laid_out_is_not_used(homeless: Path, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = os.getuid() + 1
+    (homeless / f"agvas-{other}").mkdir()
+    monkeypatch.setattr("os.getuid", lambda: other)
+    with pytest.raises(EngineUnavailable, match=f"expected a cache of user {other}, found one of user {other - 1}; set AGVAS_CACHE"):
+        Segmenter(tiny_bundle)
+
+
 def test_auto_raises_with_every_candidates_reason_when_none_passes(
     tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -427,6 +475,22 @@ def test_auto_stays_on_the_device_that_was_asked_for(tiny_bundle: Path, monkeypa
 def test_auto_considers_only_the_precision_that_was_asked_for(tiny_bundle: Path, verified: list[str]) -> None:
     opened = Segmenter(tiny_bundle, inference_precision="graph")
     assert opened.inference_precision == "graph" and set(verified) == {"graph"}
+
+
+@pytest.mark.parametrize(
+    ("precision", "device", "message"),
+    [
+        ("int8", "cpu", r"on device cpu \(bf16, graph\), got int8, .* are no integers; .*, or export with --lmm"),
+        ("bf16", "cuda:0", r"on device cuda:0 \(graph\), got bf16; ask for one of those, or for none$"),
+        ("int8", "cuda:0", r"on device cuda:0 \(graph\), got int8; ask for one of those, or for none$"),
+    ],
+)
+def test_a_precision_that_no_candidate_has_is_told_at_once(
+    precision: str, device: str, message: str, tiny_bundle: Path, verified: list[str]
+) -> None:
+    with pytest.raises(EngineUnavailable, match=message):
+        Segmenter(tiny_bundle, device=device, inference_precision=precision)
+    assert not verified
 
 
 # What is asked for is what is used
@@ -478,3 +542,130 @@ def test_onnxruntime_calls_nobody(tmp_path: Path) -> None:
 def test_more_threads_than_processors_are_warned_of(tiny_bundle: Path) -> None:
     with pytest.warns(UserWarning, match=r"threads: 4000 on \d+ processors wait for one another"), pytest.raises(EngineUnavailable):
         Segmenter(tiny_bundle, "tensorrt", threads=4000)
+
+
+# What may have spoiled a verdict
+
+
+def noise(level: float, deviation: float, height: int = 120, width: int = 160) -> np.ndarray:
+    """uint8 RGB of one level and a sensor's noise."""
+    rng = np.random.default_rng(0)
+    return np.clip(np.rint(level + rng.normal(0, deviation, (height, width, 3))), 0, 255).astype(np.uint8)
+
+
+def vignette() -> np.ndarray:
+    """2 in the corners to 14 in the middle."""
+    y, x = np.mgrid[-1:1:120j, -1:1:160j]
+    return np.repeat((14 - 6 * (x * x + y * y)).astype(np.uint8)[..., None], 3, axis=2)
+
+
+def stamped() -> np.ndarray:
+    """Black with a thin white line, as of a time stamp."""
+    image = np.zeros((200, 220, 3), np.uint8)
+    image[20] = 255
+    return image
+
+
+@pytest.mark.parametrize(
+    ("frame", "words"),
+    [
+        (noise(0, 1), "of one tone"),
+        (noise(2, 4), "99 in 100 of its pixels below level 20 of 255"),
+        (noise(250, 2), "99 in 100 of its pixels above level 243 of 255"),
+        (vignette(), "99 in 100 of its pixels below level 20 of 255"),
+        (stamped(), "99 in 100 of its pixels below level 20 of 255"),
+        (noise(128, 0.4), "of one tone, levels"),
+        (noise(128, 3), None),  # smooth and good
+        (noise(30, 2), None),
+        (noise(235, 1.5), None),
+        (picture(0, 120, 160), None),
+    ],
+    ids=["black", "dark", "blown out", "vignette", "stamped", "grey", "smooth", "dim", "bright", "part"],
+)
+def test_a_frame_that_shows_nothing_is_told_in_its_result(segmenter: Segmenter, frame: np.ndarray, words: str | None) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PictureWarning)
+        told = segmenter(frame).warnings
+    assert told == () if words is None else words in told[0] and "look at lamp, lens and camera" in told[0] and len(told) == 1
+
+
+def test_a_region_that_shows_nothing_is_told_whatever_lies_around_it(tiny_bundle: Path, segmenter: Segmenter) -> None:
+    frame = picture(0, 120, 160)
+    dead, small = np.zeros((120, 160), bool), np.zeros((120, 160), bool)
+    dead[30:90, 40:140] = True
+    small[33:37, 41:45] = True
+    frame[dead] = noise(4, 3)[dead]
+    whole = segmenter(frame)
+    assert whole.warnings == () and whole.within(~dead).warnings == ()
+    for region in (dead, small):
+        with pytest.warns(PictureWarning, match="99 in 100 of the region's pixels below level 20"):
+            (told,) = Segmenter(tiny_bundle, "onnxruntime", region=region)(frame).warnings
+        assert whole.within(region).warnings == (told,)
+        assert whole.within(region).with_threshold(0.1).warnings == (told,)
+
+
+def test_warnings_belong_to_their_picture_and_are_warned_of_as_before(segmenter: Segmenter, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 4096, (40, 50)).astype(np.uint16)).save(tmp_path / "dim.png")
+    first = Image.fromarray(picture(1))
+    first.save(tmp_path / "pages.tif", save_all=True, append_images=[first])
+    with pytest.warns(PictureWarning) as caught:
+        dim, pages, narrow, good = (
+            segmenter(source) for source in (tmp_path / "dim.png", tmp_path / "pages.tif", picture(2, 3, 200), picture(3))
+        )
+    found = [*dim.warnings, *pages.warnings, *narrow.warnings]
+    assert [str(warning.message) for warning in caught] == found and len(found) == 3
+    assert "16-bit" in dim.warnings[0] and "several pictures" in pages.warnings[0] and "200 × 3 pixels" in narrow.warnings[0]
+    assert good.warnings == ()
+    assert dim.to_json()["warnings"] == list(dim.warnings) and good.to_json()["warnings"] == []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PictureWarning)
+        inspection = segmenter.inspect(tmp_path / "pages.tif")
+    assert inspection.ask().warnings == inspection.ask("Find rust.").warnings == pages.warnings
+
+
+def test_threads_tell_their_own_pictures_warnings(segmenter: Segmenter) -> None:
+    frames, told = [picture(0, 60, 70), noise(0, 1, 60, 70), picture(1, 3, 200)], dict[int, list[int]]()
+
+    def work(index: int) -> None:
+        told[index] = [len(segmenter(frames[index]).warnings) for _ in range(5)]
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(3)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PictureWarning)
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert told == {0: [0] * 5, 1: [1] * 5, 2: [1] * 5}
+
+
+# Its end
+
+
+def test_a_closed_segmenter_lets_its_engines_go_and_says_so(tiny_bundle: Path) -> None:
+    with Segmenter(tiny_bundle, "onnxruntime") as opened:
+        inspection = opened.inspect(picture())
+        engine = weakref.ref(opened._pipeline.stages["pixel_encoder"])
+        wanted = inspection.ask()
+    assert_same(inspection.ask(), wanted)  # begun before
+    del inspection
+    assert engine() is None
+    for use in (lambda: opened(picture()), lambda: opened.inspect(picture()), lambda: opened.stream([]), opened.request, opened.__enter__):
+        with pytest.raises(RequestError, match=r"expected an open one, got one whose engines close\(\) has let go; make a new Segmenter"):
+            use()
+    opened.close()
+
+
+def test_the_version_is_the_installed_ones_or_that_of_the_sources(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert runtime.__version__ == metadata.version("agvas")
+
+    def missing(name: str) -> str:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", missing)
+    assert re.fullmatch(r"\d+\.\d+\.\d+", version.package_version())
+    monkeypatch.setattr(version, "__file__", str(tmp_path / "runtime" / "version.py"))
+    assert version.package_version() == "unknown"
+    (tmp_path / "pyproject.toml").write_text('[project]\nname = "another"\nversion = "9.9.9"\n')
+    assert version.package_version() == "unknown"

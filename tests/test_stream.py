@@ -21,6 +21,7 @@ from engines import EngineFailed
 from runtime import Segmenter
 from runtime import segmenter as segmenter_module
 from runtime.errors import ImageError, RequestError
+from runtime.images import PictureWarning
 from runtime.stream import in_steps
 
 
@@ -54,7 +55,7 @@ def test_results_are_those_of_single_calls_in_the_pictures_order(segmenter: Segm
     assert vanished()
 
 
-@pytest.mark.parametrize("one", [picture(), picture()[..., 0], "parts.png", Path("parts.png"), Image.fromarray(picture())])
+@pytest.mark.parametrize("one", [picture(), picture()[..., 0], "parts.png", Path("parts.png"), Image.fromarray(picture()), b"\x89PNG"])
 def test_one_picture_is_no_stream(segmenter: Segmenter, one: Any) -> None:
     """An array would be taken row by row, a path letter by letter."""
     with pytest.raises(RequestError, match="images: expected several pictures, got one"):
@@ -83,19 +84,19 @@ def test_a_map_out_of_range_and_a_picture_too_large_give_their_errors_in_their_p
 ) -> None:
     segmenter = Segmenter(tiny_bundle, engine="onnxruntime")
     decoder, decoded = segmenter._pipeline.stages["mask_decoder"], itertools.count()
-    read, given = segmenter_module.as_rgb, itertools.count()
+    read, given = segmenter_module.rgb_and_words, itertools.count()
 
     class Spoilt:
         def run(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
             return {name: output + 1.5 * (next(decoded) == 0) for name, output in decoder.run(feeds).items() if name == "anomaly_map"}
 
-    def large(image: np.ndarray, *, pixel_limit: int) -> np.ndarray:
+    def large(image: np.ndarray, *, pixel_limit: int) -> tuple[np.ndarray, tuple[str, ...]]:
         if next(given) == 1:
             raise MemoryError
         return read(image, pixel_limit=pixel_limit)
 
     segmenter._pipeline.stages = {**segmenter._pipeline.stages, "mask_decoder": Spoilt()}
-    monkeypatch.setattr(segmenter_module, "as_rgb", large)
+    monkeypatch.setattr(segmenter_module, "rgb_and_words", large)
     wrong, too_large, last = segmenter.stream([picture()] * 3)
     assert isinstance(wrong.error, EngineFailed) and "expected probabilities in 0..1" in str(wrong.error)
     assert isinstance(too_large.error, MemoryError)
@@ -125,6 +126,28 @@ def test_a_wrong_request_is_refused_before_a_picture_is_read(segmenter: Segmente
         segmenter.stream(camera(), mode="dirct")
     with pytest.raises(RequestError, match="depth"):
         segmenter.stream(camera(), depth=0)
+    for depth in ("a", 1.5, None, True):
+        with pytest.raises(RequestError, match=f"depth: expected a whole number, got {depth!r}"):
+            segmenter.stream(camera(), depth=depth)  # type: ignore[arg-type]
+    for nothing in (5, None):
+        with pytest.raises(RequestError, match=f"images: expected several pictures, got {nothing}; give a list"):
+            segmenter.stream(nothing)  # type: ignore[arg-type]
+
+
+def test_what_can_be_counted_through_is_a_stream(segmenter: Segmenter) -> None:
+    class Folder:
+        def __getitem__(self, index: int) -> np.ndarray:
+            return [picture(0), picture(1)][index]
+
+    assert len(list(segmenter.stream(Folder()))) == 2  # type: ignore[arg-type]
+
+
+def test_each_result_has_the_warnings_of_its_own_picture(segmenter: Segmenter) -> None:
+    frames = [picture(0), np.zeros((60, 70, 3), np.uint8), picture(1), picture(2, 3, 200)]
+    with pytest.warns(PictureWarning):
+        told = [one.get().warnings for one in segmenter.stream(frames)]
+    assert [len(words) for words in told] == [0, 1, 0, 1]
+    assert "of one tone" in told[1][0] and "200 × 3 pixels" in told[3][0]
 
 
 def test_no_more_than_depth_items_are_on_their_way() -> None:

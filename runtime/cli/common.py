@@ -1,4 +1,4 @@
-"""What the runtime's command lines share: engine options, one-line JSON, careful stdout, and the progress bar."""
+"""What the runtime's command lines share: version and engine options, one-line JSON, careful stdout, and the progress bar."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Any
 
 from engines import ENGINES, INFERENCE_PRECISIONS, EngineOptions
+from runtime import __version__
 from runtime.errors import OutputError, RequestError, choose
 from runtime.parity import finite
 from runtime.progress import pace
@@ -19,8 +20,14 @@ AUTO = "auto"
 _LOGGED_FROM = 9  # steps: a log file has no use for a bar on a handful of pictures
 
 
+def add_version(parser: argparse.ArgumentParser) -> None:
+    """`--version`, the same for every command: the package's."""
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+
+
 def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options that say where a bundle runs, the same for every command."""
+    """`--version`, and the options that say where a bundle runs, the same for every command."""
+    add_version(parser)
     parser.add_argument("--bundle", required=True, metavar="DIR", help="folder that agvas-export wrote")
     parser.add_argument(
         "--engine",

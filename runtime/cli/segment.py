@@ -2,8 +2,8 @@
 
 One line on stdout for each picture and instruction, in words or as JSON; everything else (engine, progress, errors) goes to stderr, so
 a program can read stdout line by line while the run goes on. A picture is looked at once, whatever the number of instructions. One that
-cannot be segmented is reported and the run goes on; a result that cannot be written stops it, since the next one could not be written
-either.
+cannot be segmented has its line, too, and the run goes on; a result that cannot be written stops it, since the next one could not be
+written either.
 
 Exit codes: 0 every picture has a verdict, 1 some have none, 2 nothing could be done or a result could not be written,
 3 some are NG (where asked for), 130 interrupted.
@@ -12,21 +12,26 @@ Exit codes: 0 every picture has a verdict, 1 some have none, 2 nothing could be 
 from __future__ import annotations
 
 import argparse
+import errno
+import fnmatch
+import glob
 import os
 import sys
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from engines import EngineError
+from runtime import __version__
 from runtime.cli.common import AUTO, Progress, add_engine_arguments, close_stdout, describe, engine_options, json_line, open_streams, say
 from runtime.errors import AgvasError, ImageError, OutputError, RequestError, choose
-from runtime.images import KINDS, PIXEL_LIMIT, find_images
+from runtime.images import KINDS, PIXEL_LIMIT, Found, PictureWarning, search
 from runtime.prompts import DIRECT, MODES, PLUS
 from runtime.region import read_region
 from runtime.segmenter import Segmenter
@@ -34,7 +39,6 @@ from runtime.tiling import Tiling
 
 # What leaves the next picture a chance; ImageError is a ValueError.
 _OF_ONE_PICTURE = (EngineError, ValueError, MemoryError)
-
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -81,10 +85,11 @@ def segment_pictures(
         polygons: also give the outline of each mask.
 
     Yields:
-        {"image", "error"} for a picture that could not be read or looked at, and with "instruction" for one about which
-        this instruction failed; else "image", what Segmentation.to_json gives ("mask" is the file's path, None without
-        `output`), "overlay" if asked for, "warnings" (what may have spoiled the verdict: dark 16-bit samples, a sliver), and the
-        segmenter's "engine", "inference_precision" and "device".
+        "image" and "error" for a picture that could not be read or looked at, or whose results have names too long for the file system,
+        and with "instruction" for one about which this instruction failed; else "image", what Segmentation.to_json gives ("mask" is the
+        file's path, None without `output`; "timings_ms" of a picture's first answer also has "read", which "total" leaves out), "overlay"
+        if asked for, and the segmenter's "engine", "inference_precision" and "device". Every one says what it was made by:
+        "manifest_sha256" (Bundle.id), "model", "version" and "time" (ISO 8601, UTC).
 
     Raises:
         RequestError: the mode or an instruction is refused, or a result would overwrite one of the pictures.
@@ -92,36 +97,39 @@ def segment_pictures(
     """
     asked_for = {"mask": True, "overlay": overlay, "map": anomaly_map}
     requests = [segmenter.request(text, mode, normal_state=normal_state, max_new_tokens=max_new_tokens) for text in instructions]
-    endings = [""] if len(requests) == 1 else [f"__{number}" for number in range(1, len(requests) + 1)]
-    stems = output_stems(pictures)
+    endings, stems = _endings(len(requests)), output_stems(pictures)
     if output is not None:
-        every = [stem + ending for stem in stems for ending in endings]
-        _spare_inputs(pictures, every, Path(output))
+        _spare_inputs(pictures, stems, endings, Path(output))
+    model = {"manifest_sha256": segmenter.bundle.id, "model": segmenter.bundle.manifest.model}
     for path, stem in zip(pictures, stems, strict=True):
         try:
-            with warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always", UserWarning)
-                inspection = segmenter.inspect(path)
+            inspection = segmenter.inspect(path)
         except _OF_ONE_PICTURE as error:
             for ending in endings:
                 _forget(output, stem + ending)
-            yield {"image": str(path), "error": str(error) or type(error).__name__}
+            yield {"image": str(path), "error": str(error) or type(error).__name__, **model, **_made()}
             continue
-        told = [str(warning.message) for warning in caught]
+        reading = {"read": inspection.read_milliseconds}
         for request, ending in zip(requests, endings, strict=True):
+            failed = {"image": str(path), "instruction": request.instruction}
             try:
                 result = inspection.answer(request)
             except _OF_ONE_PICTURE as error:
                 _forget(output, stem + ending)
-                yield {"image": str(path), "instruction": request.instruction, "error": str(error) or type(error).__name__}
+                yield {**failed, "error": str(error) or type(error).__name__, **model, **_made()}
                 continue
-            record = {"image": str(path), **result.to_json(polygons=polygons), "warnings": told}
+            record = {"image": str(path), **result.to_json(polygons=polygons), **model, **_made()}
+            record["timings_ms"], reading = {**reading, **record["timings_ms"]}, {}
             if not result.anchors_found:  # an empty mask would say OK
                 _forget(output, stem + ending)
             elif output is not None:
                 _forget(output, stem + ending, [kind for kind, asked in asked_for.items() if not asked])
                 try:
                     saved = result.save(output, stem + ending, overlay=overlay, anomaly_map=anomaly_map)
+                except RequestError as error:  # a name too long, the next one's need not be
+                    _forget(output, stem + ending)
+                    yield {**failed, "error": str(error), **model, **_made()}
+                    continue
                 except OutputError:
                     _forget(output, stem + ending)  # of a verdict that is not told
                     raise
@@ -132,11 +140,33 @@ def segment_pictures(
             yield record
 
 
+def _made() -> dict[str, str]:
+    """Version and time of a record."""
+    return {"version": __version__, "time": datetime.now(timezone.utc).isoformat(timespec="milliseconds")}
+
+
+def _endings(instructions: int) -> list[str]:
+    """What stands behind a picture's stem for each of its instructions."""
+    return [""] if instructions == 1 else [f"__{number}" for number in range(1, instructions + 1)]
+
+
 def _forget(output: str | os.PathLike[str] | None, stem: str, kinds: Sequence[str] = KINDS) -> None:
-    """Remove an earlier run's results, which would pass for this one's."""
-    if output is not None:
-        for kind in kinds:
-            (Path(output) / f"{stem}_{kind}.png").unlink(missing_ok=True)
+    """Remove an earlier run's results, which would pass for this one's.
+
+    Raises:
+        OutputError: one cannot be removed.
+    """
+    if output is None:
+        return
+    for kind in kinds:
+        path = Path(output) / f"{stem}_{kind}.png"
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            if error.errno != errno.ENAMETOOLONG:  # where no file can have that name, there is none
+                raise OutputError(
+                    f"{path}: expected to remove an earlier run's result, got {error}; remove it, or choose another folder"
+                ) from error
 
 
 def output_stems(pictures: Sequence[Path]) -> list[str]:
@@ -174,8 +204,9 @@ def _parser() -> argparse.ArgumentParser:
         description="Segment anomalies in pictures with an exported AG-VAS. One line on stdout for each picture and instruction.",
         epilog="Exit codes: 0 every picture has a verdict, OK or NG; 1 some have none (not read, or no map); 2 nothing could be done, "
         "or a result could not be written; 3 with --fail-on-ng, some are NG; 130 interrupted. A line begins with OK, NG, or ?? where "
-        "the model gave no map. Pictures of the same name in different folders get their folders' names in front: "
-        "crack__000_mask.png, good__000_mask.png. With several instructions their numbers stand behind: 000__1_mask.png, 000__2_mask.png.",
+        "there is no verdict: the picture was not read, or the model gave no map. Its time leaves out reading and writing files. "
+        "Pictures of the same name in different folders get their folders' names in front: crack__000_mask.png, good__000_mask.png. "
+        "With several instructions their numbers stand behind: 000__1_mask.png, 000__2_mask.png.",
         allow_abbrev=False,
     )
     add = parser.add_argument
@@ -208,7 +239,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--polygons", action="store_true", help="with --json: the outline of each mask too")
     add("--json", action="store_true", help="one JSON object for each picture, in place of words")
     add("--fail-on-ng", action="store_true", help="exit code 3 where every picture has a verdict and some are NG (default: 0)")
-    add("--strict", action="store_true", help="exit code 1 too where a picture was warned of: dark, of one tone, a sliver, far too large")
+    add(
+        "--strict",
+        action="store_true",
+        help="exit code 1 too where a picture was warned of (dark, of one tone, a sliver, far too large), or left out of a folder as of a "
+        "kind that is not read, such as .webp; each of the latter then has a line",
+    )
     add("--quiet", action="store_true", help="no notes and no progress bar on stderr, only errors and warnings")
     return parser
 
@@ -221,7 +257,13 @@ def _run(arguments: argparse.Namespace) -> int:
     warnings.showwarning = lambda message, *_: print(f"agvas-segment: warning: {message}", file=sys.stderr)
     if arguments.output is not None:
         _refuse_own_results(arguments.inputs, arguments.output, arguments.recursive)
-    pictures, failed = _find(arguments.inputs, arguments.recursive)
+    found, failed = _find(arguments.inputs, arguments.recursive)
+    pictures = found.pictures
+    if arguments.strict:
+        failed += [{"image": str(path), "error": reason, **_made()} for path, reason in found.left_out]
+    if arguments.output is not None:
+        _spare_inputs(pictures, output_stems(pictures), _endings(len(arguments.instruction or [None])), Path(arguments.output))
+        _refuse_own_folder(arguments.inputs, arguments.output)
     for record in failed:
         _report(record, arguments.json, False)
     if not pictures:
@@ -256,6 +298,7 @@ def _run(arguments: argparse.Namespace) -> int:
             note(f"  not {name}: {reason}")
     verdicts, warned = Counter[str](failed=len(failed)), set[str]()
     instructions = arguments.instruction or [None]
+    warnings.simplefilter("ignore", PictureWarning)  # _warn tells them, with the first picture's name
     with Progress(quiet=arguments.quiet) as progress:
         records = segment_pictures(
             segmenter,
@@ -313,17 +356,17 @@ def _read_region(path: str) -> np.ndarray:
         raise RequestError(f"--region {error}") from error
 
 
-def _find(inputs: Sequence[str], recursive: bool) -> tuple[list[Path], list[dict[str, Any]]]:
-    """Pictures of those inputs that give any, and a record of each that gives none."""
+def _find(inputs: Sequence[str], recursive: bool) -> tuple[Found, list[dict[str, Any]]]:
+    """What those inputs hold that give pictures, and a record of each that gives none."""
     good, failed = [], []
     for name in inputs:
         try:
-            find_images(name, recursive=recursive)
+            search(name, recursive=recursive)
         except ImageError as error:
-            failed.append({"image": name, "error": str(error)})
+            failed.append({"image": name, "error": str(error), **_made()})
         else:
             good.append(name)
-    return (find_images(good, recursive=recursive) if good else []), failed
+    return (search(good, recursive=recursive) if good else Found([], [])), failed
 
 
 def _refuse_own_results(inputs: Sequence[str], output: str, recursive: bool) -> None:
@@ -334,12 +377,42 @@ def _refuse_own_results(inputs: Sequence[str], output: str, recursive: bool) -> 
             folder = Path(os.path.realpath(name))
             looked_through = place == folder or (recursive and folder in place.parents)
         else:
-            looked_through = not os.path.lexists(name) and place == Path(os.path.realpath(os.path.dirname(name)))
+            looked_through = not os.path.lexists(name) and _matches_in(name, place)
         if looked_through:
             raise RequestError(
                 f"--output {output}: expected a folder outside the pictures' own, got one in {name}, where the next run would take masks "
                 "for pictures; choose another"
             )
+
+
+def _matches_in(pattern: str, folder: Path) -> bool:
+    """Whether a glob pattern may match files that lie right in a folder, which need not exist."""
+    parts = Path(pattern).parts
+    folders = parts if parts[-1:] == ("**",) else parts[:-1]
+    plain = next((index for index, part in enumerate(folders) if glob.has_magic(part)), len(folders))
+    base = Path(os.path.realpath(Path(*folders[:plain])))
+    return base in (folder, *folder.parents) and _parts_match(folders[plain:], folder.relative_to(base).parts)
+
+
+def _parts_match(pattern: Sequence[str], folders: Sequence[str]) -> bool:
+    """Names of folders, one below the other, against those of a pattern; `**` stands for any number of them."""
+    if not pattern:
+        return not folders
+    if pattern[0] == "**" and _parts_match(pattern[1:], folders):
+        return True
+    rest = pattern if pattern[0] == "**" else pattern[1:]
+    return bool(folders) and fnmatch.fnmatch(folders[0], pattern[0]) and _parts_match(rest, folders[1:])
+
+
+def _refuse_own_folder(inputs: Sequence[str], output: str) -> None:
+    """The same of files named in the output folder itself, as a shell expands a pattern; a single one is no pattern's."""
+    place = os.path.realpath(output)
+    inside = [name for name in inputs if os.path.isfile(name) and os.path.realpath(os.path.dirname(name)) == place]
+    if len(inside) > 1:
+        raise RequestError(
+            f"--output {output}: expected a folder outside the pictures' own, got the one of {inside[0]} and {len(inside) - 1} more that "
+            "were named, where the next run of such a pattern would take masks for pictures; choose another"
+        )
 
 
 def _prepare(output: str) -> None:
@@ -368,15 +441,16 @@ def _report(record: dict[str, Any], as_json: bool, several: bool) -> None:
         # Messages about files begin with the file's name already.
         named = reason if reason.startswith((image, repr(image))) else f"{image}: {reason}"
         print(f"agvas-segment: {named}", file=sys.stderr)
-    if as_json:
-        say(json_line(record))
-    elif "error" not in record:
-        say(_in_words(record, several))
+    say(json_line(record) if as_json else _in_words(record, several))
 
 
 def _in_words(record: dict[str, Any], several: bool) -> str:
     """With several instructions, which of them it was stands below."""
-    milliseconds, image = record["timings_ms"]["total"], _printable(record["image"])
+    image = _printable(record["image"])
+    if "error" in record:
+        asked = f"\n    {_one_line(record['instruction'])}" if several and "instruction" in record else ""
+        return f"??  {'-':>5}  {'-':>9} px  {'-':>8} ms  {image}  (no verdict: stderr says why){asked}"
+    milliseconds = record["timings_ms"]["total"]
     line = f"{_verdict(record)}  {record['score']:.3f}  {record['area']:>9} px  {milliseconds:8.1f} ms  {image}"
     if not record["anchors_found"]:
         lacks = "was cut at the length limit before its anchors" if record["truncated"] else "lacks [NOR], [ANO] or [SEG]"
@@ -423,13 +497,13 @@ def _with_folders(paths: Sequence[Path]) -> list[str]:
     return max(alternatives, key=lambda names: (len({name.casefold() for name in names}), len({*names})))  # of equals the shallowest
 
 
-def _spare_inputs(pictures: Sequence[Path], stems: Sequence[str], output: Path) -> None:
+def _spare_inputs(pictures: Sequence[Path], stems: Sequence[str], endings: Sequence[str], output: Path) -> None:
     """Refuse to overwrite or remove a picture as a result: x.png and x_mask.png side by side, segmented into their own folder."""
     given = {Path(os.path.realpath(path.parent)) / path.name: path for path in pictures}
     folder = Path(os.path.realpath(output))
     for stem in stems:
-        for kind in KINDS:
-            if (path := given.get(folder / f"{stem}_{kind}.png")) is not None:
+        for name in (f"{stem}{ending}_{kind}.png" for ending in endings for kind in KINDS):
+            if (path := given.get(folder / name)) is not None:
                 raise RequestError(
                     f"--output {output}: expected a folder of its own, got one where the picture {path} would be "
                     "overwritten; choose another"
