@@ -12,6 +12,7 @@ import functools
 import json
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ import numpy.typing as npt
 from benchmarks.contact_sheet import ContactSheet
 from benchmarks.datasets import LAYOUTS, READERS_HELP, Judged, read_dataset
 from benchmarks.environment import versions
-from benchmarks.evaluation import CONVENTIONS, METRICS, Observation, Predict, Progress, evaluate, mean_metrics
+from benchmarks.evaluation import CONVENTIONS, METRICS, Observation, Predict, Prediction, Progress, evaluate, mean_metrics
 from benchmarks.operating_points import OperatingPoints, in_words
 from benchmarks.per_image import PerImageTable
 from benchmarks.predictors import BASELINES, Question, Source, open_predictor, read_normal_text
@@ -205,6 +206,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     tables: list[PerImageTable] = []
     try:
         with ExitStack() as stack:
+            stack.enter_context(warnings.catch_warnings())
+            warnings.showwarning = lambda message, *_: _say(f"warning: {message}")
             summary, results = _run(arguments, stack, tables)
         print(table(results, arguments.paper))
         for result in results:
@@ -228,6 +231,30 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"agvas-eval: interrupted{_kept(tables)}", file=sys.stderr)
         return 130
     return 0
+
+
+def _say(line: str) -> None:
+    """On stderr, above the bar."""
+    from tqdm import tqdm
+
+    tqdm.write(f"agvas-eval: {line}", file=sys.stderr)
+
+
+def _telling(predict: Predict) -> Predict:
+    """`predict`, its warnings on stderr with the first picture that each is about, as agvas-segment tells them."""
+    told: set[str] = set()
+
+    def telling(item: Judged) -> Prediction:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", UserWarning)
+            prediction = predict(item)
+        for text in dict.fromkeys(str(warning.message) for warning in caught):
+            if text not in told:
+                told.add(text)
+                _say(f"warning: {item.image}: {text} (told once)")
+        return prediction
+
+    return telling
 
 
 def _kept(tables: Sequence[PerImageTable]) -> str:
@@ -278,7 +305,8 @@ def _run(arguments: argparse.Namespace, stack: ExitStack, tables: list[PerImageT
         arguments.overlays.mkdir(parents=True, exist_ok=True)
     if arguments.csv is not None:
         tables.append(stack.enter_context(PerImageTable(arguments.csv)))
-    results = evaluate_datasets(datasets, predict, _tqdm, tables[0] if tables else None, arguments.overlays, predict.region)
+    per_image = tables[0] if tables else None
+    results = evaluate_datasets(datasets, _telling(predict), _tqdm, per_image, arguments.overlays, predict.region)
     settings: dict[str, Any] = {"mode": None if source.bundle is None and source.checkpoint is None else question.mode}
     settings |= {"instruction": question.instruction, "normal_text": question.normal_text}
     settings |= {"threshold": source.threshold, "relative_threshold": source.relative_threshold, "fusion_weight": source.fusion_weight}

@@ -1,7 +1,7 @@
 """agvas-bench: a bundle's latency, memory and masks against the PyTorch reference and others, so that others can repeat it.
 
 The command parses, measures (bench_measure.py), plans (roofline.py) or compares (bench_statistics.py), and prints. The last line of
-stdout is JSON without raw samples; --json FILE has them. No candidate runs in this process.
+stdout is JSON without raw samples, unless --json FILE has it all, with them. No candidate runs in this process.
 
 Exit codes: 0 done, 1 --compare found something slower, 2 it could not be run, 130 interrupted.
 """
@@ -36,6 +36,8 @@ its masks are its own); each may be given once or more.
   agvas-bench --roofline --model ov_7b                                 (what each device could do at best)
 
 the full setting is MLPerf's single stream: 50 warm-ups, at least 1,024 queries and 60 s of the bundle's own time; --quick has 40 queries.
+procedural pictures are drawn by OpenCV and need a reference for their masks: PyTorch and --checkpoint (of nano's bundle, nano itself).
+Where one is missing, the bundle's golden pictures, a dozen or so, take their place; the table's last lines say which it was.
 """
 
 
@@ -66,13 +68,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads of every candidate (default: the usable CPUs)")
     parser.add_argument("--against", action="append", default=[], metavar="WHAT", help="see below; repeatable")
     parser.add_argument("--checkpoint", metavar="DIR", help="that the bundle was exported from (default nano, where the bundle is nano's)")
-    parser.add_argument("--images", type=Path, metavar="DIR", help="pictures of yours (default: procedural ones of 480 x 640)")
-    parser.add_argument("--pictures", type=int, metavar="N", help="distinct pictures (default 64; --quick 8)")
+    parser.add_argument("--images", type=Path, metavar="DIR", help="pictures of yours (default: procedural ones of 480 x 640; see below)")
+    parser.add_argument("--pictures", type=int, metavar="N", help="distinct pictures, no more than --queries (default 64; --quick 8)")
     parser.add_argument("--queries", type=int, metavar="N", help="timed calls of each candidate (default 1024; --quick 40)")
     parser.add_argument("--seconds", type=float, metavar="S", help="and at least so much time of the bundle's own (default 60; --quick 0)")
     parser.add_argument("--quick", action="store_true", help="a few calls, to see that it runs; no figures to publish")
     parser.add_argument("--fps", type=float, metavar="N", help="frames a second of a line: tells how many come too late")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result with raw samples")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result with raw samples, in place of the JSON on stdout")
     parser.add_argument("--report", type=Path, metavar="DIR", help="write report.html, report.md, plots and result.json (needs matplotlib)")
     parser.add_argument("--compare", type=Path, nargs=2, metavar=("A.json", "B.json"), help="what got slower from A to B, by stage too")
     parser.add_argument("--threshold", type=float, default=1.05, help="of --compare: slower beyond this ratio (default 1.05)")
@@ -125,7 +127,8 @@ def _measure(options: argparse.Namespace) -> int:
         options.json.write_text(json.dumps(json.loads(json_line(result)), indent=1) + "\n")
     if options.report is not None:
         print(f"report: {write_report(result, options.report)}")
-    print(json_line(without_samples(result)))
+    if options.json is None:
+        print(json_line(without_samples(result)))
     return 0
 
 

@@ -52,7 +52,7 @@ class Effort:
     Attributes:
         warmups: calls of each candidate before the clock counts.
         queries, seconds: turns of each candidate, and time that ours is busy: both are reached.
-        pictures: distinct ones.
+        pictures: distinct ones, at most; never more than queries, so that each is seen.
         frames: of the throughput measurement; 0 leaves it out.
     """
 
@@ -76,7 +76,7 @@ class Request:
         engine, device, inference_precision, threads: of the bundles; the device and threads of all candidates.
         against: of TORCH, PLAIN, a bundle's folder, or a detector's .xml.
         checkpoint: that the bundle was exported from; needed for all but bundles, and for masks of pictures that are not golden.
-        images: a folder, or None for procedural pictures (golden ones where there is no reference to make masks).
+        images: a folder, or None for procedural pictures (golden ones where there is no reference to make masks, or no OpenCV).
         fps: pace of a line, for deadlines.
     """
 
@@ -239,20 +239,20 @@ def _bundle_candidate(name: str, folder: Path, request: Request, common: Mapping
 
 def _pictures(request: Request, bundle: Bundle, has_reference: bool, work: Path) -> tuple[list[Path], str]:
     """Files of the distinct pictures, and what they are."""
+    count = min(request.effort.pictures, request.effort.queries)
     if request.images is not None:
         # Absolute, since the processes that measure do not run where this one does.
-        found = [path.absolute() for path in find_images([str(request.images)])]
-        return found[: request.effort.pictures], request.images.resolve().name
+        return [path.absolute() for path in find_images([str(request.images)])[:count]], request.images.resolve().name
     if not bundle.compared and not has_reference:
         raise RequestError(f"--images: {bundle.folder} has no golden pictures (--parity none); give pictures, or --checkpoint DIR")
     if not has_reference or importlib.util.find_spec("cv2") is None:
-        return _golden_pictures(bundle, work), "golden"
+        return _golden_pictures(bundle, work)[:count], "golden"
     from export.pictures import FIRST_SEED, procedural_picture
 
     folder = work / "pictures"
     folder.mkdir()
     found = []
-    for index in range(request.effort.pictures):
+    for index in range(count):
         found.append(folder / f"{index:04}.png")
         Image.fromarray(procedural_picture(FIRST_SEED + PICTURE_SEED + index, *SIZE)).save(found[-1])
     return found, "procedural"
@@ -327,7 +327,7 @@ def _take_turns(
     """Answers of every child, query by query; the first mask of each picture is kept."""
     samples: dict[str, list[dict[str, Any]]] = {name: [] for name in children}
     names, busy, turn = list(children), 0.0, -effort.warmups
-    while turn < max(effort.queries, len(pictures)) or busy < effort.seconds:
+    while turn < effort.queries or busy < effort.seconds:
         path = pictures[turn % len(pictures)]
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             time.sleep(REST)
@@ -339,7 +339,7 @@ def _take_turns(
         turn += 1
         if turn > 0:
             missing = (effort.seconds - busy) / (busy / turn)
-            show("measuring", turn, max(effort.queries, len(pictures), turn + round(max(0.0, missing))))
+            show("measuring", turn, max(effort.queries, turn + round(max(0.0, missing))))
         else:
             show("warm-up", effort.warmups + turn, effort.warmups)
     return samples

@@ -1,12 +1,15 @@
 """The paper's six test sets in the folders they are published in, plain folders of pictures, and manifests: what agvas-eval can be given.
 
 Every reader pairs each picture with its mask and compares their sizes before a model is opened; a picture without its mask, a mask
-without its picture and an unknown folder are errors, since a set that silently lost files gives a number nobody can compare. Nothing is
-downloaded, converted or resized. The layouts are in READERS_HELP, word for word what --help prints.
+without its picture and an unknown folder are errors, since a set that silently lost files gives a number nobody can compare; pictures of
+a kind that is not read (.webp) are left out with a warning, as in agvas-segment. Nothing is downloaded, converted or resized. The layouts
+are in READERS_HELP, word for word what --help prints.
 """
 
 from __future__ import annotations
 
+import warnings
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +17,12 @@ from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
 from agvas.training.sources.errors import DatasetError
 from agvas.training.sources.manifest import MANIFEST, read_manifest
+from agvas.training.sources.pictures import decoded, picture_shapes
 from runtime.errors import choose
-from runtime.images import SUFFIXES
+from runtime.images import SUFFIXES, UNREAD_SUFFIXES
 
 __all__ = ["LAYOUTS", "READERS_HELP", "Judged", "Picture", "read_dataset"]
 
@@ -44,9 +47,7 @@ masks must hold 0 and 255 only, except for rsdd (JPEG), colondb and clinicdb (sm
 
 _HALF = 127  # of a mask whose levels were smoothed or compressed
 _GREY_SLACK = 32  # levels by which JPEG may tint a grey mask
-_EXIF_ORIENTATION = 0x0112
-_EXIF_SIDES_SWAPPED = (5, 6, 7, 8)
-_UNREADABLE = (OSError, Image.DecompressionBombError, ValueError)
+_OF_YOURS = ("folder", "good")  # layouts that no release has
 _ISIC_SPLITS = {"train": "Training", "validation": "Validation", "test": "Test"}
 
 
@@ -120,13 +121,14 @@ def read_dataset(layout: str, root: Path, split: str | None = None) -> list[Judg
     if split is not None and layout not in ("manifest", "ksdd2", "isic"):
         raise ValueError(f"--split: {layout} is published without splits that could be judged, got {split}; leave it out")
     if not root.is_dir():
-        raise DatasetError(root, None, "a folder", "a file" if root.exists() else "nothing", "unpack the data set and name its folder")
+        remedy = "name a folder of pictures" if layout in _OF_YOURS else "unpack the data set and name its folder"
+        raise DatasetError(root, None, "a folder", "a file" if root.exists() else "nothing", remedy)
     if layout == "manifest":
         return _of_split(root, split)
     pictures = _read(layout, root, split or "test")
     for picture in pictures:
         if picture.mask is not None:
-            expected, found = picture.shapes(), _shapes(picture.mask)[0]
+            expected, found = picture.shapes(), _shapes(picture.mask)[-1]
             if found not in expected:
                 raise _wrong_size(picture.image, expected, picture.mask, found)
     return list(pictures)
@@ -225,8 +227,8 @@ def _isic(root: Path, split: str) -> list[Picture]:
 
 
 def _folder(root: Path) -> list[Picture]:
-    images = _files(root / "images" if (root / "images").is_dir() else root)
-    files = _files(root / "masks") if (root / "masks").is_dir() else _beside(images)
+    images = _pictures_of_yours(root)
+    files = _files(root / "masks", "put the masks there, or remove the folder") if (root / "masks").is_dir() else _beside(images)
     if not files:
         return [Picture(image, None, None, root.resolve().name) for image in images]
     images = [image for image in images if image not in files]
@@ -241,10 +243,15 @@ def _folder(root: Path) -> list[Picture]:
 
 
 def _good(root: Path) -> list[Picture]:
-    images = _files(root / "images" if (root / "images").is_dir() else root)
+    images = _pictures_of_yours(root)
     if masks := _beside(images):
         raise DatasetError(masks[0], None, "good parts, which have no masks", "a mask beside its picture", "give --dataset folder")
     return [Picture(image, None, False, root.resolve().name) for image in images]
+
+
+def _pictures_of_yours(root: Path) -> list[Path]:
+    """Those in root/images, or in root itself."""
+    return _files(root / "images" if (root / "images").is_dir() else root, f"put pictures there ({', '.join(SUFFIXES)}), or name another")
 
 
 def _beside(images: Sequence[Path]) -> list[Path]:
@@ -284,11 +291,15 @@ def _folders(parent: Path) -> list[Path]:
     return sorted(path for path in parent.iterdir() if path.is_dir() and not path.name.startswith("."))
 
 
-def _files(folder: Path) -> list[Path]:
-    """The pictures in a folder, by suffix; others are licences and tables, hidden ones a file manager's."""
-    found = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and not path.name.startswith("."))
+def _files(folder: Path, remedy: str = "unpack the data set again") -> list[Path]:
+    """The pictures in a folder, by suffix; others are licences and tables, hidden ones a file manager's. Warns of what is not read."""
+    shown = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    if unread := Counter(path.suffix.lower() for path in shown if path.suffix.lower() in UNREAD_SUFFIXES):
+        counts = ", ".join(f"{count} {suffix}" for suffix, count in sorted(unread.items()))
+        warnings.warn(f"{folder}: left out {counts}: PNG, JPEG, BMP, TIFF or PNM is read; save them as PNG", stacklevel=2)
+    found = [path for path in shown if path.suffix.lower() in SUFFIXES]
     if not found:
-        raise DatasetError(folder, None, "pictures", "none", "unpack the data set again")
+        raise DatasetError(folder, None, "pictures", "none", remedy)
     return found
 
 
@@ -333,13 +344,13 @@ def _wrong_size(image: Path, expected: list[tuple[int, int]], mask: Path, found:
 def _read_mask(path: Path, smoothed: bool) -> npt.NDArray[np.bool_]:
     """A mask file as bool [H, W]: 255, or where smoothed above 127; grey may be stored as colours, palette or one bit."""
     try:
-        with Image.open(path) as opened:
-            mode = opened.mode
-            values = np.asarray(opened.convert("RGB")) if mode in ("1", "L", "P", "LA", "RGB", "RGBA") else None  # [H, W, 3]
-    except _UNREADABLE as error:
-        raise DatasetError(path, None, "a readable mask", str(error), "restore it from its source") from error
-    if values is None:
+        opened = decoded(path)
+    except DatasetError as error:
+        raise DatasetError(path, None, "a readable mask", error.found, error.remedy) from error
+    mode = opened.mode
+    if mode not in ("1", "L", "P", "LA", "RGB", "RGBA"):
         raise DatasetError(path, None, "a mask of 8-bit grey", f"mode {mode}", "save it as 8-bit grey (mode L)")
+    values = np.asarray(opened.convert("RGB"))  # [H, W, 3]
     if mode not in ("1", "L", "LA"):
         spread = int((values.max(axis=2).astype(int) - values.min(axis=2)).max())
         if spread > (_GREY_SLACK if smoothed else 0):
@@ -359,9 +370,6 @@ def _read_mask(path: Path, smoothed: bool) -> npt.NDArray[np.bool_]:
 def _shapes(path: Path) -> list[tuple[int, int]]:
     """See Picture.shapes; the pixels are not decoded."""
     try:
-        with Image.open(path) as opened:
-            width, height = opened.size
-            turned = "exif" in opened.info and opened.getexif().get(_EXIF_ORIENTATION) in _EXIF_SIDES_SWAPPED
-    except _UNREADABLE as error:
-        raise DatasetError(path, None, "an image", str(error), "restore it from its source") from error
-    return [(height, width), (width, height)] if turned else [(height, width)]
+        return picture_shapes(path)
+    except DatasetError as error:
+        raise DatasetError(path, None, "an image", error.found, error.remedy) from error

@@ -221,9 +221,12 @@ def _bundle_predictor(source: Source, question: Question) -> Predictor:
 def _checkpoint_predictor(source: Source, question: Question) -> Predictor:
     import agvas
     from agvas.checkpoint import checkpoint_folder, weight_files
+    from agvas.training.device import check_device
     from runtime.bundle import sha256_of
     from runtime.images import read_image
 
+    if source.device is not None:
+        check_device(source.device)  # first: a 7B is read for minutes
     model = agvas.load(source.checkpoint or "")
     if source.device is not None:
         model = model.to(source.device)

@@ -120,6 +120,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, help="write the result as JSON")
     options = parser.parse_args(arguments)
     model = wide_random() if options.checkpoint == "wide-random" else load(options.checkpoint)
+    weights: Mapping[str, QuantizedWeight]
     if options.plan:
         plan, weights = read_plan(options.plan, model)
     else:

@@ -8,6 +8,7 @@ import json
 import math
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -211,6 +212,16 @@ def test_a_bad_prediction_is_refused_naming_its_image(parts: Path, prediction: A
     assert str(parts / "images/a.png") in str(raised.value)
 
 
+@pytest.mark.parametrize("device", ["foo", "mps", "meta", "cuda:0"])
+def test_a_checkpoints_device_that_is_not_there_is_one_line_and_2(
+    parts: Path, device: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert main([str(parts), "--checkpoint", "nano", "--device", device]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("agvas-eval: device: expected ") and f"got {device}" in line.replace("'", "")
+
+
 def test_no_items_at_all_are_refused() -> None:
     with pytest.raises(ValueError, match="at least one"):
         evaluate([], perfect)
@@ -280,6 +291,49 @@ def test_several_data_sets_print_one_table_a_line_each_and_the_mean_last(
     assert summary["mean"]["ap"] == 1.0 and summary["mean"]["images"] == 6
     assert json.loads(output.read_text()) == summary
     assert sum(line.startswith("|--") for line in lines) == 1
+
+
+def test_what_may_have_spoiled_a_picture_is_told_with_its_name_once(
+    parts: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def warns(item: Judged) -> Prediction:
+        warnings.warn("all dark", stacklevel=1)
+        return perfect(item)
+
+    monkeypatch.setattr(accuracy, "open_predictor", lambda *_: Predictor(warns, {}))
+    assert main([str(parts), "--bundle", "any"]) == 0
+    assert capsys.readouterr().err == f"agvas-eval: warning: {parts / 'images/a.png'}: all dark (told once)\n"
+
+
+@pytest.mark.usefixtures("fake_model")
+@pytest.mark.parametrize("layout", ["good", "folder"])
+def test_pictures_of_a_kind_that_is_not_read_are_left_out_aloud(
+    parts: Path, layout: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("x.webp", "y.WEBP", "z.heic", ".hidden.webp"):
+        (parts / "images" / name).write_bytes(b"")
+    assert main(["--dataset", layout, "--root", str(parts / "images"), "--bundle", "any"]) == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"agvas-eval: warning: {parts / 'images'}: left out 1 .heic, 2 .webp: PNG, ") and "save them as PNG" in line
+
+
+def test_a_damaged_good_part_ends_the_run_with_its_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("a.jpg", "b.jpg"):
+        Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(tmp_path / name)
+    (tmp_path / "b.jpg").write_bytes((tmp_path / "b.jpg").read_bytes()[:1500])
+    assert main(["--dataset", "good", "--root", str(tmp_path), "--baseline", "constant"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"agvas-eval: {tmp_path / 'b.jpg'}: expected a whole JPEG picture")
+
+
+@pytest.mark.parametrize("layout", ["good", "folder"])
+def test_a_folder_of_yours_that_holds_no_picture_is_no_data_set_to_unpack(
+    tmp_path: Path, layout: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for root, remedy in ((tmp_path, "put pictures there (.bmp, "), (tmp_path / "nowhere", "name a folder of pictures")):
+        assert main(["--dataset", layout, "--root", str(root), "--baseline", "constant"]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"agvas-eval: {root}: expected ") and remedy in line and "unpack" not in line
 
 
 @pytest.mark.usefixtures("fake_model")
@@ -668,8 +722,10 @@ class FakeModel:
 
 @pytest.fixture
 def opened(monkeypatch: pytest.MonkeyPatch) -> list[FakeModel]:
-    """The models opened so far, by modules that stand in the place of runtime and agvas."""
+    """The models opened so far, by modules that stand in the place of runtime and agvas, on a machine with two GPUs."""
     models: list[FakeModel] = []
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
 
     def make(*given: Any, **settings: Any) -> FakeModel:
         models.append(FakeModel(*given, **settings))

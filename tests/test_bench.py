@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import io
 import json
 import re
 from collections.abc import Callable
@@ -62,8 +64,15 @@ def measured(tiny_bundle: Path, tiny_checkpoint: Path, tmp_path_factory: pytest.
     arguments += ["--against", "torch", "--against", "torch-single-pass", "--against", "torch-bf16-single-pass"]
     arguments += ["--against", str(tiny_bundle)]
     arguments += ["--images", str(folder / "parts"), "--quick", "--queries", "4", "--fps", "1000000", "--json", str(folder / "run.json")]
-    assert bench.main(arguments) == 0
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        assert bench.main(arguments) == 0
+    (folder / "stdout").write_text(printed.getvalue())
     return folder / "run.json"
+
+
+def test_json_in_a_file_is_not_printed_as_well(measured: Path) -> None:
+    lines = (measured.parent / "stdout").read_text().splitlines()
+    assert lines[0].startswith("| candidate |") and not any(line.startswith("{") for line in lines)
 
 
 def test_every_candidate_has_times_memory_and_masks_of_the_same_run(measured: Path) -> None:
@@ -168,6 +177,7 @@ def test_without_a_reference_the_golden_masks_judge(tiny_bundle: Path, capsys: p
     assert bench.main(["--bundle", str(tiny_bundle), "--engine", "onnxruntime", "--threads", "1", "--quick", "--queries", "2"]) == 0
     told = last_line(capsys)
     assert told["reference"] == "the bundle's golden traces" and told["pictures"]["source"] == "golden"
+    assert told["pictures"]["count"] == told["runs"]["ours"]["queries"] == 2, "no more than were asked for"
     assert told["mask_iou_mean"] > 0.99 and told["ratios"] == {}
     assert "samples" not in told["runs"]["ours"]
 

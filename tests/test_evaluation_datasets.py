@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from test_manifest import damaged_png
 
 from agvas.training.sources.errors import DatasetError
 from benchmarks.datasets import LAYOUTS, READERS_HELP, Judged, Picture, read_dataset
@@ -256,6 +257,11 @@ DAMAGES: dict[str, tuple[str, Damage, str]] = {
     "ksdd2: a damaged mask": (
         "ksdd2",
         lambda r: (r / "test/20001_GT.png").write_bytes(b"\x89PNG"),
+        "20001_GT.png: expected a readable mask",
+    ),
+    "ksdd2: a mask with a broken chunk": (
+        "ksdd2",
+        lambda r: (r / "test/20001_GT.png").write_bytes(damaged_png((r / "test/20001_GT.png").read_bytes(), 10)),
         "20001_GT.png: expected a readable mask",
     ),
     "rsdd: one type lacks its masks": (

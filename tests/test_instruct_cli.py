@@ -388,6 +388,50 @@ def test_a_corrected_mask_is_described_anew_and_a_moved_folder_is_not(dataset: P
     assert run(moved, server) == 0 and len(server.requests) == 4
 
 
+def correct_mask(dataset: Path, number: int, column: int) -> None:
+    mask = np.zeros((48, 64), np.uint8)
+    mask[30:40, column : column + 10] = 255
+    Image.fromarray(mask).save(dataset / f"masks/{number}.png")
+
+
+def test_a_description_of_a_mask_that_was_corrected_since_counts_nowhere(
+    dataset: Path, server: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """0 is untouched in the review, 1 was accepted there; both are described again, and so is 0 when its mask is corrected back."""
+    output, first = dataset / "instruct", (dataset / "masks/0.png").read_bytes()
+    assert run(dataset, server) == 0
+    rows = review_rows(dataset)
+    write_review(dataset, [row | {"accept": "yes" if row["image"] == "../images/1.png" else ""} for row in rows])
+    newer = json.dumps(GOOD | {"Diagnosis": "The thread is cut there."})
+    server.play = lambda number, body: (200, completion(newer), {})
+    correct_mask(dataset, 0, 20)
+    correct_mask(dataset, 1, 20)
+    capsys.readouterr()
+    assert run(dataset, server) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0].startswith("2 described (2 of them again, the older description no longer counts)")
+    assert json.loads(printed[-1])["superseded"] == 2
+    rows = review_rows(dataset)
+    assert sorted((row["image"][10], row["status"], row["accept"], row["diagnosis"] == "The thread is cut there.") for row in rows) == [
+        ("0", "described", "", True), ("1", "described", "", True), ("1", "superseded", "yes", False), ("2", "described", "", False),
+    ]  # fmt: skip
+    assert main(["review", "--output", str(output), "--json"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert "2 older descriptions do not count" in printed[1]
+    assert (json.loads(printed[-1])["samples"], json.loads(printed[-1])["superseded"]) == (3, 2)
+    assert main(["review", "--output", str(output), "--apply", "--accept-unmarked", "--json"]) == 0
+    summary = last_line(capsys)
+    assert (summary["accepted"], summary["superseded"]) == (3, 2)
+    accepted = {entry.image: entry.description.diagnosis for entry in read_entries(output / "accepted.jsonl")}
+    assert [accepted[f"../images/{number}.png"] == "The thread is cut there." for number in range(3)] == [True, True, False]
+
+    (dataset / "masks/0.png").write_bytes(first)
+    server.play = lambda number, body: (200, completion(ANSWER), {})
+    assert run(dataset, server) == 0 and last_line(capsys)["described"] == 1
+    (row,) = (row for row in review_rows(dataset) if row["image"] == "../images/0.png")
+    assert row["diagnosis"] == GOOD["Diagnosis"]
+
+
 def start(dataset: Path, server: Server, *more: str) -> subprocess.Popen[str]:
     arguments = ["--dataset", str(dataset), "--endpoint", server.url, "--model", "m-1", "--output", str(dataset / "instruct"), *more]
     command = [sys.executable, "-m", "agvas.instruct.cli", *arguments]

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, features
 
-from agvas.instruct.pictures import BOX_COLOUR, MAX_BOXES, boxed, encode_jpeg, find_boxes, line_width, read_rgb, read_shape, tinted
+from agvas.instruct.pictures import BOX_COLOUR, MAX_BOXES, boxed, encode_jpeg, find_boxes, line_width, tinted
 from agvas.instruct.references import References, colour_histogram, find_normals, structural_score, thumbnail
+from agvas.training.sources.errors import DatasetError
+from agvas.training.sources.pictures import picture_size, read_picture
 
 HEIGHT, WIDTH = 61, 83
 
@@ -104,14 +106,34 @@ def test_pictures_are_read_as_rgb_and_turned_as_their_tag_says(tmp_path: Path) -
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("RGB", (30, 20), (200, 0, 0)).save(tmp_path / "turned.jpg", exif=exif)
-    assert read_rgb(tmp_path / "turned.jpg").shape == (30, 20, 3) and read_shape(tmp_path / "turned.jpg") == (30, 20)
+    assert read_picture(tmp_path / "turned.jpg").shape == (30, 20, 3) and picture_size(tmp_path / "turned.jpg") == (30, 20)
     Image.fromarray(np.full((4, 6), 0x8123, np.uint16)).save(tmp_path / "deep.png")
-    assert (read_rgb(tmp_path / "deep.png") == 0x81).all()
+    assert (read_picture(tmp_path / "deep.png") == 0x81).all()
     Image.new("RGBA", (6, 4), (9, 8, 7, 0)).save(tmp_path / "clear.png")
-    assert (read_rgb(tmp_path / "clear.png") == (9, 8, 7)).all()
+    assert (read_picture(tmp_path / "clear.png") == (9, 8, 7)).all()
 
 
-@pytest.mark.parametrize("read", [read_rgb, read_shape])
+def test_a_size_is_read_from_the_header_alone(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8))
+    for name, tag in (("plain.png", None), ("turned.png", exif)):
+        noise.save(tmp_path / name, exif=tag)
+        whole = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(whole[: whole.index(b"IDAT") + 9])
+    noise.save(tmp_path / "turned.tif", exif=exif)
+    sizes = [picture_size(tmp_path / name) for name in ("plain.png", "turned.png", "turned.tif")]
+    assert sizes == [(HEIGHT, WIDTH), (WIDTH, HEIGHT), (WIDTH, HEIGHT)]
+
+
+@pytest.mark.skipif(not features.check("webp"), reason="Pillow without WebP")
+def test_a_picture_that_training_would_refuse_is_not_described_either(tmp_path: Path) -> None:
+    Image.new("RGB", (WIDTH, HEIGHT)).save(tmp_path / "normal.png", format="WEBP")
+    with pytest.raises(DatasetError, match=r"normal\.png: expected a picture that decodes .*; restore it.*, or save it as PNG"):
+        References({"bolt": [tmp_path / "normal.png"]}).nearest(np.zeros((HEIGHT, WIDTH, 3), np.uint8), "bolt")
+
+
+@pytest.mark.parametrize("read", [read_picture, picture_size])
 def test_a_file_that_is_no_picture_is_refused_by_name(tmp_path: Path, read: object) -> None:
     (tmp_path / "bad.png").write_text("no picture")
     with pytest.raises(ValueError, match="bad.png: expected a picture"):
@@ -135,7 +157,7 @@ def slow_nearest(image: np.ndarray, paths: list[Path]) -> Path:
     """The definition: SSIM of the grey thumbnails minus the Bhattacharyya distance of the colour histograms, over all pictures."""
 
     def score(path: Path) -> float:
-        other = read_rgb(path)
+        other = read_picture(path)
         p, q = (colour_histogram(picture).astype(float) for picture in (image, other))
         distance = max(0.0, 1.0 - sum((a * b) ** 0.5 for a, b in zip(p, q, strict=True))) ** 0.5
         return structural_score(thumbnail(image), thumbnail(other)) - distance
@@ -149,7 +171,7 @@ def test_the_nearest_normal_picture_is_the_one_that_brute_force_finds(tmp_path: 
     rng = np.random.default_rng(4)
     chosen = set()
     for number in range(10):
-        image = read_rgb(paths[number]).astype(int) // (1 + number % 2) + rng.integers(0, 60)
+        image = read_picture(paths[number]).astype(int) // (1 + number % 2) + rng.integers(0, 60)
         image = image.clip(0, 255).astype(np.uint8)[:, ::-1] if number % 3 == 0 else image.clip(0, 255).astype(np.uint8)
         expected = slow_nearest(image, paths)
         assert references.nearest(image, "bolt") == expected
@@ -160,29 +182,29 @@ def test_the_nearest_normal_picture_is_the_one_that_brute_force_finds(tmp_path: 
 def test_a_picture_is_its_own_nearest_unless_it_is_the_one_asked_about(tmp_path: Path) -> None:
     paths = write_normals(tmp_path / "bolt", 6)
     references = References({"bolt": paths})
-    image = read_rgb(paths[3])
+    image = read_picture(paths[3])
     assert references.nearest(image, "bolt") == paths[3] != references.nearest(image, "bolt", apart_from=paths[3])
 
 
 def test_of_equal_pictures_the_first_path_is_chosen(tmp_path: Path) -> None:
     paths = write_normals(tmp_path / "bolt", 3)
     paths[0].write_bytes(paths[2].read_bytes())
-    assert References({"bolt": paths}).nearest(read_rgb(paths[2]), "bolt") == paths[0]
+    assert References({"bolt": paths}).nearest(read_picture(paths[2]), "bolt") == paths[0]
 
 
 def test_a_category_without_a_normal_picture_is_named(tmp_path: Path) -> None:
     (path,) = write_normals(tmp_path / "bolt", 1)
     references = References({"bolt": [path]})
     with pytest.raises(LookupError, match="category 'nut'.*--normals"):
-        references.nearest(read_rgb(path), "nut")
+        references.nearest(read_picture(path), "nut")
     with pytest.raises(LookupError, match="category 'bolt'"):
-        references.nearest(read_rgb(path), "bolt", apart_from=path)
+        references.nearest(read_picture(path), "bolt", apart_from=path)
 
 
 def test_each_normal_picture_is_decoded_once_and_never_again_by_a_later_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     paths = write_normals(tmp_path / "bolt", 7)
-    image, decoded = read_rgb(paths[2]), []
-    monkeypatch.setattr("agvas.instruct.references.read_rgb", lambda path: decoded.append(path) or read_rgb(path))
+    image, decoded = read_picture(paths[2]), []
+    monkeypatch.setattr("agvas.instruct.references.read_picture", lambda path: decoded.append(path) or read_picture(path))
     first = References({"bolt": paths}, tmp_path / "cache")
     assert first.nearest(image, "bolt") == first.nearest(image, "bolt") == paths[2] and decoded == paths
     assert References({"bolt": paths}, tmp_path / "cache").nearest(image, "bolt") == paths[2] and decoded == paths

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import resource
 import signal
 import struct
@@ -15,6 +16,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tensorboardX.proto.event_pb2 import Event
@@ -22,6 +25,7 @@ from torch import Tensor, nn
 
 from agvas.config import ANSWER, tiny
 from agvas.tokenizer import train_tokenizer
+from agvas.training import loop
 from agvas.training.batch import Batch, collate
 from agvas.training.loop import Diverged, Group, LoopSettings, run, warmup_decay
 from agvas.training.sample import TrainingSample
@@ -234,7 +238,16 @@ def test_a_folder_holds_one_run_and_says_what_differs(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"global_batch": 5}, "multiple of 1 processes x 2 samples, got 5"), ({"precision": "fp8"}, "one of auto, no, bf16")],
+    [
+        ({"global_batch": 5}, "multiple of 1 processes x 2 samples, got 5"),
+        ({"precision": "fp8"}, "one of auto, no, bf16"),
+        *[
+            ({name: number}, f"{name}: expected at least 1, got {number}")
+            for name in ("steps", "global_batch", "micro_batch", "save_every", "log_every")
+            for number in (0, -1)
+        ],
+        *[({"average_decay": decay}, f"average_decay: expected a number between 0 and 1, got {decay:g}") for decay in (0.0, 1.0, 1.5)],
+    ],
 )
 def test_settings_that_cannot_be_are_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -265,6 +278,99 @@ def test_a_device_that_is_not_there_is_refused(tmp_path: Path) -> None:
     module = Learner()
     with pytest.raises(ValueError, match="sees none; use --device cpu"):
         run(module, module.groups(), Noise(), make_batch, SETTINGS, tmp_path, device="cuda")
+
+
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [
+        ("mps", "expected cpu, cuda or cuda:N, got 'mps'"),
+        ("xpu", "expected cpu, cuda or cuda:N, got 'xpu'"),
+        ("meta", "expected cpu, cuda or cuda:N, got 'meta'"),
+        ("cuda:2", "got cuda:2, and torch sees cuda:0 to cuda:1"),
+    ],
+)
+def test_a_device_that_nothing_would_run_on_is_refused_and_not_replaced_by_the_cpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, message: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    module, source = Learner(), Noise()
+    with pytest.raises(ValueError, match=message):
+        run(module, module.groups(), source, make_batch, SETTINGS, tmp_path, device=device)
+    assert not source.asked and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("end", ['{"step": 3, "sec', "\0\0\0", "\0\0\n"], ids=["half a line", "a power cut", "with its end"])
+def test_what_a_full_disk_or_a_power_cut_left_of_the_logs_last_line_is_dropped(tmp_path: Path, uninterrupted: Any, end: str) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        trained(tmp_path, source=Noise(4), workers=0)
+    with (tmp_path / "log.jsonl").open("a") as file:
+        file.write(end)
+    assert_same(trained(tmp_path), uninterrupted[0])
+    assert [line["step"] for line in logged(tmp_path)] == list(range(7))
+
+
+def test_a_damaged_line_inside_the_log_is_named_and_the_log_left_as_it_is(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        trained(tmp_path, source=Noise(4))
+    log = tmp_path / "log.jsonl"
+    log.write_text(damaged := "{half\n" + log.read_text())
+    with pytest.raises(ValueError, match=r"log\.jsonl, line 1: expected JSON with a step, got '{half'; remove the line"):
+        trained(tmp_path)
+    assert log.read_text() == damaged
+
+
+class Sharded:
+    """An accelerator that takes itself for DeepSpeed's, whose states are folders."""
+
+    def __init__(self, inner: Accelerator, module: nn.Module) -> None:
+        self.inner, self.module = inner, module
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    distributed_type = DistributedType.DEEPSPEED
+
+    def save_state(self, place: str) -> None:
+        Path(place).mkdir()
+        torch.save(self.module.state_dict(), Path(place) / "part.pt")
+
+    def load_state(self, place: str) -> None:
+        self.module.load_state_dict(torch.load(Path(place) / "part.pt"))
+
+
+@pytest.mark.parametrize("dies_before", ["state.old", "state", "nothing"])
+def test_a_sharded_state_is_there_at_every_moment_of_its_replacement(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dies_before: str
+) -> None:
+    """os.replace to `dies_before` stands for a power cut; the second save replaces the first."""
+    settings = replace(SETTINGS, steps=4, average_decay=None)
+    plain, move, saves = loop.accelerator_for, os.replace, 0
+
+    def learn(source: Noise) -> Noise:
+        module = Learner()
+        monkeypatch.setattr(loop, "accelerator_for", lambda *given: Sharded(plain(*given), module))
+        trained(tmp_path, settings, source, module, workers=0)
+        return source
+
+    def replaced(before: Any, after: Any) -> None:
+        nonlocal saves
+        saves += Path(after).name == "state"
+        if Path(after).name == dies_before and saves == (2 if dies_before == "state" else 1):
+            raise KeyboardInterrupt
+        move(before, after)
+
+    monkeypatch.setattr(os, "replace", replaced)
+    if dies_before != "nothing":
+        with pytest.raises(KeyboardInterrupt):
+            learn(Noise())
+        monkeypatch.setattr(os, "replace", move)
+        expected = {"state.old": 2, "state": 4}[dies_before]
+        assert min((step for step, _ in learn(Noise()).asked), default=4) == expected
+    else:
+        learn(Noise())
+    assert json.loads((tmp_path / "state" / "step.json").read_text()) == {"step": 4}
+    assert [path.name for path in tmp_path.glob("state*")] == ["state"]
 
 
 def test_tensorboard_reads_the_log(tmp_path: Path) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, features
 
 from agvas.training.sources.errors import DatasetError
 from agvas.training.sources.manifest import read_manifest
@@ -175,6 +177,34 @@ def test_an_image_that_its_exif_tag_turns_may_have_a_mask_of_the_turned_size(fol
 def test_a_file_that_is_no_image_is_refused(folder: Path) -> None:
     (folder / "images/bad.png").write_text("not a picture")
     assert "bad.png" in refused(folder).found
+
+
+@pytest.mark.skipif(not features.check("webp"), reason="Pillow without WebP")
+def test_a_picture_that_the_line_would_not_read_is_refused_when_the_manifest_is_read(folder: Path) -> None:
+    Image.new("RGB", (WIDTH, HEIGHT)).save(folder / "images/bad.png", format="WEBP")
+    error = refused(folder)
+    assert "PNG, JPEG, BMP, TIFF or PNM" in error.expected and str(folder / "images/bad.png") in error.found and "as PNG" in error.remedy
+
+
+@pytest.mark.parametrize("kept", [10, 0], ids=["a broken chunk", "broken data"])
+def test_a_damaged_mask_is_named_with_its_line(folder: Path, kept: int) -> None:
+    """Of a broken chunk Pillow raises SyntaxError."""
+    path = folder / "masks/bad.png"
+    path.write_bytes(damaged_png(path.read_bytes(), kept))
+    with pytest.raises(DatasetError, match=r"line 2: expected a readable mask, found .*masks.bad\.png .*; write it again as PNG"):
+        read_manifest(folder)[0].read_mask(HEIGHT, WIDTH)
+
+
+def damaged_png(whole: bytes, kept: int) -> bytes:
+    """With a whole header, and `kept` bytes of its pixels (none: bytes of the right number that are no pixels)."""
+    begin = whole.index(b"IDAT") - 4
+    (length,) = struct.unpack(">I", whole[begin : begin + 4])
+    pixels = whole[begin + 8 : begin + 8 + length][:kept]
+    if not kept:
+        return whole[: begin + 8] + b"\xff" * length + whole[begin + 8 + length :]
+    body = b"IDAT" + pixels
+    chunk = struct.pack(">I", len(pixels)) + body + struct.pack(">I", zlib.crc32(body))
+    return whole[:begin] + chunk + struct.pack(">I", length - kept) + b"\0\0\0\0" + whole[begin + 8 + kept :]
 
 
 @pytest.mark.parametrize(

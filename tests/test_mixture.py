@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+import shutil
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +17,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from agvas.config import ANSWER
+from agvas.config import ANSWER, tiny
+from agvas.tokenizer import train_tokenizer
 from agvas.training import mixture
+from agvas.training.batch import collate
 from agvas.training.instructions import Description
 from agvas.training.mixture import GroupSettings, Mixture, MixtureSettings
 from agvas.training.sample import TrainingSample
 from agvas.training.sources.catalogue import GROUPS, OPTIONS, SourceSettings
 from agvas.training.sources.errors import DatasetError
-from runtime.prompts import MODES
+from agvas.training.text_limits import TextLimits
+from runtime.prompts import MODES, PromptEncoder
 
 HEIGHT, WIDTH = 5, 7
 ROOT = Path(__file__).parents[1]
@@ -239,6 +245,106 @@ def test_an_ablations_answers_hold_its_own_anchors(sets: Path) -> None:
 def test_a_group_with_anomalies_only_draws_anomalies_only(sets: Path) -> None:
     only = {"anomaly": {"sources": [{"kind": "manifest", "root": "cracks"}]}}
     assert all(sample.mask is not None and sample.mask.any() for sample in drawn(Mixture(read(sets, only)), 40))
+
+
+@pytest.mark.parametrize("share", [None, 0.2])
+def test_described_pictures_are_normal_half_of_the_time_where_any_are(sets: Path, tmp_path: Path, share: float | None) -> None:
+    """One of five is."""
+    fields = {"expectation": "E.", "observation": "O.", "diagnosis": "D.", "summary": "[NOR][ANO][SEG]", "explanation": "X."}
+    lines = []
+    for n in range(5):
+        picture(tmp_path / f"{n}.png", "described", n)
+        mask_file(tmp_path / f"{n}_mask.png")
+        lines.append(json.dumps({"image": f"{n}.png", "mask": f"{n}_mask.png" if n else None, "class": "can", "kind": None} | fields))
+    (tmp_path / "instruct.jsonl").write_text("\n".join(lines))
+    group = {"probability": 1, "sources": [{"kind": "anomaly-instruct", "root": "."}]}
+    opened = Mixture(read(tmp_path, {"instruct": group | ({} if share is None else {"anomalous_share": share})}))
+    samples = drawn(opened, 400)
+    assert close(sum(bool(sample.mask is not None and sample.mask.any()) for sample in samples), 400, share or 0.5)
+    assert len({sample.image[0, 0, 1] for sample in samples}) == 5 and shares(opened.describe()) == [1.0]
+
+
+def limits(max_new_tokens: int = 64, token: str | None = None) -> TextLimits:
+    """Of a tokenizer with one token a byte, but for its own: letters are tokens."""
+    tokenizer = train_tokenizer([], 262)
+    if token is not None:
+        tokenizer.add_tokens([token])
+    return TextLimits(tokenizer, replace(tiny().prompts, max_new_tokens=max_new_tokens))
+
+
+def spoilt(sets: Path, tmp_path: Path, group: str, words: str) -> dict[str, Any]:
+    """A mixture of one group whose source, a copy, has these words in its text: conversations in the second record's question."""
+    source = groups()[group]["sources"][-1]
+    root = Path(shutil.copytree(sets / source["root"], tmp_path / "copy"))
+    if group == "conversation":
+        file = root / "llava_instruct_150k.json"
+        turns = [{"from": "human", "value": words}, {"from": "gpt", "value": "A can."}]
+        file.write_text(json.dumps([*json.loads(file.read_text()), {"id": "2", "image": "1.png", "conversations": turns}]))
+    elif group == "instruct":
+        file = root / "instruct.jsonl"
+        file.write_text("\n" + json.dumps(json.loads(file.read_text()) | {"expectation": words}))
+    else:
+        write_manifest(root, "phrases", 1, words)
+    return {group: {"probability": 1, "sources": [source | {"root": str(root)}]}}
+
+
+@pytest.mark.parametrize(
+    ("group", "place"),
+    [
+        ("conversation", r"llava_instruct_150k\.json: expected a question of record 1"),
+        ("instruct", r"instruct\.jsonl, line 2: expected an expectation"),
+        ("general", r"manifest\.csv, line 2: expected a text"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("word " * 60, r" that makes at most 256 tokens, what the checkpoint takes, found \d+; shorten it, or remove the record"),
+        ("Ends </s> here.", " without tokens of the checkpoint's tokenizer, found </s>; remove the token"),
+    ],
+    ids=["too long", "a token"],
+)
+def test_words_that_the_checkpoint_does_not_take_are_named_when_the_mixture_is_opened(
+    sets: Path, tmp_path: Path, group: str, place: str, words: str, expected: str
+) -> None:
+    settings = read(tmp_path, spoilt(sets, tmp_path, group, words))
+    Mixture(settings)
+    with pytest.raises(DatasetError, match=place + expected):
+        Mixture(settings, limits=limits(token="</s>"))
+
+
+def test_an_answer_with_a_token_of_the_checkpoints_tokenizer_is_named(sets: Path) -> None:
+    settings = read(sets, {"conversation": groups()["conversation"]})
+    with pytest.raises(DatasetError, match=r"expected an answer of record 0 without tokens .* found can\."):
+        Mixture(settings, limits=limits(token="can."))
+
+
+@pytest.mark.parametrize(
+    ("group", "longest", "remark"),
+    [
+        # Letters, anchors and the end of "A can.", and of "Sure, the mask is [NOR][ANO][SEG]. The reasons: X."
+        ("conversation", 7, r"1 of 1 answers are longer than the 6 tokens that .* writes \(llava_\S+, an answer of record 0 first\)"),
+        ("instruct", 39, r"1 of 2 answers are longer than the 38 tokens .* \(instruct\.jsonl, line 1 first\): it will not say their ends"),
+    ],
+)
+def test_answers_that_inference_would_cut_off_are_told_with_the_mixture(sets: Path, group: str, longest: int, remark: str) -> None:
+    settings = read(sets, {group: groups()[group]})
+    assert "longer" not in Mixture(settings, limits=limits(longest)).describe()
+    assert re.search(remark, Mixture(settings, limits=limits(longest - 1)).describe())
+
+
+def test_a_checkpoint_that_cannot_be_asked_at_all_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"prompts\.max_instruction_tokens: expected room for training's questions, \d+ tokens, got 20"):
+        TextLimits(train_tokenizer([], 262), replace(tiny().prompts, max_instruction_tokens=20))
+
+
+@pytest.mark.parametrize(("instruction", "answer"), [("Look at [SEG].", ANSWER), ("Look.", "Nothing.")])
+def test_a_sample_that_cannot_be_trained_names_its_picture(sets: Path, instruction: str, answer: str) -> None:
+    opened = Mixture(read(sets, {"anomaly": groups()["anomaly"]}))
+    sample = opened.sample(0, 0, 0)
+    encoder = PromptEncoder(train_tokenizer([], 262), tiny().prompts)
+    with pytest.raises(ValueError, match=r"^\S+\.png: the (instruction contains the control token \[SEG\]|answer to a sample with a mask)"):
+        collate([replace(sample, instruction=instruction, answer=answer)], tiny(), encoder)
 
 
 @pytest.mark.parametrize("off", ["left out", "probability 0"])

@@ -51,6 +51,8 @@ def test_what_is_said_is_taken_at_any_depth(tmp_path: Path) -> None:
         ({"loop": 3}, "loop: expected an object, got 3"),
         ({"parts": {"slow": [1]}}, r"parts.slow\[0\]: expected str, got 1"),
         ({"loop": {"precision": "fp8"}}, "precision: expected one of auto, no, bf16"),
+        ({"loop": {"save_every": 0}}, "save_every: expected at least 1, got 0"),
+        ({"loop": {"average_decay": 1.0}}, "average_decay: expected a number between 0 and 1, got 1"),
         ([], r"expected an object, got \[\]"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -244,6 +245,14 @@ def test_crackforest_truth_of_another_size_or_form_is_refused(crackforest: Path)
         image.read_mask(HEIGHT, WIDTH)
 
 
+def test_crackforest_without_scipy_says_what_it_needs(crackforest: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    image = read_crackforest(crackforest)[0][0]
+    monkeypatch.setitem(sys.modules, "scipy.io", None)
+    with pytest.raises(ModuleNotFoundError, match=r'001\.mat: MATLAB files need scipy.*pip install "agvas') as raised:
+        image.read_mask(HEIGHT, WIDTH)
+    assert raised.value.name == "scipy"
+
+
 # GC10-DET
 
 
@@ -376,7 +385,8 @@ def write_instruct(tmp_path: Path, *records: dict[str, Any]) -> Path:
 
 def test_described_pictures_are_read_with_their_five_fields_and_paths_that_lead_out_of_the_folder(tmp_path: Path) -> None:
     file = write_instruct(tmp_path, described(explanation="It breaks\u2028the coating."), described(mask=None, kind=None))
-    bad, good = read_instruct(file)
+    (bad, good), remarks = read_instruct(file)
+    assert not remarks
     assert bad.description.summary == described()["summary"] and bad.description.expectation == "A bolt is smooth."
     assert bad.description.explanation == "It breaks\u2028the coating."
     assert (bad.picture.category, bad.picture.kind) == ("bolt", "scratch")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,14 @@ def test_polygons_and_both_run_length_encodings_give_their_masks(write_coco: Cal
     (image,), _ = read_coco(*write_coco(annotation(1, segmentation)))
     ((name, drawn),) = draws(image, 3).items()
     assert name == "the dog" and same(drawn, mask)
+
+
+def test_masks_without_pycocotools_say_what_they_need(write_coco: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    (image,), _ = read_coco(*write_coco(annotation(1, [RECTANGLE])))
+    monkeypatch.setitem(sys.modules, "pycocotools", None)
+    with pytest.raises(ModuleNotFoundError, match=r'annotations\.json: COCO masks need pycocotools.*pip install "agvas') as raised:
+        draws(image)
+    assert raised.value.name == "pycocotools"
 
 
 def test_a_class_is_the_union_of_its_annotations_and_the_classes_present_are_drawn(write_coco: Callable[..., Any]) -> None:

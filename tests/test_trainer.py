@@ -198,7 +198,7 @@ def test_what_is_tuned_and_what_is_trained_from_nothing_have_folders_of_their_ow
     assert "(default training-run, with --checkpoint tuning-run)" in " ".join(capsys.readouterr().out.split())
 
 
-@pytest.mark.parametrize("device", ["banana", "cuda"])
+@pytest.mark.parametrize("device", ["banana", "cuda", "cuda:0", "mps", "xpu", "meta"])
 def test_a_device_that_is_not_there_is_told_before_samples(
     device: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -220,6 +220,46 @@ def test_exit_codes_tell_wrong_input_from_a_run_that_diverged(
     monkeypatch.setattr(cli, "_from_nothing", raises)
     assert cli.main([]) == code
     assert (str(error) or "training-run") in capsys.readouterr().err
+
+
+def test_a_fault_of_ours_is_no_diverged_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "_from_nothing", lambda options: 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        cli.main([])
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (ModuleNotFoundError("No module named 'peft'", name="peft"), 'agvas-train: peft is not installed; pip install "agvas[train]"\n'),
+        (ModuleNotFoundError("a.json: COCO masks need it", name="pycocotools"), "agvas-train: a.json: COCO masks need it\n"),
+    ],
+)
+def test_what_is_not_installed_is_named_in_the_words_of_what_needs_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: ModuleNotFoundError, told: str
+) -> None:
+    def raises(options: object) -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "_from_nothing", raises)
+    assert cli.main([]) == 2
+    assert capsys.readouterr().err == told
+
+
+def test_a_question_that_the_checkpoint_does_not_take_is_told_before_the_first_step(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save(new_tiny(), tmp_path / "base")
+    (tmp_path / "train2017").mkdir()
+    Image.fromarray(picture()).save(tmp_path / "train2017" / "1.png")
+    turns = [{"from": "human", "value": "why? " * 400}, {"from": "gpt", "value": "So."}]
+    (tmp_path / "llava_instruct_150k.json").write_text(json.dumps([{"id": "1", "image": "1.png", "conversations": turns}]))
+    file = tmp_path / "mixture.json"
+    file.write_text(json.dumps({"conversation": {"probability": 1, "sources": [{"kind": "llava", "root": "."}]}}))
+    arguments = ["--checkpoint", str(tmp_path / "base"), "--mixture", str(file), "--output", str(tmp_path / "run")]
+    assert cli.main(arguments) == 2
+    assert "llava_instruct_150k.json: expected a question of record 0 that makes at most 256 tokens" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_help_shows_the_folders_of_every_kind_of_source(capsys: pytest.CaptureFixture[str]) -> None:

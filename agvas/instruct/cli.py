@@ -210,13 +210,22 @@ def _review(options: argparse.Namespace) -> int:
             f"{decisions.accepted} accepted ({decisions.edited} with corrected texts), {decisions.rejected} rejected, "
             f"{decisions.unmarked} without a decision left out; wrote {options.output / ACCEPTED}"
         )
+        if decisions.superseded:
+            print(_superseded(decisions.superseded))
         record |= {"accepted_file": str(options.output / ACCEPTED), **vars(decisions)}
     else:
-        record["samples"] = update_review(options.output)
-        print(f"{record['samples']} samples; {_decide(options.output)}, then run {PROG} review --output {options.output} --apply")
+        told = update_review(options.output)
+        print(f"{told.samples} samples; {_decide(options.output)}, then run {PROG} review --output {options.output} --apply")
+        if told.superseded:
+            print(_superseded(told.superseded))
+        record |= vars(told)
     if options.json:
         print(json.dumps(record))
     return 0
+
+
+def _superseded(count: int) -> str:
+    return f"{count} older descriptions do not count: their pictures were described again, with another mask or by another prompt"
 
 
 def _decide(output: Path) -> str:
@@ -230,8 +239,9 @@ def _summarise(options: argparse.Namespace, tally: Tally, requests: int, seconds
 
     cost = _cost(options, tally)
     without = f", {tally.replies_without_usage} replies did not say theirs" if tally.replies_without_usage else ""
+    again = f" ({tally.superseded} of them again, the older description no longer counts)" if tally.superseded else ""
     print(
-        f"{tally.described} described, {tally.refused} to review without a usable answer, {tally.undone} left for the next run, "
+        f"{tally.described} described{again}, {tally.refused} to review without a usable answer, {tally.undone} left for the next run, "
         f"{tally.done_before} done before; {tally.input_tokens} input and {tally.output_tokens} output tokens{without}"
         + ("" if cost is None else f", cost {_money(cost)}")
     )
@@ -240,6 +250,7 @@ def _summarise(options: argparse.Namespace, tally: Tally, requests: int, seconds
     if options.json:
         record = {
             "described": tally.described,
+            "superseded": tally.superseded,
             "refused": tally.refused,
             "undone": tally.undone,
             "done_before": tally.done_before,

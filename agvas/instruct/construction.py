@@ -15,7 +15,7 @@ from pathlib import Path
 
 from agvas.instruct.answers import read_answer
 from agvas.instruct.endpoint import Endpoint, EndpointClosed, Pace, RequestFailed, Stopped
-from agvas.instruct.journal import DESCRIBED, REFUSED, Entry, Journal, Refusal, read_entries, read_refusals, relative_path
+from agvas.instruct.journal import DESCRIBED, REFUSED, Entry, Journal, Refusal, latest, read_entries, read_refusals, relative_path
 from agvas.instruct.references import References
 from agvas.instruct.request import RequestSettings, first_request, with_reasons
 from agvas.instruct.samples import Explanations, Record, Sample, identify, mask_file, picture_name
@@ -47,9 +47,11 @@ class RunSettings:
 
 @dataclass
 class Tally:
-    """What a run did. `undone` samples got no reply or could not be read, and are tried again by the next run; `errors` says why."""
+    """What a run did. `undone` samples got no reply or could not be read, and are tried again by the next run; `errors` says why.
+    `superseded` of those described had a description already, of another mask or by another prompt, which no longer counts."""
 
     described: int = 0
+    superseded: int = 0
     refused: int = 0
     undone: int = 0
     done_before: int = 0
@@ -103,7 +105,9 @@ class Construction:
             for name, cut in ((DESCRIBED, described.cut_bytes), (REFUSED, refused.cut_bytes)):
                 if cut:
                     self._note(f"{name}: dropped {cut} bytes of a line that an earlier run did not finish")
-            self._done = {entry.id for entry in read_entries(self._output / DESCRIBED)}
+            current = latest(read_entries(self._output / DESCRIBED))
+            self._done = {entry.id for entry in current}  # not of a superseded one: a mask corrected back is described again
+            self._known = {entry.place for entry in current}
             if not self._settings.retry_refused:
                 self._done |= {refusal.id for refusal in read_refusals(self._output / REFUSED)}
             turn = iter(self.records)
@@ -133,6 +137,8 @@ class Construction:
             elif isinstance(outcome, Entry):
                 described.append(outcome.to_json())
                 self.tally.described += 1
+                self.tally.superseded += outcome.place in self._known
+                self._known.add(outcome.place)
             elif isinstance(outcome, Refusal):
                 refused.append(outcome.to_json())
                 self.tally.refused += 1

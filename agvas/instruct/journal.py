@@ -1,8 +1,8 @@
 """instruct.jsonl and refused.jsonl: one JSON object a line, appended whole or not at all, so that a run can end at any moment.
 
 A line is written and synced before its sample counts as done. What a crash left of a last line is cut off when the file is opened again;
-a damaged line anywhere else is an error, never skipped. Paths in a line are relative to the file's own folder, so output and data set
-can be moved together.
+a damaged line anywhere else is an error, never skipped. A picture whose mask was corrected is described again under the same names: of
+such lines the last one counts. Paths in a line are relative to the file's own folder, so output and data set can be moved together.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -21,11 +21,13 @@ from agvas.instruct.answers import FIELDS
 from agvas.training.instructions import Description
 from agvas.training.sources.errors import DatasetError
 
-__all__ = ["ACCEPTED", "DESCRIBED", "REFUSED", "Entry", "Journal", "Refusal", "read_entries", "read_refusals", "relative_path"]
+__all__ = ["ACCEPTED", "DESCRIBED", "REFUSED", "Entry", "Journal", "Refusal", "latest", "read_entries", "read_refusals", "relative_path"]
 
 DESCRIBED = "instruct.jsonl"
 REFUSED = "refused.jsonl"
 ACCEPTED = "accepted.jsonl"
+Place = tuple[str, str | None, str, str | None]
+"""Image, mask, category and kind: what two descriptions of one thing have in common."""
 _REMEDY = "restore the line, or move the file away to describe its samples again"
 
 
@@ -52,6 +54,10 @@ class Entry:
     model: str
     attempts: int
     usage: dict[str, int] | None
+
+    @property
+    def place(self) -> Place:
+        return self.image, self.mask, self.category, self.kind
 
     def to_json(self) -> str:
         """One line, without its end."""
@@ -155,6 +161,15 @@ def read_entries(path: str | os.PathLike[str]) -> list[Entry]:
     Raises DatasetError for any other line that is no entry.
     """
     return [_build(Entry, Path(path), number, record) for number, record in _records(Path(path))]
+
+
+def latest(entries: Iterable[Entry]) -> list[Entry]:
+    """Of entries of one place the last, in the order of the file: an earlier one describes a mask or a prompt that is no more."""
+    found: dict[Place, Entry] = {}
+    for entry in entries:
+        found.pop(entry.place, None)
+        found[entry.place] = entry
+    return list(found.values())
 
 
 def read_refusals(path: str | os.PathLike[str]) -> list[Refusal]:

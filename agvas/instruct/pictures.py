@@ -1,20 +1,19 @@
-"""The pictures that a model is shown: read as RGB, with the anomaly boxed or tinted, and encoded for a request.
+"""The pictures that a model is shown: with the anomaly boxed or tinted, and encoded for a request.
 
 Functions on arrays, drawn at the picture's own size and scaled down afterwards, so that a thin scratch is boxed where it is.
-The references they stand beside are chosen in references.py.
+Files are read as training reads them (agvas/training/sources/pictures.py); the references they stand beside are chosen in references.py.
 """
 
 from __future__ import annotations
 
 import io
 import math
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw
 
-__all__ = ["BOX_COLOUR", "MAX_BOXES", "TINT_COLOUR", "boxed", "encode_jpeg", "find_boxes", "line_width", "read_rgb", "read_shape", "tinted"]
+__all__ = ["BOX_COLOUR", "MAX_BOXES", "TINT_COLOUR", "boxed", "encode_jpeg", "find_boxes", "line_width", "tinted"]
 
 MAX_BOXES = 8
 """More regions than this are merged with their neighbours: a model does not read forty boxes."""
@@ -22,40 +21,6 @@ BOX_COLOUR = (0, 255, 0)
 TINT_COLOUR = (255, 0, 0)
 _JPEG_QUALITY = 92
 _LINES_PER_SIDE = 200
-_EXIF_ORIENTATION = 0x0112
-_EXIF_SIDES_SWAPPED = (5, 6, 7, 8)
-_SIXTEEN_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I")
-_UNREADABLE = (OSError, SyntaxError, Image.DecompressionBombError)  # Pillow raises SyntaxError for some damaged PNGs
-
-
-def read_rgb(path: Path) -> npt.NDArray[np.uint8]:
-    """uint8 RGB [H, W, 3], turned as the EXIF tag says; 16-bit grey by `sample >> 8`, alpha dropped, as on the line.
-
-    Raises:
-        ValueError: a file that Pillow does not read, or one of floats, whose grey levels would have to be guessed.
-    """
-    try:
-        with Image.open(path) as opened:
-            picture = ImageOps.exif_transpose(opened)
-            if picture.mode in _SIXTEEN_BIT_MODES:
-                grey = (np.asarray(picture).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
-                return np.repeat(grey[..., None], 3, axis=2)
-            if picture.mode in ("F", "LAB"):
-                raise ValueError(f"{path}: expected a picture of 8 or 16 bits, found mode {picture.mode}; save it as PNG")
-            return np.asarray(picture.convert("RGB"))
-    except _UNREADABLE as error:
-        raise _unreadable(path, error) from error
-
-
-def read_shape(path: Path) -> tuple[int, int]:
-    """(height, width) of what read_rgb gives, from the header alone. Raises ValueError as read_rgb."""
-    try:
-        with Image.open(path) as opened:
-            width, height = opened.size
-            turned = opened.getexif().get(_EXIF_ORIENTATION) in _EXIF_SIDES_SWAPPED
-    except _UNREADABLE as error:
-        raise _unreadable(path, error) from error
-    return (width, height) if turned else (height, width)
 
 
 def boxed(image: npt.NDArray[np.uint8], mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.uint8]:
@@ -111,7 +76,3 @@ def encode_jpeg(image: npt.NDArray[np.uint8], max_side: int) -> bytes:
     stream = io.BytesIO()
     picture.save(stream, "JPEG", quality=_JPEG_QUALITY, subsampling=0)
     return stream.getvalue()
-
-
-def _unreadable(path: Path, error: Exception) -> ValueError:
-    return ValueError(f"{path}: expected a picture, found {error}; restore it from its source")

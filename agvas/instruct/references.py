@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from agvas.instruct.pictures import read_rgb
+from agvas.training.sources.pictures import read_picture
 
 __all__ = ["References", "bhattacharyya_distance", "colour_histogram", "find_normals", "structural_score", "thumbnail"]
 
@@ -151,6 +151,6 @@ def _make(paths: Sequence[Path]) -> _Category:
     thumbnails = np.empty((len(paths), SIDE, SIDE), np.uint8)
     histograms = np.empty((len(paths), _BINS**3), np.float32)
     for index, path in enumerate(paths):
-        image = read_rgb(path)
+        image = read_picture(path)
         thumbnails[index], histograms[index] = thumbnail(image), colour_histogram(image)
     return _Category(tuple(paths), thumbnails, histograms)

@@ -2,6 +2,9 @@
 
 The journals are never changed. A sample that has no line yet gets one; a line that a person may have touched stays as it is, so the file
 can be edited between runs. Accepted lines, corrected texts included, pass the same checks as a model's answer and become accepted.jsonl.
+
+A picture that was described again, since its mask or the prompt changed, has its newest description alone: an older line is dropped or,
+where a person has touched it, has "superseded" as its status and is not accepted, whatever it says.
 """
 
 from __future__ import annotations
@@ -14,53 +17,81 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from agvas.instruct.answers import FIELDS, check_fields, salvage_fields
-from agvas.instruct.journal import ACCEPTED, DESCRIBED, REFUSED, Entry, Refusal, read_entries, read_refusals
+from agvas.instruct.journal import ACCEPTED, DESCRIBED, REFUSED, Entry, Refusal, latest, read_entries, read_refusals
 from agvas.training.instructions import Description
 from agvas.training.sources.errors import DatasetError
 
-__all__ = ["REVIEW", "Decisions", "apply_review", "update_review"]
+__all__ = ["REVIEW", "Decisions", "Samples", "apply_review", "update_review"]
 
 REVIEW = "review.csv"
 COLUMNS = ("id", "accept", "status", "image", "class", "kind", *FIELDS, "reasons")
 _YES = ("yes", "y", "1", "true")
 _NO = ("no", "n", "0", "false")
+_SUPERSEDED = "superseded"
 _ENCODING = "utf-8-sig"  # spreadsheets read UTF-8 as such only with a byte-order mark
 
 Row = dict[str, str]
 
 
 @dataclass(frozen=True)
+class Samples:
+    """How many samples review.csv has to decide on, and how many older descriptions of theirs (`superseded`) no longer count."""
+
+    samples: int
+    superseded: int
+
+
+@dataclass(frozen=True)
 class Decisions:
-    """How many samples were accepted, rejected and not yet marked (`unmarked`); `edited` of the accepted have corrected texts."""
+    """How many samples were accepted, rejected and not yet marked (`unmarked`); `edited` of the accepted have corrected texts, and
+    `superseded` older descriptions of theirs no longer count."""
 
     accepted: int
     rejected: int
     unmarked: int
     edited: int
+    superseded: int
 
 
-def update_review(output: Path) -> int:
-    """Bring output/review.csv up to date with the journals; returns its number of samples.
+def update_review(output: Path) -> Samples:
+    """Bring output/review.csv up to date with the journals.
 
-    A line of a refused sample that nobody touched is replaced once the sample has been described.
+    A line of a refused sample that nobody touched is replaced once the sample has been described; of what was described again, see above.
 
     Raises DatasetError for a damaged journal or a review file that cannot be read; it is then left alone.
     """
-    entries = {entry.id: entry for entry in read_entries(output / DESCRIBED)}
+    entries, older = _of_each_place(read_entries(output / DESCRIBED))
     untouched: dict[str, list[Row]] = {}
     for refusal in read_refusals(output / REFUSED):
         untouched.setdefault(refusal.id, []).append(_refusal_row(refusal))
     rows = {identity: row for _, identity, row in _read(output)}
     before = dict(rows)
+    for identity, row in before.items():
+        if identity in older and _is_one_of(row, [_entry_row(entry) for entry in older[identity]]):
+            del rows[identity]
+        elif identity in older:
+            rows[identity] = row | {"status": _SUPERSEDED}
+        elif row["status"] == _SUPERSEDED and identity in entries:  # its mask was corrected back
+            rows[identity] = row | {"status": _entry_row(entries[identity])["status"]}
     for identity, entry in entries.items():
         if identity not in rows or _is_one_of(rows[identity], untouched.get(identity, [])):
             rows[identity] = _entry_row(entry)
     for identity, versions in untouched.items():
-        if identity not in rows or _is_one_of(rows[identity], versions):
+        if identity not in older and (identity not in rows or _is_one_of(rows[identity], versions)):
             rows[identity] = versions[-1]
     if rows != before or not (output / REVIEW).is_file():
         _write(output, list(rows.values()))
-    return len(rows)
+    return Samples(sum(identity not in older for identity in rows), sum(map(len, older.values())))
+
+
+def _of_each_place(entries: list[Entry]) -> tuple[dict[str, Entry], dict[str, list[Entry]]]:
+    """(the entries that count, those that were superseded), by id; an id stands in one of the two."""
+    current = {entry.id: entry for entry in latest(entries)}
+    older: dict[str, list[Entry]] = {}
+    for entry in entries:
+        if entry.id not in current:
+            older.setdefault(entry.id, []).append(entry)
+    return current, older
 
 
 def apply_review(output: Path, accept_unmarked: bool = False) -> Decisions:
@@ -74,7 +105,7 @@ def apply_review(output: Path, accept_unmarked: bool = False) -> Decisions:
     Raises DatasetError, and writes nothing, for a decision that is neither yes nor no, an unknown id, or an accepted text that fails the
     checks; it names the first line and says how many more there are.
     """
-    entries = {entry.id: entry for entry in read_entries(output / DESCRIBED)}
+    entries, older = _of_each_place(read_entries(output / DESCRIBED))
     refusals = {refusal.id: refusal for refusal in read_refusals(output / REFUSED)}
     if not entries and not refusals:
         raise DatasetError(output / DESCRIBED, None, "described samples", "none", "give the --output of an earlier run")
@@ -83,6 +114,8 @@ def apply_review(output: Path, accept_unmarked: bool = False) -> Decisions:
     faults: list[DatasetError] = []
     rejected = unmarked = edited = 0
     for line, identity, row in _read(output):
+        if identity in older:
+            continue
         decision = row["accept"].strip().lower()
         known = entries.get(identity) or refusals.get(identity)
         if decision and decision not in (*_YES, *_NO):
@@ -106,9 +139,11 @@ def apply_review(output: Path, accept_unmarked: bool = False) -> Decisions:
         first = faults[0]
         more = f" ({len(faults) - 1} more lines have faults)" if len(faults) > 1 else ""
         raise DatasetError(first.file, first.line, first.expected, first.found, first.remedy + more)
+    counting = latest(accepted)  # a refused answer that was corrected and a later description may both be accepted
     if accepted or rejected:
-        _replace(output / ACCEPTED, "".join(entry.to_json() + "\n" for entry in accepted).encode())
-    return Decisions(len(accepted), rejected, unmarked, edited)
+        _replace(output / ACCEPTED, "".join(entry.to_json() + "\n" for entry in counting).encode())
+    superseded = sum(map(len, older.values())) + len(accepted) - len(counting)
+    return Decisions(len(counting), rejected, unmarked, edited, superseded)
 
 
 def _accepted(known: Entry | Refusal, description: Description) -> Entry:

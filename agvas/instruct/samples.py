@@ -15,10 +15,11 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from agvas.instruct.pictures import boxed, encode_jpeg, read_rgb, read_shape, tinted
+from agvas.instruct.pictures import boxed, encode_jpeg, tinted
 from agvas.instruct.references import References
 from agvas.instruct.request import PROMPT_VERSION, knowledge_sentence
 from agvas.training.sources.errors import DatasetError
+from agvas.training.sources.pictures import picture_size, read_picture
 
 __all__ = ["Explanations", "Record", "Sample", "identify", "mask_file", "picture_name", "read_explanations"]
 
@@ -59,9 +60,9 @@ class Sample:
             ValueError: a picture that cannot be read.
             LookupError: no normal picture of the category.
         """
-        image = read_rgb(self.record.image)
+        image = read_picture(self.record.image)
         nearest = references.nearest(image, self.record.category, apart_from=self.record.image)
-        pictures = (boxed(image, self.mask), tinted(image, self.mask), read_rgb(nearest))
+        pictures = (boxed(image, self.mask), tinted(image, self.mask), read_picture(nearest))
         boxes, tint, normal = (encode_jpeg(picture, max_side) for picture in pictures)
         return (boxes, tint, normal), nearest
 
@@ -75,7 +76,7 @@ def identify(record: Record, explanations: Explanations) -> Sample:
     Raises:
         ValueError: a picture or mask that cannot be read (DatasetError), or a mask without anomalous pixels.
     """
-    mask = record.read_mask(*read_shape(record.image))
+    mask = record.read_mask(*picture_size(record.image))
     if not mask.any():
         raise ValueError(f"{record.image}: expected anomalous pixels in its mask, found none; correct the mask or its label")
     explanation = explanations.get((record.category, record.kind)) if record.kind else None

@@ -41,15 +41,14 @@ def collate(samples: Sequence[TrainingSample], config: AGVASConfig, prompt_encod
     """The batch of these samples.
 
     Raises:
-        ValueError: an answer to a sample with a mask lacks an anchor.
-        RequestError: an instruction that the runtime would refuse, too.
+        ValueError: an answer to a sample with a mask lacks an anchor, or the runtime would refuse the instruction; names the picture.
     """
     images = [_image(sample, config) for sample in samples]
     answers = tuple(prompt_encoder.encode_answer(sample.answer) for sample in samples)
     for sample, answer in zip(samples, answers):
         if sample.mask is not None and prompt_encoder.find_anchors(answer) is None:
             anchors = ", ".join(config.prompts.anchors)
-            raise ValueError(f"the answer to a sample with a mask must hold {anchors}, got {sample.answer!r}")
+            raise ValueError(f"{_origin(sample)}the answer to a sample with a mask must hold {anchors}, got {sample.answer!r}")
     pixel, semantic, target, valid = (torch.from_numpy(np.stack(column)) for column in zip(*images, strict=True))
     return Batch(
         pixel_image=pixel,
@@ -58,9 +57,20 @@ def collate(samples: Sequence[TrainingSample], config: AGVASConfig, prompt_encod
         valid=valid,
         absolute=torch.tensor([float(sample.mask is not None) for sample in samples]),
         relative=torch.tensor([float(sample.mask is not None and sample.relative) for sample in samples]),
-        prompts=tuple(prompt_encoder.encode(sample.instruction) for sample in samples),
+        prompts=tuple(_prompt(sample, prompt_encoder) for sample in samples),
         answers=answers,
     )
+
+
+def _prompt(sample: TrainingSample, prompt_encoder: PromptEncoder) -> Prompt:
+    try:
+        return prompt_encoder.encode(sample.instruction)
+    except ValueError as error:  # the runtime's RequestError
+        raise ValueError(f"{_origin(sample)}{error}; it is {sample.instruction!r:.200}") from error
+
+
+def _origin(sample: TrainingSample) -> str:
+    return "" if sample.origin is None else f"{sample.origin}: "
 
 
 def _image(sample: TrainingSample, config: AGVASConfig) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

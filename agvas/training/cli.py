@@ -36,21 +36,23 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     try:
+        from agvas.training.device import check_device
+        from agvas.training.loop import Diverged
+    except ModuleNotFoundError as error:
+        return _lacking(error)
+    try:
         for name in ("steps", "batch", "micro_batch", "samples"):
             if (number := getattr(options, name)) is not None and number < 1:
                 raise ValueError(f"--{name.replace('_', '-')}: expected at least 1, got {number}")
         _check_output(options.output)
-        from agvas.training.loop import check_device
-
         check_device(options.device)  # first: samples take minutes and gigabytes
         output = _tune(options) if options.checkpoint is not None else _from_nothing(options)
     except ModuleNotFoundError as error:
-        print(f'agvas-train: {error.name} is not installed; pip install "agvas[train]"', file=sys.stderr)
-        return 2
+        return _lacking(error)
     except (ValueError, OSError) as error:
         print(f"agvas-train: {error}", file=sys.stderr)
         return 2
-    except ArithmeticError as error:  # a loss that is no number
+    except Diverged as error:
         print(f"agvas-train: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -59,6 +61,15 @@ def _run(options: argparse.Namespace) -> int:
     if output is not None:
         print(f"saved {output}")
     return 0
+
+
+def _lacking(error: ModuleNotFoundError) -> int:
+    """What is missing, in the words of the file that asked for it, where it has any."""
+    said = str(error)
+    if said.startswith("No module named"):  # Python's
+        said = f'{error.name} is not installed; pip install "agvas[train]"'
+    print(f"agvas-train: {said}", file=sys.stderr)
+    return 2
 
 
 def _check_output(folder: Path) -> None:
@@ -127,13 +138,15 @@ def _tune(options: argparse.Namespace) -> Path | None:
     from agvas.checkpoint import load
     from agvas.training.loop import is_main_process
     from agvas.training.mixture import Mixture, MixtureSettings
+    from agvas.training.text_limits import TextLimits
     from agvas.training.trainer import TuningSettings, tune
 
     settings = TuningSettings() if options.settings is None else read_settings(options.settings, TuningSettings())
     settings = replace(settings, loop=_changed_loop(settings.loop, options))
     mixture_settings = MixtureSettings.read(options.mixture)
     model = load(options.checkpoint)
-    mixture = Mixture(mixture_settings, model.config.prompts.anchors)
+    prompts = model.config.prompts
+    mixture = Mixture(mixture_settings, prompts.anchors, TextLimits(model.tokenizer, prompts))
     if is_main_process():
         print(mixture.describe(), file=sys.stderr)
     facts = {"checkpoint": str(options.checkpoint), "mixture": mixture.describe()}

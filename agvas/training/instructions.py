@@ -2,7 +2,8 @@
 
 A picture's description (its five fields) is made once, offline (agvas/instruct); here a template of the wanted mode and a word for what is
 sought are drawn around it, so that no picture always comes with the same words. Direct mode has one answer only, since inference verifies
-that answer in one pass. Normal pictures need no description by a model: `normal_description` words one. The words are ours.
+that answer in one pass. A normal picture has a description where its data set has one, and is asked about in direct mode elsewhere. The
+words are ours.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ __all__ = [
     "TEMPLATES",
     "all_instructions",
     "dialogue",
+    "every_question",
     "find_anchor_fault",
-    "normal_description",
     "object_dialogue",
     "sample_instruction",
     "with_anchors",
@@ -110,30 +111,6 @@ OBJECT_TEMPLATES = (
     "Mark {name} in this picture.",
 )
 
-_NORMAL_EXPECTATIONS = (
-    "A normal {category} is complete and undamaged, with an even surface and no foreign material.",
-    "The {category} should be intact, clean and of regular shape.",
-    "In its normal state the {category} has its usual shape and colour, and its surface is unbroken.",
-    "A good {category} shows a regular structure without damage or contamination.",
-)
-_NORMAL_OBSERVATIONS = (
-    "Shape, surface and colour of the {category} are regular; nothing deviates.",
-    "No part of the {category} is damaged, missing or out of place.",
-    "The {category} looks uniform, and no spot stands out from its surroundings.",
-    "There are no {class_name} to be seen on the {category}.",
-)
-_NORMAL_DIAGNOSES = (
-    "Nothing breaks the normal state, so the {category} is free of {class_name}.",
-    "What is seen agrees with the normal state of the {category}.",
-    "Small variations stay within what is usual for the {category}, so it counts as normal.",
-)
-_NORMAL_SUMMARIES = (
-    "This {category} is normal, and there are no {class_name} to segment: [NOR][ANO][SEG].",
-    "I see no {class_name} on this {category}; the result is [NOR][ANO][SEG].",
-    "Nothing is wrong with this {category}, so the mask is empty: [NOR][ANO][SEG].",
-    "The {category} is intact and shows no {class_name}. It is [NOR][ANO][SEG].",
-)
-
 
 @dataclass(frozen=True)
 class Description:
@@ -156,8 +133,12 @@ class Description:
 
 def all_instructions() -> tuple[str, ...]:
     """Every template of every mode with every target, each text once, always in the same order: small tokenizers are trained on it."""
-    texts = (template.format(class_name=target) for mode in MODES for template in TEMPLATES[mode] for target in TARGETS)
-    return tuple(dict.fromkeys(texts))
+    return tuple(dict.fromkeys(text for mode in MODES for text in every_question(mode)))
+
+
+def every_question(mode: str) -> tuple[str, ...]:
+    """Every template of a mode with every target; in the -plus mode without the sentence that is put in front."""
+    return tuple(template.format(class_name=target) for template in TEMPLATES[mode] for target in TARGETS)
 
 
 def sample_instruction(rng: np.random.Generator, default_share: float = 0.5) -> str:
@@ -191,20 +172,6 @@ def dialogue(mode: str, description: Description | None, rng: np.random.Generato
     if mode == PLUS:
         question = with_normal_state(question, _sentence(description, "expectation"))
     return question, description.summary
-
-
-def normal_description(category: str, rng: np.random.Generator) -> Description:
-    """A description of a normal picture: its summary says that nothing is wrong, and holds the anchors all the same.
-
-    The masks these anchors lead to are empty ([SEG], [ANO]) and full ([NOR]).
-
-    Args:
-        category: what the picture shows, "metal nut"; underscores become spaces.
-    """
-    words = {"category": _name_of(category), "class_name": _drawn(TARGETS, rng)}
-    libraries = (_NORMAL_EXPECTATIONS, _NORMAL_OBSERVATIONS, _NORMAL_DIAGNOSES, _NORMAL_SUMMARIES)
-    expectation, observation, diagnosis, summary = (_drawn(library, rng).format(**words) for library in libraries)
-    return Description(expectation, observation, diagnosis, summary, " ".join((expectation, observation, diagnosis)))
 
 
 def object_dialogue(name: str, rng: np.random.Generator) -> tuple[str, str]:

@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 from agvas.interruption import Held, held_back
 from agvas.training.batch import Batch
+from agvas.training.device import check_device
 from agvas.training.sample import TrainingSample
 from agvas.writing import disk_errors
 from runtime.progress import pace
@@ -71,6 +72,11 @@ class LoopSettings:
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision: expected one of {', '.join(PRECISIONS)}, got {self.precision!r}")
+        for name in ("steps", "global_batch", "micro_batch", "save_every", "log_every"):
+            if (number := getattr(self, name)) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {number}; correct it")
+        if self.average_decay is not None and not 0 < self.average_decay < 1:
+            raise ValueError(f"average_decay: expected a number between 0 and 1, got {self.average_decay:g}; null keeps the last weights")
 
 
 class Source(Protocol):
@@ -91,16 +97,6 @@ class Group:
     share: float = 1.0
 
 
-def check_device(device: str) -> None:
-    """ValueError for a device that is none or is not there: before anything is made for it."""
-    try:
-        kind = torch.device(device).type
-    except RuntimeError as error:
-        raise ValueError(f"device: expected cpu, cuda or cuda:N, got {device!r}") from error
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device: expected a CUDA device, got {device}, and torch {torch.__version__} sees none; use --device cpu")
-
-
 def multiplies_in_bf16(device: torch.device) -> bool:
     """Whether the device has instructions for it."""
     if device.type == "cuda":
@@ -117,7 +113,7 @@ def accelerator_for(settings: LoopSettings, device: str) -> Accelerator:
     """
     check_device(device)
     kind = torch.device(device).type
-    if torch.device(device).index is not None:
+    if kind == "cuda" and torch.device(device).index is not None:
         torch.cuda.set_device(torch.device(device))
     processes = int(os.environ.get("WORLD_SIZE", 1))
     at_once = processes * settings.micro_batch
@@ -369,13 +365,15 @@ class _State:
 
     def save(self, step: int) -> None:
         if self.sharded:  # every process writes its part, in the library's own layout
-            partial, place = self.folder / "state.partial", self.folder / "state"
+            partial = self.folder / "state.partial"
+            if self.accelerator.is_main_process:
+                shutil.rmtree(partial, ignore_errors=True)  # what a stopped save has left; never the only whole state, see _mend
+            self.accelerator.wait_for_everyone()
             self.accelerator.save_state(str(partial))
             self.accelerator.wait_for_everyone()
             if self.accelerator.is_main_process:
                 (partial / "step.json").write_text(json.dumps({"step": step}))
-                shutil.rmtree(place, ignore_errors=True)
-                os.replace(partial, place)
+                _put_in_place(self.folder)
         elif self.accelerator.is_main_process:
             state = {f"weights.{name}": tensor for name, tensor in self.kept.items()}
             state |= {f"average.{name}": tensor for name, tensor in self.averages.items()}
@@ -392,11 +390,14 @@ class _State:
     def resume(self) -> int:
         """The step to go on with: 0 when nothing was saved."""
         if self.sharded:
-            place = self.folder / "state"
-            if not place.exists():
+            if self.accelerator.is_main_process:
+                _mend(self.folder)
+            self.accelerator.wait_for_everyone()
+            step = _step_of(place := self.folder / "state")
+            if step is None:
                 return 0
             self.accelerator.load_state(str(place))
-            return int(json.loads((place / "step.json").read_text())["step"])
+            return step
         path = self.folder / "state.safetensors"
         if not path.exists():
             return 0
@@ -418,14 +419,46 @@ class _State:
         return getattr(self.optimizer, "optimizer", self.optimizer)
 
 
+def _step_of(state: Path) -> int | None:
+    """The step of a sharded state's folder; None unless it is whole, for step.json is written last."""
+    try:
+        return int(json.loads((state / "step.json").read_text())["step"])
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def _put_in_place(folder: Path) -> None:
+    """state.partial becomes state; until it has, what was state before is still there as state.old."""
+    partial, place, old = (folder / name for name in ("state.partial", "state", "state.old"))
+    shutil.rmtree(old, ignore_errors=True)
+    if place.exists():
+        os.replace(place, old)
+    os.replace(partial, place)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _mend(folder: Path) -> None:
+    """End what an interrupted save began: where there is no whole state, the new one becomes it, else the old one."""
+    place = folder / "state"
+    if _step_of(place) is None:
+        for name in ("state.partial", "state.old"):
+            if _step_of(folder / name) is not None:
+                shutil.rmtree(place, ignore_errors=True)
+                os.replace(folder / name, place)
+                break
+    shutil.rmtree(folder / "state.old", ignore_errors=True)
+
+
 class _Log:
     """log.jsonl and TensorBoard's events: the same numbers, each step once, also after a resume."""
 
     def __init__(self, folder: Path, first: int, processes: int) -> None:
         self.path, self.processes = folder / "log.jsonl", processes
         if self.path.exists():  # what was logged after the last save comes again
-            lines = self.path.read_text().splitlines(keepends=True)
-            self.path.write_text("".join(line for line in lines if json.loads(line)["step"] < first))
+            kept = [line for step, line in _logged(self.path) if step < first]
+            partial = self.path.with_name(self.path.name + ".partial")
+            partial.write_text("".join(f"{line}\n" for line in kept))
+            os.replace(partial, self.path)
         self.events = SummaryWriter(str(folder / "tensorboard"), purge_step=first)
         self.started, self.since, self.last = time.monotonic(), time.monotonic(), first - 1
 
@@ -442,3 +475,16 @@ class _Log:
 
     def close(self) -> None:
         self.events.close()
+
+
+def _logged(path: Path) -> Iterator[tuple[int, str]]:
+    """(step, line) of a log; half a last line, of a full disk or a power cut, is left out. Raises ValueError for any other that is none."""
+    lines = path.read_text(errors="replace").rstrip("\n").split("\n")
+    for number, line in enumerate(lines, 1):
+        try:
+            step = int(json.loads(line)["step"])
+        except (ValueError, TypeError, KeyError) as error:
+            if number == len(lines):
+                return
+            raise ValueError(f"{path}, line {number}: expected JSON with a step, got {line[:60]!r}; remove the line") from error
+        yield step, line

@@ -9,12 +9,13 @@ The probabilities are the paper's and the defaults. A group is switched off by "
 the others' probabilities are divided by their sum, which `Mixture.describe` says. With all four groups on they must sum to 1.
 
 A sample is a pure function of seed, step and index: it is the same in every process and after every resumption, and samples may be made in
-any order. A group is drawn by its probability; in the group "anomaly" then normal or anomalous (the paper's "balanced distribution", over
-the group as a whole, since some of its sources have no normal pictures); then a source by weight, a record, and the words around it. The
-paper's Anomaly-Seg20K is 20,000 pictures drawn once; here all records of the sources take part.
+any order. A group is drawn by its probability; in "anomaly" and "instruct" then normal or anomalous (the paper's "balanced distribution",
+over the group as a whole, since some of its sources have no normal pictures); then a source by weight, a record, and the words around it.
+The paper's Anomaly-Seg20K is 20,000 pictures drawn once; here all records of the sources take part.
 
-Only "instruct" and "anomaly" supervise [NOR] and [ANO]. Opening a mixture reads every source's index and no pixels; a picture that does not
-decode during training is an error that names it, never a silent skip. No torch here.
+Only "instruct" and "anomaly" supervise [NOR] and [ANO]. Opening a mixture reads every source's index and no pixels, and sees whether the
+checkpoint takes its words (text_limits.py); a picture that does not decode during training is an error that names it, never a silent skip.
+No torch here.
 """
 
 from __future__ import annotations
@@ -41,8 +42,11 @@ from agvas.training.sources.errors import DatasetError
 from agvas.training.sources.instruct import DescribedImage
 from agvas.training.sources.masked import AnomalyRecord
 from agvas.training.sources.pictures import read_picture
+from agvas.training.text_limits import TextLimits
 from runtime.prompts import DIRECT, MODES
 
+BALANCED = ("instruct", "anomaly")
+"""Groups whose records are normal or anomalous."""
 PROBABILITIES = {"general": 0.4, "instruct": 0.25, "anomaly": 0.25, "conversation": 0.1}
 REDRAWS = 100  # images of general segmentation that may turn out to hold no class before that is an error
 _ROUNDING = 1e-6
@@ -55,7 +59,7 @@ class GroupSettings:
     Attributes:
         probability: of a sample to come from this group, 0..1; 0 switches it off.
         sources: at least one, unless switched off.
-        anomalous_share: how many of the group's pictures are anomalous, where it has normal ones too; "anomaly" only.
+        anomalous_share: how many of the group's pictures are anomalous, where it has normal ones too; BALANCED alone.
     """
 
     probability: float
@@ -109,9 +113,10 @@ class Mixture:
 
     Args:
         anchors: those that answers hold: fewer than three where an ablation is tuned.
+        limits: of the checkpoint that is tuned; None looks at no text.
     """
 
-    def __init__(self, settings: MixtureSettings, anchors: Sequence[str] = ANCHORS) -> None:
+    def __init__(self, settings: MixtureSettings, anchors: Sequence[str] = ANCHORS, limits: TextLimits | None = None) -> None:
         """Reads the indexes, with a progress bar on a terminal. Raises DatasetError."""
         self.settings, self.anchors = settings, anchors
         active = settings.active()
@@ -119,7 +124,9 @@ class Mixture:
         waiting = [(name, source) for name, group in active.items() for source in group.sources]
         opened: dict[str, list[_Source]] = {name: [] for name in active}
         for name, source in tqdm(waiting, desc="reading sources", unit="source", disable=None):
-            opened[name].append(_Source(name, source, *read_source(name, source)))
+            records, remarks = read_source(name, source)
+            remarks = remarks if limits is None else remarks + limits.check(name, source, records)
+            opened[name].append(_Source(name, source, records, remarks))
         self._groups = [_Group(name, group.probability / total, group, opened[name]) for name, group in active.items()]
         self._total = total
 
@@ -148,12 +155,12 @@ class Mixture:
 
 
 class _Source:
-    """One source's records; of an anomaly source also which are normal and which anomalous."""
+    """One source's records; where its group is balanced, also which are normal and which anomalous."""
 
     def __init__(self, group: str, settings: SourceSettings, records: Sequence[Any], remarks: list[str]) -> None:
         self.settings, self.records, self.remarks = settings, records, remarks
         everything = np.arange(len(records))
-        if group == "anomaly":
+        if group in BALANCED:
             anomalous = np.fromiter((record.is_anomalous for record in records), bool, len(records))
             self.parts = {False: everything[~anomalous], True: everything[anomalous]}
         else:
@@ -204,7 +211,7 @@ def _general(source: _Source, rng: np.random.Generator) -> TrainingSample:
         drawn = record.draw(*image.shape[:2], rng)
         if drawn is not None and drawn[1].any():
             instruction, answer = object_dialogue(drawn[0], rng)
-            return TrainingSample(image, instruction, answer, drawn[1], relative=False)
+            return TrainingSample(image, instruction, answer, drawn[1], relative=False, origin=record.image)
     remedy = "check that the masks belong to the class names"
     raise DatasetError(Path(source.settings.root), None, "images with a class", f"none in {REDRAWS} drawn", remedy)
 
@@ -212,7 +219,7 @@ def _general(source: _Source, rng: np.random.Generator) -> TrainingSample:
 def _anomaly(record: AnomalyRecord, rng: np.random.Generator) -> TrainingSample:
     image, mask = _read(record)
     instruction, answer = dialogue(DIRECT, None, rng)
-    return TrainingSample(image, instruction, answer, mask, relative=True)
+    return TrainingSample(image, instruction, answer, mask, relative=True, origin=record.image)
 
 
 def _described(record: DescribedImage, settings: SourceSettings, rng: np.random.Generator) -> TrainingSample:
@@ -220,12 +227,12 @@ def _described(record: DescribedImage, settings: SourceSettings, rng: np.random.
     mode = list(shares)[_choose(list(shares.values()), rng)]
     image, mask = _read(record.picture)
     instruction, answer = dialogue(mode, record.description, rng)
-    return TrainingSample(image, instruction, answer, mask, relative=True)
+    return TrainingSample(image, instruction, answer, mask, relative=True, origin=record.picture.image)
 
 
 def _conversation(record: Conversation, rng: np.random.Generator) -> TrainingSample:
     question, answer = record.draw(rng)
-    return TrainingSample(read_picture(record.image), question, answer, mask=None, relative=False)
+    return TrainingSample(read_picture(record.image), question, answer, mask=None, relative=False, origin=record.image)
 
 
 def _read(record: AnomalyRecord) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.bool_]]:
@@ -273,7 +280,7 @@ def _check_source(where: str, group: str, source: SourceSettings) -> None:
 
 
 def _group(name: str, value: Any, folder: Path) -> GroupSettings:
-    allowed = ("probability", "sources", *(("anomalous_share",) if name == "anomaly" else ()))
+    allowed = ("probability", "sources", *(("anomalous_share",) if name in BALANCED else ()))
     given = _object(value, allowed, name)
     sources = given.get("sources", [])
     if not isinstance(sources, list):

@@ -17,9 +17,10 @@ from agvas.tokenizer import train_tokenizer
 from agvas.training.adaptation import TrainedParts
 from agvas.training.batch import collate
 from agvas.training.descriptions import all_sentences
+from agvas.training.device import check_device
 from agvas.training.instructions import all_instructions
 from agvas.training.language_pretraining import LanguagePretraining, LanguagePretrainingSettings
-from agvas.training.loop import LoopSettings, check_device, is_main_process, keep_settings, main_process_first, run
+from agvas.training.loop import LoopSettings, is_main_process, keep_settings, main_process_first, run
 from agvas.training.losses import MaskLossWeights
 from agvas.training.objective import ObjectiveSettings
 from agvas.training.pool import PoolSettings, ProceduralSource, SamplePool

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +20,7 @@ class TrainingSample:
         mask: bool [H, W], True where [SEG] and [ANO] should be; all False on a normal picture; None where nothing is to be segmented (a
             conversation), and no mask loss is computed.
         relative: whether [NOR] and [ANO] are supervised too: only anomaly sources teach them (paper B.1).
+        origin: the picture's file, for errors; None where there is none.
     """
 
     image: npt.NDArray[np.uint8]
@@ -26,3 +28,4 @@ class TrainingSample:
     answer: str
     mask: npt.NDArray[np.bool_] | None
     relative: bool
+    origin: Path | None = None

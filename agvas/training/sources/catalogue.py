@@ -93,7 +93,7 @@ def read_source(group: str, source: SourceSettings) -> tuple[Sequence[Any], list
     if kind in ("goods-ad", "dtd-synthetic", "miad"):
         return read_mvtec(root, **given), []
     if kind == "anomaly-instruct":
-        return read_instruct(root / given.get("annotations", "instruct.jsonl")), []
+        return read_instruct(root / given.get("annotations", "instruct.jsonl"))
     if kind == "llava":
         file, images = given.get("annotations", "llava_instruct_150k.json"), given.get("images", "train2017")
         return read_conversations(root / file, root / images), []

@@ -147,7 +147,8 @@ def union(shapes: tuple[Shape, ...], height: int, width: int, file: Path, place:
     try:
         from pycocotools import mask as coco
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f'{file}: COCO masks need pycocotools; pip install "agvas[train]"') from error
+        said = f'{file}: COCO masks need pycocotools, which is not installed; pip install "agvas[train]"'
+        raise ModuleNotFoundError(said, name="pycocotools") from error
     mask = np.zeros((height, width), bool)
     polygons = [shape.tolist() for shape in shapes if isinstance(shape, np.ndarray)]
     encodings = coco.frPyObjects(polygons, height, width) if polygons else []

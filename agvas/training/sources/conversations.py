@@ -26,10 +26,12 @@ from agvas.training.sources.texts import checked
 
 @dataclass(frozen=True)
 class Conversation:
-    """A picture and the (question, answer) turns about it."""
+    """A picture and the (question, answer) turns about it; `place` is the record in the file, "record 3"."""
 
     image: Path
     turns: tuple[tuple[str, str], ...]
+    listed_in: Path
+    place: str
 
     def draw(self, rng: np.random.Generator) -> tuple[str, str]:
         return self.turns[int(rng.integers(len(self.turns)))]
@@ -61,4 +63,4 @@ def _conversation(entry: Any, n: int, file: Path, images: Path, listing: Listing
     values = [take(turn, "value", str, file, place) for turn in said]
     questions = [checked(value.replace("<image>", ""), file, f"a question of {place}") for value in values[::2]]
     answers = [checked(value, file, f"an answer of {place}") for value in values[1::2]]
-    return Conversation(image, tuple(zip(questions, answers)))
+    return Conversation(image, tuple(zip(questions, answers)), file, place)

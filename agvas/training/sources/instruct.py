@@ -5,7 +5,8 @@
 
 Paths are relative to the file's folder and may lead out of it ("../real-iad/..."), since the pictures stay where their release put them.
 Non-zero mask pixels are anomalous; "mask" null or "" is a normal picture, "kind" may be null. The summary holds each anchor once, in the
-order [NOR], [ANO], [SEG]; the other fields hold none. Further keys are ignored.
+order [NOR], [ANO], [SEG]; the other fields hold none. Further keys are ignored. Of lines with the same image, mask, class and kind the last
+one counts: agvas-instruct describes a picture again when its mask was corrected, and keeps the older line.
 """
 
 from __future__ import annotations
@@ -28,23 +29,31 @@ FIELDS = ("expectation", "observation", "diagnosis", "summary", "explanation")
 
 @dataclass(frozen=True)
 class DescribedImage:
-    """A picture with its truth and its description."""
+    """A picture with its truth and its description, and where that stands."""
 
     picture: MaskedImage
     description: Description
+    file: Path
+    line: int
+
+    @property
+    def is_anomalous(self) -> bool:
+        return self.picture.is_anomalous
 
 
-def read_instruct(file: Path) -> list[DescribedImage]:
-    """The records in the file's order; blank lines are passed over."""
+def read_instruct(file: Path) -> tuple[list[DescribedImage], list[str]]:
+    """The records that count, in the file's order, and a remark on older ones; blank lines are passed over."""
     listing = Listing()
-    records = [
-        _record(text, line, file, listing)
-        for line, text in enumerate(read_text(file, "described pictures").split("\n"), 1)
-        if text.strip()
-    ]
+    records: dict[MaskedImage, DescribedImage] = {}
+    older = 0
+    for line, text in enumerate(read_text(file, "described pictures").split("\n"), 1):
+        if text.strip():
+            record = _record(text, line, file, listing)
+            older += records.pop(record.picture, None) is not None
+            records[record.picture] = record
     if not records:
         raise DatasetError(file, None, "at least one record", "an empty file", "write it with agvas-instruct")
-    return records
+    return list(records.values()), [f"{older} older descriptions of pictures that were described again left out"] if older else []
 
 
 def _record(text: str, line: int, file: Path, listing: Listing) -> DescribedImage:
@@ -57,7 +66,7 @@ def _record(text: str, line: int, file: Path, listing: Listing) -> DescribedImag
     category = checked(take(entry, "class", str, file, place, line), file, "class", line)
     mask, kind = (_text_or_none(entry, key, file, line) for key in ("mask", "kind"))
     picture = MaskedImage(image, _path(mask, "mask", file, line, listing) if mask else None, category, kind, None)
-    return DescribedImage(picture, Description(**{name: _field(entry, name, file, line) for name in FIELDS}))
+    return DescribedImage(picture, Description(**{name: _field(entry, name, file, line) for name in FIELDS}), file, line)
 
 
 def _text_or_none(entry: dict[str, Any], key: str, file: Path, line: int) -> str | None:

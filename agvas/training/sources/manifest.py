@@ -21,18 +21,15 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
 from agvas.training.sources.errors import DatasetError
+from agvas.training.sources.pictures import decoded, picture_shapes
 from agvas.training.sources.texts import checked
 
 __all__ = ["Item", "Phrase", "read_manifest", "read_phrases", "read_split"]
 
 MANIFEST = "manifest.csv"
 REQUIRED_COLUMNS = ("image", "mask", "label")
-_EXIF_ORIENTATION = 0x0112
-_EXIF_SIDES_SWAPPED = (5, 6, 7, 8)
-_UNREADABLE = (OSError, Image.DecompressionBombError)
 
 
 @dataclass(frozen=True)
@@ -58,12 +55,12 @@ class Item:
         if self.mask is None:
             return np.zeros((height, width), bool)
         try:
-            with Image.open(self.mask) as opened:
-                mode, values = opened.mode, np.asarray(opened.convert("L") if opened.mode == "1" else opened)
-        except _UNREADABLE as error:
-            raise self._error("a readable mask", f"{self.mask} ({error})", "write it again as PNG") from error
-        if mode not in ("L", "1"):
-            raise self._error("a mask of one 8-bit channel", f"mode {mode} in {self.mask}", "save it as 8-bit grey (mode L)")
+            opened = decoded(self.mask)
+        except DatasetError as error:
+            raise self._error("a readable mask", f"{self.mask} ({error.found})", "write it again as PNG") from error
+        if opened.mode not in ("L", "1"):
+            raise self._error("a mask of one 8-bit channel", f"mode {opened.mode} in {self.mask}", "save it as 8-bit grey (mode L)")
+        values = np.asarray(opened.convert("L"))
         if values.shape != (height, width):
             raise self._error(
                 f"a mask of {height} x {width} (height x width, as the image)",
@@ -213,7 +210,7 @@ def _inside(root: Path, manifest: Path, line: int, column: str, cell: str) -> Pa
 
 def _check_same_size(manifest: Path, line: int, image: Path, mask: Path) -> None:
     """Compares the headers; pixels are not decoded."""
-    expected, (found, *_) = _shapes(manifest, line, image), _shapes(manifest, line, mask)
+    expected, (*_, found) = _shapes(manifest, line, image), _shapes(manifest, line, mask)
     if found not in expected:
         raise DatasetError(
             manifest,
@@ -227,9 +224,6 @@ def _check_same_size(manifest: Path, line: int, image: Path, mask: Path) -> None
 def _shapes(manifest: Path, line: int, path: Path) -> list[tuple[int, int]]:
     """See Item.shapes; whether the tag is heeded is up to who decodes the image."""
     try:
-        with Image.open(path) as opened:
-            width, height = opened.size
-            turned = "exif" in opened.info and opened.getexif().get(_EXIF_ORIENTATION) in _EXIF_SIDES_SWAPPED
-    except _UNREADABLE as error:
-        raise DatasetError(manifest, line, "an image", f"{path} ({error})", "restore it from its source") from error
-    return [(height, width), (width, height)] if turned else [(height, width)]
+        return picture_shapes(path)
+    except DatasetError as error:
+        raise DatasetError(manifest, line, error.expected, f"{path} ({error.found})", error.remedy) from error

@@ -13,7 +13,8 @@ def read_matlab(path: Path) -> dict[str, Any]:
     try:
         from scipy.io import loadmat
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"{path}: reading MATLAB files needs scipy; pip install scipy") from error
+        said = f'{path}: MATLAB files need scipy, which is not installed; pip install "agvas[train]"'
+        raise ModuleNotFoundError(said, name="scipy") from error
     try:
         return dict(loadmat(path, squeeze_me=True, struct_as_record=False))
     except Exception as error:  # scipy raises ValueError, TypeError, zlib.error and more on damaged files

@@ -11,18 +11,20 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
 from agvas.training.sources.errors import DatasetError
 
 _FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "PPM")
 _SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 _EIGHT_BIT = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV")
+_EXIF_ORIENTATION, _EXIF_SIDES_SWAPPED = 0x0112, (5, 6, 7, 8)
+_TIFF_SIDES = (256, 257)  # tags of width and height
 
 
 def read_picture(path: Path) -> npt.NDArray[np.uint8]:
     """uint8 RGB [H, W, 3]. Raises DatasetError naming the file where it does not decode: training never skips a picture."""
-    opened = _decoded(path)
+    opened = decoded(path)
     if opened.mode in _SIXTEEN_BIT:
         samples = np.asarray(opened)
         if samples.size and not (samples.min() >= 0 and samples.max() <= 65535):
@@ -36,7 +38,7 @@ def read_picture(path: Path) -> npt.NDArray[np.uint8]:
 
 def read_indices(path: Path) -> npt.NDArray[np.int32]:
     """Class indices [H, W] of a one-channel or palette picture, the stored numbers and not the palette's colours."""
-    opened = _decoded(path)
+    opened = decoded(path)
     if opened.mode not in ("L", "P", *_SIXTEEN_BIT):
         raise DatasetError(path, None, "one channel of class indices", f"mode {opened.mode}", "restore the mask from the release")
     return np.asarray(opened).astype(np.int32)
@@ -47,7 +49,7 @@ def read_nonzero(path: Path) -> npt.NDArray[np.bool_]:
 
     JPEG is refused: its rounding leaves values near 0 where the mask was 0.
     """
-    opened = _decoded(path)
+    opened = decoded(path)
     if opened.format == "JPEG":
         raise DatasetError(path, None, "a mask in a lossless format", "JPEG", "restore the PNG of the data set's release")
     if opened.mode in ("P", "PA", "RGBA", "LA"):
@@ -58,13 +60,22 @@ def read_nonzero(path: Path) -> npt.NDArray[np.bool_]:
 
 def picture_size(path: Path) -> tuple[int, int]:
     """(height, width) as the header says, EXIF orientation applied; pixels are not decoded."""
+    return picture_shapes(path)[-1]
+
+
+def picture_shapes(path: Path) -> list[tuple[int, int]]:
+    """(height, width) as it is stored and, where its EXIF tag swaps the sides, as it is shown; pixels are not decoded."""
     try:
         with Image.open(path, formats=_FORMATS) as opened:
             width, height = opened.size
-            turned = opened.getexif().get(0x0112) in (5, 6, 7, 8)
+            if isinstance(opened, TiffImagePlugin.TiffImageFile):  # whose size Pillow, by its version, gives as it is stored or shown
+                width, height = (int(opened.tag_v2[tag]) for tag in _TIFF_SIDES)
+            # In a PNG without a tag in front of its pixels Pillow would look behind them, and decode them all.
+            tagged = opened.format != "PNG" or not {"exif", "Raw profile type exif"}.isdisjoint(opened.info)
+            turned = tagged and opened.getexif().get(_EXIF_ORIENTATION) in _EXIF_SIDES_SWAPPED
     except Exception as error:  # Pillow's decoders raise SyntaxError, struct.error and more on damaged files
         raise _unreadable(path, error) from error
-    return (width, height) if turned else (height, width)
+    return [(height, width), (width, height)] if turned else [(height, width)]
 
 
 def check_size(mask: npt.NDArray[np.bool_] | npt.NDArray[np.int32], height: int, width: int, file: Path, image: Path) -> None:
@@ -79,8 +90,8 @@ def check_size(mask: npt.NDArray[np.bool_] | npt.NDArray[np.int32], height: int,
         )
 
 
-def _decoded(path: Path) -> Image.Image:
-    """The first frame, decoded and turned upright; `format` is kept."""
+def decoded(path: Path) -> Image.Image:
+    """The first frame, decoded and turned upright, in 8 or 16 bits; `format` is kept. Raises DatasetError naming the file."""
     try:
         with Image.open(path, formats=_FORMATS) as opened:
             opened.load()
@@ -95,4 +106,5 @@ def _decoded(path: Path) -> Image.Image:
 
 def _unreadable(path: Path, error: Exception) -> DatasetError:
     found = "no such file" if isinstance(error, FileNotFoundError) else f"{type(error).__name__}: {error}"
-    return DatasetError(path, None, "a picture that decodes (PNG, JPEG, BMP, TIFF or PNM)", found, "restore it from its source")
+    remedy = "restore it from its source" + (", or save it as PNG" if isinstance(error, UnidentifiedImageError) else "")
+    return DatasetError(path, None, "a picture that decodes (PNG, JPEG, BMP, TIFF or PNM)", found, remedy)
