@@ -74,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seconds", type=float, metavar="S", help="and at least so much time of the bundle's own (default 60; --quick 0)")
     parser.add_argument("--quick", action="store_true", help="a few calls, to see that it runs; no figures to publish")
     parser.add_argument("--fps", type=float, metavar="N", help="frames a second of a line: tells how many come too late")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result with raw samples, in place of the JSON on stdout")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result with raw samples (stdout's last line: without)")
     parser.add_argument("--report", type=Path, metavar="DIR", help="write report.html, report.md, plots and result.json (needs matplotlib)")
     parser.add_argument("--compare", type=Path, nargs=2, metavar=("A.json", "B.json"), help="what got slower from A to B, by stage too")
     parser.add_argument("--threshold", type=float, default=1.05, help="of --compare: slower beyond this ratio (default 1.05)")
@@ -127,8 +127,7 @@ def _measure(options: argparse.Namespace) -> int:
         options.json.write_text(json.dumps(json.loads(json_line(result)), indent=1) + "\n")
     if options.report is not None:
         print(f"report: {write_report(result, options.report)}")
-    if options.json is None:
-        print(json_line(without_samples(result)))
+    print(json_line(without_samples(result)))
     return 0
 
 

@@ -70,9 +70,11 @@ def measured(tiny_bundle: Path, tiny_checkpoint: Path, tmp_path_factory: pytest.
     return folder / "run.json"
 
 
-def test_json_in_a_file_is_not_printed_as_well(measured: Path) -> None:
+def test_the_last_line_of_stdout_is_the_result_without_its_samples(measured: Path) -> None:
     lines = (measured.parent / "stdout").read_text().splitlines()
-    assert lines[0].startswith("| candidate |") and not any(line.startswith("{") for line in lines)
+    told, written = json.loads(lines[-1]), json.loads(measured.read_text())
+    assert lines[0].startswith("| candidate |") and told["ratios"] == written["ratios"]
+    assert not any("samples" in run for run in told["runs"].values()) and all("samples" in run for run in written["runs"].values())
 
 
 def test_every_candidate_has_times_memory_and_masks_of_the_same_run(measured: Path) -> None:
