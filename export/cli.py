@@ -95,7 +95,7 @@ def _main(options: argparse.Namespace) -> int:
             "no bundle was written, an older one is untouched; with --resume, or for a model that does not fit "
             "the memory, finished stages were kept, and the same command goes on with them"
         )
-        print(f"agvas-export: interrupted; {interruption or kept}", file=sys.stderr)
+        print(f"agvas-export: interrupted; {str(interruption) or kept}", file=sys.stderr)
         return 130
 
 

@@ -66,7 +66,7 @@ def _run(options: argparse.Namespace) -> int:
 def _lacking(error: ModuleNotFoundError) -> int:
     """What is missing, in the words of the file that asked for it, where it has any."""
     said = str(error)
-    if said.startswith("No module named"):  # Python's
+    if said.startswith(("No module named", "import of ")):  # Python's
         said = f'{error.name} is not installed; pip install "agvas[train]"'
     print(f"agvas-train: {said}", file=sys.stderr)
     return 2
