@@ -1,4 +1,4 @@
-"""How much memory a process may still take: what the machine has to spare, or what a container's limit leaves.
+"""How much memory a process may still take, what the machine has to spare or a container's limit leaves, and how much it took at most.
 
 A container sees its host's memory, and is killed where it takes more than its own limit: both count.
 """
@@ -31,3 +31,14 @@ def available_memory() -> int | None:
             kinds = dict(line.split() for line in (CONTROL_GROUP / statistics).read_text().splitlines())
             found.append(left + sum(int(kinds.get(kind, 0)) for kind in files))
     return min(found) if found else None
+
+
+def peak_memory() -> int | None:
+    """Largest resident memory of this program so far, bytes; None where the system does not tell (Linux does).
+
+    Not getrusage's: that survives fork and exec, and counts what started the program, too.
+    """
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+    return None

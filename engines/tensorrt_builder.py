@@ -23,7 +23,7 @@ from typing import Any
 
 from engines.cuda import select
 from engines.errors import EngineFailed
-from engines.memory import available_memory
+from engines.memory import available_memory, peak_memory
 from engines.tensorrt_library import TENSORRT, library, sm
 
 # By input: least, usual and largest shape.
@@ -214,7 +214,7 @@ def _build(request: BuildRequest) -> BuildReport:
         seconds=round(time.monotonic() - started, 3),
         cpu_seconds=round(time.process_time(), 3),
         bytes=serialized.nbytes,
-        peak_rss_bytes=_peak(),
+        peak_rss_bytes=peak_memory(),
         layers=len(layers) or None,
         attention=len(attention),
         attention_fused=len(fused) if layers else None,
@@ -319,13 +319,6 @@ def _attentions(trt: Any, network: Any) -> list[str]:
 
 def _name(line: str) -> str:
     return line.split(",", 1)[0]
-
-
-def _peak() -> int | None:
-    with contextlib.suppress(OSError, StopIteration):
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
-    return None
 
 
 if __name__ == "__main__":

@@ -1,23 +1,18 @@
 """Writes a bundle: graphs, embeddings, tokenizer, traces, parity, and the manifest last.
 
-Everything goes to a folder of another name that is renamed when it is whole. As long as it is not, a file in it says so (UNFINISHED), and
-the runtime opens no such folder: an interrupted export leaves nothing that opens. Where the work is long, that file also lists the stages
-that are whole, and the same export goes on with them. Weights stream from the checkpoint into the graphs' files; whether the model is
-held in memory depends on the comparison with the reference alone. Reading is the runtime's.
+Everything goes to a folder of another name that is renamed when it is whole (work.py). Weights stream from the checkpoint into the graphs'
+files; whether the model is held in memory depends on the comparison with the reference alone. Reading is the runtime's.
 """
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import hashlib
 import json
 import math
 import os
 import shutil
 import time
-import uuid
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +25,6 @@ from agvas.config import ROLES, AGVASConfig
 from agvas.interruption import held_back
 from agvas.model import AGVAS
 from agvas.weights import LazyTensor
-from agvas.writing import FolderInUse, alone_in
 from engines import EngineOptions
 from engines.cache import CUDA_FORM
 from engines.memory import available_memory
@@ -50,6 +44,7 @@ from export.quantisation import ENCODERS, RTN, Quantisation, fake_quantised, qua
 from export.stage_weights import all_weights, stage_weights
 from export.streamed_reference import in_pieces, measure_streamed
 from export.streamed_tensor import StreamedTensor
+from export.work import kept_folder, whole_or_nothing
 from runtime.bundle import (
     EMBEDDINGS,
     GOLDEN,
@@ -64,7 +59,7 @@ from runtime.bundle import (
     sha256_of,
 )
 from runtime.contract import CONTRACT_VERSION, STAGES
-from runtime.errors import AgvasError, OutputError, ParityFailed, RequestError
+from runtime.errors import OutputError, ParityFailed, RequestError
 from runtime.parity import GATES, Outcome, compare, finite, together
 from runtime.verify import limits, open_pipeline, run_outcome
 
@@ -166,7 +161,7 @@ def export_bundle(settings: ExportSettings, progress: Progress) -> tuple[Bundle,
     reference = _reference(model, settings, pictures, progress) if held and settings.compare else ()
     quantisation = _quantise(settings, model, opened, progress)
     key = _key(settings, opened) if settings.resume or (settings.resume is None and streamed) else None
-    with _whole_or_nothing(settings.output, key) as work:
+    with whole_or_nothing(settings.output, key) as work:
         folder = work.folder
         graphs = {}  # in float, of the stages that hold integers
         skeleton = opened.skeleton()
@@ -469,7 +464,7 @@ def _reference(model: AGVAS, settings: ExportSettings, pictures: Pictures, progr
 def _check_needs(settings: ExportSettings, needs: Estimate, memory: int | None, streamed: bool, pictures: int, progress: Progress) -> None:
     """Tell what the export will take, and refuse before the work, not after it, where disk or memory will not do."""
     existing = _beside(settings.output)
-    free = shutil.disk_usage(existing).free + sum(path.stat().st_size for path in _kept(settings.output).rglob("*") if path.is_file())
+    free = shutil.disk_usage(existing).free + sum(path.stat().st_size for path in kept_folder(settings.output).rglob("*") if path.is_file())
     needed = needs.export_memory
     if settings.compare:
         needed = max(needed, needs.streamed_memory if streamed else needs.whole_memory)
@@ -513,105 +508,3 @@ def _code_sha256() -> str:
     for path in (path for package in ("agvas", "calibration", "export") for path in sorted((top / package).rglob("*.py"))):
         digest.update(path.relative_to(top).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
-
-
-class _Work:
-    """A bundle's folder while it is written, this process's alone, and which of its stages are whole."""
-
-    def __init__(self, folder: Path, key: str | None) -> None:
-        self.folder, self.key = folder, key
-        self.stages: dict[str, dict[str, int]] = {}
-        try:
-            found = json.loads((folder / UNFINISHED).read_text())
-        except (OSError, ValueError):
-            found = {}
-        if key is not None and found.get("key") == key:
-            self.stages = found["stages"]
-        else:
-            for path in folder.iterdir():
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-        (folder / MANIFEST).unlink(missing_ok=True)
-        self._write()
-
-    def has(self, stage: str) -> bool:
-        """Whether an earlier export left the stage whole."""
-        files = self.stages.get(stage)
-        return files is not None and files == self._files(stage)
-
-    def finished(self, stage: str) -> None:
-        self.stages[stage] = self._files(stage)
-        self._write()
-
-    def _files(self, stage: str) -> dict[str, int]:
-        folder = self.folder / stage
-        return {path.name: path.stat().st_size for path in sorted(folder.iterdir())} if folder.is_dir() else {}
-
-    def _write(self) -> None:
-        partial = self.folder / f"{UNFINISHED}.partial"
-        partial.write_text(json.dumps({"key": self.key, "stages": self.stages}))
-        os.replace(partial, self.folder / UNFINISHED)
-
-
-def _kept(output: Path) -> Path:
-    """Where an export that can be resumed works."""
-    return output.parent / f".{output.name}.partial"
-
-
-def _replace(partial: Path, output: Path) -> None:
-    """Give the new bundle its name; an older one there goes only after that has worked.
-
-    Raises:
-        KeyboardInterrupt: with words, where one came meanwhile: the bundle is there all the same.
-    """
-    try:
-        with held_back("the bundle has taken its place"):
-            _rename(partial, output)
-    except KeyboardInterrupt:
-        if partial.exists():
-            raise
-        raise KeyboardInterrupt(f"{output} was written all the same") from None
-
-
-def _rename(partial: Path, output: Path) -> None:
-    if not output.exists():
-        os.rename(partial, output)
-        return
-    old = output.parent / f".{output.name}.old-{uuid.uuid4().hex[:8]}"
-    os.rename(output, old)
-    try:
-        os.rename(partial, output)
-    except OSError:
-        os.rename(old, output)
-        raise
-    shutil.rmtree(old)
-
-
-@contextlib.contextmanager
-def _whole_or_nothing(output: Path, key: str | None) -> Iterator[_Work]:
-    """A folder beside `output` that takes its name when the block ends well, and vanishes otherwise.
-
-    With a key, an interruption leaves it, and the next export with the same key begins with it.
-    """
-    partial = output.parent / f".{output.name}.partial-{uuid.uuid4().hex[:8]}" if key is None else _kept(output)
-    keep = False
-    try:
-        with alone_in(partial, "export"):
-            yield _Work(partial, key)
-            (partial / UNFINISHED).unlink()
-            _replace(partial, output)
-            keep = True  # under its name; of this one there may be another export's by now
-    except FolderInUse as error:
-        keep = True
-        raise OutputError(str(error)) from error
-    except AgvasError:
-        raise
-    except KeyboardInterrupt as interruption:
-        keep = key is not None or bool(interruption.args)
-        raise
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise OutputError(f"the disk of {output} is full; free some space or choose another --output") from error
-        raise OutputError(f"{output}: export stopped by {error}; check the path, or choose another --output") from error
-    finally:
-        if not keep:
-            shutil.rmtree(partial, ignore_errors=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from engines import EngineFailed, EngineOptions, EngineUnavailable, open_engine
+from engines.memory import peak_memory
 from runtime.bundle import Bundle
 from runtime.contract import AXIS_NAMES, STAGES
 from runtime.errors import BundleCorrupt
@@ -228,13 +228,9 @@ def compare_on_images(
 
 
 def peak_rss_bytes() -> int | None:
-    """Largest resident memory of this process so far; None where the system does not tell.
-
-    On Linux of this program alone: getrusage, asked elsewhere, counts what started it, too.
-    """
-    with suppress(OSError, StopIteration):
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+    """Largest resident memory of this process so far; None where the system does not tell."""
+    if (found := peak_memory()) is not None:
+        return found
     try:
         import resource
     except ImportError:  # Windows: a report without this number beats no report

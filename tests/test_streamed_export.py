@@ -29,6 +29,7 @@ from agvas.weights import LazyTensor, safetensors_file
 from benchmarks.random_checkpoint import write_random_checkpoint
 from calibration.gptq import GPTQSettings, round_to_nearest, rounded_to_nearest
 from engines import Engine, EngineFailed, EngineOptions, open_engine
+from export import work
 from export.adapters import axis_sizes, example_inputs
 from export.bundle import ExportSettings, export_bundle
 from export.cli import main
@@ -300,6 +301,14 @@ def interrupted_at(monkeypatch: pytest.MonkeyPatch, stage: str) -> Callable[[], 
     return lambda: monkeypatch.setattr(writer, "write", original)
 
 
+def stopped_at(monkeypatch: pytest.MonkeyPatch, stage: str, settings: ExportSettings) -> None:
+    """What an export leaves that was interrupted when it had written the stage."""
+    repair = interrupted_at(monkeypatch, stage)
+    with pytest.raises(KeyboardInterrupt):
+        export_bundle(settings, QUIET)
+    repair()
+
+
 def test_an_interrupted_export_goes_on_with_its_finished_stages_and_opens_nowhere_before(
     ready_graphs: list[str], tiny_checkpoint: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -333,10 +342,7 @@ def test_stages_of_another_export_are_made_again(
             shutil.copy(checkpoint / name, tmp_path / name)
         (checkpoint / "parts.json").write_text('{"base": ".."}')
     settings = ExportSettings(str(checkpoint), "fp32", tmp_path / "out" / "bundle", images=pictures, resume=True)
-    repair = interrupted_at(monkeypatch, "semantic_encoder")
-    with pytest.raises(KeyboardInterrupt):
-        export_bundle(settings, QUIET)
-    repair()
+    stopped_at(monkeypatch, "semantic_encoder", settings)
     if change == "settings":
         settings = replace(settings, precision="fp16", strict=False)
     elif change == "code":
@@ -357,10 +363,7 @@ def test_an_export_into_its_checkpoints_folder_goes_on_too(
 ) -> None:
     checkpoint = shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint")
     settings = ExportSettings(str(checkpoint), "fp32", checkpoint / "bundle", images=pictures, resume=True)
-    repair = interrupted_at(monkeypatch, "mask_decoder")
-    with pytest.raises(KeyboardInterrupt):
-        export_bundle(settings, QUIET)
-    repair()
+    stopped_at(monkeypatch, "mask_decoder", settings)
     ready_graphs.clear()
     export_bundle(settings, QUIET)
     assert ready_graphs == ["mask_decoder"]
@@ -370,11 +373,8 @@ def test_what_a_killed_comparison_left_in_a_stage_does_not_come_into_the_bundle(
     ready_graphs: list[str], tiny_checkpoint: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = ExportSettings(str(tiny_checkpoint), "fp32", tmp_path / "out" / "bundle", images=pictures, resume=True)
-    repair = interrupted_at(monkeypatch, "mask_decoder")
-    with pytest.raises(KeyboardInterrupt):
-        export_bundle(settings, QUIET)
+    stopped_at(monkeypatch, "mask_decoder", settings)
     (tmp_path / "out" / ".bundle.partial" / "language" / "language.piece.onnx").write_bytes(b"half")
-    repair()
     bundle, _ = export_bundle(settings, QUIET)
     assert not [name for name in bundle.manifest.files if "piece" in name]
     assert not list(bundle.folder.rglob("*.piece.onnx"))
@@ -429,7 +429,7 @@ def test_an_interruption_while_the_bundle_takes_its_place_says_that_it_did(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    original = writer._rename
+    original = work._rename
 
     def interrupted(partial: Path, output: Path) -> None:
         handler = signal.getsignal(signal.SIGINT)
@@ -437,7 +437,7 @@ def test_an_interruption_while_the_bundle_takes_its_place_says_that_it_did(
         handler(signal.SIGINT, None)
         original(partial, output)
 
-    monkeypatch.setattr(writer, "_rename", interrupted)
+    monkeypatch.setattr(work, "_rename", interrupted)
     arguments = ["--checkpoint", str(tiny_checkpoint), "--output", str(tmp_path / "bundle"), "--lmm", "float", "--images", str(pictures)]
     assert main(arguments) == 130
     told = capsys.readouterr().err
