@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from agvas import AGVAS, save
@@ -229,6 +230,16 @@ def test_what_is_left_in_the_file_needs_the_file(model: AGVAS, tmp_path: Path) -
     partly = load(tmp_path / "checkpoint", left=LAYERS)
     with pytest.raises(ValueError, match="language.model.layers.0 is on the meta device: expected the checkpoint's tensors, got none"):
         calibrate(partly, PICTURES[:1], SETTINGS, weights_sha256="of the checkpoint")
+
+
+def test_a_layer_in_the_file_that_is_no_number_is_named(model: AGVAS, tmp_path: Path) -> None:
+    save(model, tmp_path / "checkpoint")
+    state, name = load_file(tmp_path / "checkpoint" / "model.safetensors"), f"{LAYERS}.1.mlp.up_proj.weight"
+    state[name][0, 0] = float("nan")
+    save_file(state, tmp_path / "checkpoint" / "model.safetensors")
+    opened, partly = open_checkpoint(tmp_path / "checkpoint"), load(tmp_path / "checkpoint", left=LAYERS)
+    with pytest.raises(ValueError, match=f"{name} holds 1 NaN or infinite values of"):
+        calibrate(partly, PICTURES[:1], SETTINGS, weights_sha256="of the checkpoint", tensors=opened.tensors)
 
 
 def test_the_memory_of_the_papers_model_is_what_one_layer_and_the_encoders_take() -> None:
