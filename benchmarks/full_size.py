@@ -7,6 +7,11 @@ rounding) and in 16 bit, compares every stage and each of the language model's l
 segments a picture with the 4-bit bundle. Each part is a process of its own, so that its peak memory is its own; results are written after
 each, and a part that is there already is not done again. --size 13b is LLaVA-1.5-13B's base (it takes twice the disk); with -reduced
 behind it a model has its full widths and two layers of everything. Parity of masks is agvas-export's business: here the weights are noise.
+
+    python -m benchmarks.full_size --size 7b --work DIR --parts checkpoint calibrate export-plan stages-plan --output FILE.json
+
+calibrates the language model with agvas-calibrate instead, on a few pictures (an hour on two cores; stopped, it goes on where it was),
+and exports and compares what the plan says.
 """
 
 from __future__ import annotations
@@ -38,6 +43,8 @@ SIZES = tuple(f"{model}{depth}" for model in MODELS for depth in ("", "-reduced"
 IMAGE_TOKENS = 24  # of each kind, where a stage alone is compared: what a token meets in a layer does not depend on their number
 PICTURE = (8_000_000_003, 480, 640)  # seed, height, width
 PARTS = ("checkpoint", "export-gptq4", "stages-gptq4", "run-gptq4", "reference-gptq4", "export-16", "stages-16")
+WITH_A_PLAN = ("calibrate", "export-plan", "stages-plan")  # where asked for
+LAST_USE = {"reference-gptq4": "gptq4", "stages-16": "16", "stages-plan": "plan"}  # of a bundle
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +56,17 @@ class Work:
     size: str
     precision: str
     head: str
+    pictures: int
+
+    @property
+    def plan(self) -> Path:
+        return self.folder / "plan"
+
+    def calibration(self, kind: str) -> Path:
+        """Where the 4-bit codes of an export come from."""
+        from export.quantisation import RTN
+
+        return self.plan if kind == "plan" else RTN
 
     def bundle(self, kind: str) -> Path:
         return self.folder / f"bundle-{kind}"
@@ -72,11 +90,20 @@ def checkpoint(work: Work) -> dict[str, Any]:
     return {"bytes": file.stat().st_size, "parameters": file.stat().st_size // 2, "seconds": seconds}
 
 
+def calibrate(work: Work) -> dict[str, Any]:
+    """agvas-calibrate as a user calls it, in a process of its own."""
+    command = [sys.executable, "-m", "calibration.cli", "--checkpoint", work.checkpoint, "--output", work.plan, "--dtype", "bf16"]
+    command += ["--samples", str(work.pictures), "--json"]
+    finished = subprocess.run([*map(str, command)], stdout=subprocess.PIPE, text=True, check=True)
+    told = json.loads(finished.stdout.splitlines()[-1])
+    del told["plan"]
+    return told | {"dtype": "bf16", "plan_bytes": sum(file.stat().st_size for file in work.plan.iterdir())}
+
+
 def export(work: Work, kind: str) -> dict[str, Any]:
     """One export without its comparison, step by step."""
     from export.bundle import ExportSettings, export_bundle
     from export.progress import Progress
-    from export.quantisation import RTN
     from runtime.verify import peak_rss_bytes as peak
 
     steps: list[dict[str, Any]] = []
@@ -89,10 +116,10 @@ def export(work: Work, kind: str) -> dict[str, Any]:
             super().end()
 
     started = time.monotonic()
-    precision = "fp16" if kind == "gptq4" else work.precision
+    precision = work.precision if kind == "16" else "fp16"
     settings = ExportSettings(str(work.checkpoint), precision, work.bundle(kind), compare=False, resume=True)
-    if kind == "gptq4":
-        settings = dataclasses.replace(settings, lmm="gptq4", calibration=RTN, head=work.head)
+    if kind != "16":
+        settings = dataclasses.replace(settings, lmm="gptq4", calibration=work.calibration(kind), head=work.head)
     bundle, _ = export_bundle(settings, Recorded())
     sizes = {name: record.bytes for name, record in bundle.manifest.files.items()}
     return {
@@ -118,7 +145,7 @@ def stages(work: Work, kind: str) -> dict[str, Any]:
     from export.bundle import verification_engine
     from export.parity import layer_errors
     from export.pictures import procedural_picture
-    from export.quantisation import RTN, Quantisation, fake_quantised_tensors, quantise
+    from export.quantisation import Quantisation, fake_quantised_tensors, quantise
     from export.stage_weights import all_weights
     from export.streamed_reference import TABLE, EmbeddingRows, exported_stages, streamed_stages
     from runtime import preprocess
@@ -130,8 +157,8 @@ def stages(work: Work, kind: str) -> dict[str, Any]:
     opened = open_checkpoint(work.checkpoint)
     bundle, weights = Bundle(work.bundle(kind), check_hashes=False), all_weights(opened)
     quantisation = Quantisation()
-    if kind == "gptq4":
-        quantisation = quantise(opened.skeleton(), opened.tensors, "gptq4", False, RTN, work.head)
+    if kind != "16":
+        quantisation = quantise(opened.skeleton(), opened.tensors, "gptq4", False, work.calibration(kind), work.head)
     reference = streamed_stages(opened, fake_quantised_tensors(weights, quantisation))
     engine = verification_engine(bundle.manifest.precision["language"])
     exported = exported_stages(bundle, engine, EngineOptions(low_memory=True), available_memory())
@@ -240,6 +267,8 @@ def do(part: str, work: Work) -> dict[str, Any]:
     kind = part.rpartition("-")[2]
     if part == "checkpoint":
         return checkpoint(work)
+    if part == "calibrate":
+        return calibrate(work)
     if part.startswith("export"):
         return export(work, kind)
     if part.startswith("stages"):
@@ -250,13 +279,13 @@ def do(part: str, work: Work) -> dict[str, Any]:
 def verdicts(parts: dict[str, Any], size: str) -> dict[str, bool]:
     """Which targets hold, of those that were measured; targets for sizes are the 7B's."""
     held = {}
-    exports = [parts[part] for part in ("export-gptq4", "export-16") if part in parts]
+    exports = [parts[part] for part in ("export-gptq4", "export-16", "export-plan") if part in parts]
     if exports:
         held["export_peak_rss_bytes"] = max(part["peak_rss_bytes"] for part in exports) <= TARGETS["export_peak_rss_bytes"]
     if "export-gptq4" in parts and size.startswith("7b"):
         held["gptq4_disk_bytes"] = parts["export-gptq4"]["disk_bytes"] <= TARGETS["gptq4_disk_bytes"]
         held["gptq4_weight_bytes"] = parts["export-gptq4"]["weight_bytes"] <= TARGETS["gptq4_weight_bytes"]
-    for part in ("stages-gptq4", "stages-16"):
+    for part in ("stages-gptq4", "stages-16", "stages-plan"):
         if part in parts:
             held[part] = parts[part]["worst_relative_error"] <= TOLERANCE["stage_relative_error"]
     if "run-gptq4" in parts:
@@ -289,13 +318,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--checkpoint", type=Path, help="a checkpoint folder to take in place of a random one")
     parser.add_argument("--precision", choices=("fp16", "bf16"), default="fp16", help="of the 16-bit export (default fp16)")
     parser.add_argument("--head", choices=("float", "int8"), default="float", help="of the 4-bit export (default float)")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--pictures", type=int, default=2, help="that calibrate sees (default 2)")
+    parser.add_argument("--parts", nargs="+", choices=PARTS + WITH_A_PLAN, default=PARTS)
     parser.add_argument("--again", action="store_true", help="do parts again that the output has already")
     parser.add_argument("--keep", action="store_true", help="keep the bundles")
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)  # what a child process does
+    parser.add_argument("--part", choices=PARTS + WITH_A_PLAN, help=argparse.SUPPRESS)  # what a child process does
     options = parser.parse_args(arguments)
-    work = Work(options.work, options.checkpoint or options.work / "checkpoint", options.size, options.precision, options.head)
+    checkpoint_folder = options.checkpoint or options.work / "checkpoint"
+    work = Work(options.work, checkpoint_folder, options.size, options.precision, options.head, options.pictures)
     if options.part:
         print(json.dumps(do(options.part, work)))
         return 0
@@ -308,7 +339,7 @@ def main(arguments: list[str] | None = None) -> int:
             continue
         _say(part)
         own = ["--size", work.size, "--work", work.folder, "--checkpoint", work.checkpoint, "--precision", work.precision]
-        own += ["--head", work.head, "--output", options.output, "--part", part]
+        own += ["--head", work.head, "--pictures", work.pictures, "--output", options.output, "--part", part]
         command = [sys.executable, "-m", "benchmarks.full_size", *map(str, own)]
         finished = subprocess.run(command, stdout=subprocess.PIPE, text=True)
         if finished.returncode:
@@ -317,8 +348,8 @@ def main(arguments: list[str] | None = None) -> int:
         result["parts"][part] = json.loads(finished.stdout.splitlines()[-1])
         _write(options.output, result)
         _say(json.dumps(result["parts"][part])[:400])
-        if not options.keep and part in ("reference-gptq4", "stages-16"):
-            shutil.rmtree(work.bundle(part.rpartition("-")[2]))
+        if not options.keep and part in LAST_USE:
+            shutil.rmtree(work.bundle(LAST_USE[part]))
     return 0 if _write(options.output, result) else 1
 
 
