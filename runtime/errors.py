@@ -47,6 +47,22 @@ class RequestError(AgvasError, ValueError):
     """A bad argument of a call: instruction, mode, threshold, engine name."""
 
 
+class DeadlineMissed(AgvasError, TimeoutError):
+    """A call with a deadline was not done in time: there is no verdict.
+
+    Attributes:
+        seconds: that it had.
+        step: what it was at when they were over.
+    """
+
+    def __init__(self, seconds: float, step: str) -> None:
+        self.seconds, self.step = seconds, step
+        super().__init__(
+            f"deadline: {seconds * 1e3:g} ms were over while {step}, so there is no verdict: treat the part as NG. The engine ends this "
+            "call by itself, and the next one waits for that; where it happens often, give more time or run less beside it"
+        )
+
+
 class OutputError(AgvasError, OSError):
     """A result that cannot be written: unwritable folder, full disk."""
 

@@ -21,6 +21,7 @@ from PIL import Image
 
 from engines import ENGINES, INFERENCE_PRECISIONS, EngineError, EngineOptions
 from runtime.bundle import Bundle
+from runtime.deadline import Step, Worker, check_deadline
 from runtime.errors import AgvasError, ImageError, RequestError, check_whole, choose
 from runtime.images import DIM, PIXEL_LIMIT, Picture, rgb_and_words, tell
 from runtime.inspection import Inspection
@@ -144,6 +145,7 @@ class Segmenter:
             self._pipeline = open_pipeline(self.bundle, engine, options)
             self.engine, self.inference_precision = engine, options.inference_precision
         self._chain: Chain | None = self._pipeline if self.tiling is None else TiledPipeline(self._pipeline, self.tiling, self.region)
+        self._worker = Worker()
 
     def close(self) -> None:
         """Let the engines go, and give their memory back; closing twice does nothing more.
@@ -152,6 +154,7 @@ class Segmenter:
         libraries keep some memory for themselves until the process ends.
         """
         self._pipeline = self._chain = None
+        self._worker = Worker()  # the thread of the one before ends
         give_back()
 
     def __enter__(self) -> Segmenter:
@@ -176,6 +179,7 @@ class Segmenter:
         normal_state: str | None = None,
         max_new_tokens: int | None = None,
         on_text: Callable[[str], object] | None = None,
+        deadline: float | None = None,
     ) -> Segmentation:
         """Segment one picture: a path, a picture file's content as bytes, a PIL image or uint8 RGB [H, W, 3].
 
@@ -186,14 +190,37 @@ class Segmenter:
             max_new_tokens: longest answer; None for the checkpoint's limit, which is also the most.
             on_text: called with each new piece of the answer as the model writes it: whole letters, anchors written out; joined, the
                 pieces are the result's text. What it raises ends the call and reaches the caller.
+            deadline: seconds from now until a result or an error is there; None waits as long as it takes. Such calls take turns in a
+                thread of the segmenter's, where `on_text` is called, too; an array must stay as it is until that thread is done with it,
+                which after a missed deadline it may not be: give a copy of a buffer that is written again.
 
         Raises:
             ImageError: a picture that cannot be read, see runtime.images, or is not of the region's size.
-            RequestError: see PromptEncoder.encode; `on_text` for a picture in tiles; the segmenter is closed.
+            RequestError: see PromptEncoder.encode; `on_text` for a picture in tiles; no such deadline; the segmenter is closed.
             EngineFailed: the engine could not compute, or computed NaN or a map outside 0..1.
+            DeadlineMissed: it took longer than `deadline`.
         """
         prompt = self.request(instruction, mode, normal_state=normal_state, max_new_tokens=max_new_tokens)  # before the picture is read
-        return self.inspect(image).answer(prompt, on_text)
+        if deadline is None:
+            return self.inspect(image).answer(prompt, on_text)
+        seconds, chain = check_deadline(deadline), self._opened()
+
+        def work(step: Step) -> Segmentation:
+            step("reading the picture")
+            read = self._read(chain, image)
+            step("looking at it")
+            inspection = self._look(chain, read)
+            step("answering")
+            if on_text is None:
+                return inspection.answer(prompt)
+
+            def tell_in_time(piece: str) -> None:
+                step("answering")
+                on_text(piece)
+
+            return inspection.answer(prompt, tell_in_time)
+
+        return self._worker.call(work, seconds)
 
     def inspect(self, image: Picture) -> Inspection:
         """Look at one picture, to ask about it more than once: `inspection.ask(...)` takes what a call takes but the image.

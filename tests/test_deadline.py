@@ -1,0 +1,190 @@
+"""A call with a deadline: the same result where it is in time, and a word in time where it is not."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import picture
+
+from engines import EngineFailed
+from runtime import Segmenter
+from runtime.deadline import Step, Worker
+from runtime.errors import AgvasError, DeadlineMissed, ImageError, RequestError
+
+AMPLE = 60.0  # seconds: of a machine however busy
+SHORT = 0.05
+
+
+@pytest.fixture
+def segmenter(tiny_bundle: Path) -> Segmenter:
+    return Segmenter(tiny_bundle, engine="onnxruntime")
+
+
+class Held:
+    """An engine's call that goes on until it is let go."""
+
+    def __init__(self, segmenter: Segmenter, monkeypatch: pytest.MonkeyPatch, step: str = "look") -> None:
+        self.let_go, self.calls = threading.Event(), 0
+        chain: Any = segmenter._chain
+        real: Callable[..., Any] = getattr(chain, step)
+
+        def held(*arguments: Any) -> Any:
+            self.calls += 1
+            assert self.let_go.wait(AMPLE)
+            return real(*arguments)
+
+        monkeypatch.setattr(chain, step, held)
+
+
+def workers() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "agvas-deadline"]
+
+
+def eventually(true: Callable[[], bool]) -> bool:
+    until = time.monotonic() + AMPLE
+    while not true() and time.monotonic() < until:
+        time.sleep(0.01)
+    return true()
+
+
+def test_in_time_it_is_the_call_without_one(segmenter: Segmenter) -> None:
+    for seed in range(3):
+        ours, plain = segmenter(picture(seed), deadline=AMPLE), segmenter(picture(seed))
+        np.testing.assert_array_equal(ours.anomaly_map, plain.anomaly_map)
+        assert (ours.text, ours.score) == (plain.text, plain.score)
+    pieces: list[str] = []
+    assert "".join(pieces) == "" and segmenter(picture(), on_text=pieces.append, deadline=AMPLE).text == "".join(pieces)
+
+
+@pytest.mark.parametrize(("step", "words"), [("prepare", "reading the picture"), ("look", "looking at it"), ("answer", "answering")])
+def test_too_late_is_told_in_time_with_the_step(step: str, words: str, segmenter: Segmenter, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = Held(segmenter, monkeypatch, step)
+    started = time.monotonic()
+    with pytest.raises(DeadlineMissed, match=f"50 ms were over while {words}, so there is no verdict: treat the part as NG") as missed:
+        segmenter(picture(), deadline=SHORT)
+    assert SHORT <= time.monotonic() - started < AMPLE / 2
+    assert missed.value.step == words and missed.value.seconds == SHORT
+    assert isinstance(missed.value, AgvasError) and isinstance(missed.value, TimeoutError)
+    held.let_go.set()
+    assert segmenter(picture(), deadline=AMPLE).anchors_found  # and the line goes on
+
+
+def test_late_calls_do_not_pile_up(segmenter: Segmenter, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = Held(segmenter, monkeypatch)
+    answered = Held(segmenter, monkeypatch, "answer")
+    answered.let_go.set()
+    with pytest.raises(DeadlineMissed, match="looking at it"):
+        segmenter(picture(), deadline=SHORT)
+    for _ in range(3):
+        with pytest.raises(DeadlineMissed, match="waiting for an earlier call to end"):
+            segmenter(picture(), deadline=SHORT)
+    held.let_go.set()
+    segmenter(picture(), deadline=AMPLE)
+    assert held.calls == 2, "those that were late before they began are left out"
+    assert answered.calls == 1, "the late one ends before its next step"
+
+
+def test_a_late_answer_is_not_written_on(segmenter: Segmenter) -> None:
+    said, late = [], threading.Event()
+
+    def slow(piece: str) -> None:
+        said.append(piece)
+        assert late.wait(AMPLE)
+
+    with pytest.raises(DeadlineMissed, match="answering"):
+        segmenter(picture(), instruction="Segment the scratch.", on_text=slow, deadline=1.0)
+    late.set()
+    assert segmenter(picture(), deadline=AMPLE).text
+    assert len(said) == 1
+
+
+def test_errors_are_the_calls_own(segmenter: Segmenter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ImageError, match="nothing.png"):
+        segmenter(tmp_path / "nothing.png", deadline=AMPLE)
+    with pytest.raises(RequestError, match="mode: expected one of"):
+        segmenter(picture(), mode="describe", deadline=AMPLE)
+
+    def broken(*_: Any) -> Any:
+        raise EngineFailed("the engine is broken")
+
+    monkeypatch.setattr(segmenter._chain, "look", broken)
+    with pytest.raises(EngineFailed, match="broken"):
+        segmenter(picture(), deadline=AMPLE)
+
+
+@pytest.mark.parametrize("seconds", [0, -1, float("nan"), float("inf"), "0.1", True])
+def test_what_is_no_time_is_refused(seconds: Any, segmenter: Segmenter) -> None:
+    with pytest.raises(RequestError, match="deadline: expected seconds above 0, got"):
+        segmenter(picture(), deadline=seconds)
+
+
+def test_all_run_in_one_thread_that_goes_with_the_segmenter(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gc.collect()
+    assert eventually(lambda: not workers())
+    segmenter, seen = Segmenter(tiny_bundle, engine="onnxruntime"), set[int]()
+    chain: Any = segmenter._chain
+
+    def look(*arguments: Any, real: Callable[..., Any] = chain.look) -> Any:
+        seen.add(threading.get_ident())
+        return real(*arguments)
+
+    monkeypatch.setattr(chain, "look", look)
+    assert not workers(), "nothing is begun before it is asked for"
+    for seed in range(3):
+        segmenter(picture(seed), deadline=AMPLE)
+    assert seen == {workers()[0].ident} and len(workers()) == 1
+    segmenter.close()
+    assert eventually(lambda: not workers())
+    with pytest.raises(RequestError, match="close"):
+        segmenter(picture(), deadline=AMPLE)
+    monkeypatch.undo()
+    another = Segmenter(tiny_bundle, engine="onnxruntime")
+    another(picture(), deadline=AMPLE)
+    del another, chain, look
+    gc.collect()
+    assert eventually(lambda: not workers())
+
+
+def test_ctrl_c_while_waiting_ends_the_call_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    worker, steps, let_go = Worker(), list[str](), threading.Event()
+
+    def work(step: Step) -> None:
+        step("first")
+        steps.append("first")
+        assert let_go.wait(AMPLE)
+        step("second")
+        steps.append("second")
+
+    assert worker.call(lambda step: "begun", AMPLE) == "begun"
+    real, main = threading.Event.wait, threading.get_ident()
+
+    def interrupted(event: threading.Event, timeout: float | None = None) -> bool:
+        if threading.get_ident() == main and event is not let_go:
+            assert eventually(lambda: bool(steps))
+            raise KeyboardInterrupt
+        return real(event, timeout)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Event, "wait", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            worker.call(work, AMPLE)
+    let_go.set()
+    assert worker.call(lambda step: "next", AMPLE) == "next"
+    assert steps == ["first"]
+
+
+def test_a_thread_that_is_gone_is_begun_again() -> None:
+    """A forked process has the object and no thread: a call there must not wait for one that never comes."""
+    worker = Worker()
+    assert worker.call(lambda step: 1, AMPLE) == 1
+    assert worker._jobs is not None
+    worker._jobs.put(None)  # ends the thread, as a fork does for its child
+    assert eventually(lambda: worker._thread is None or not worker._thread.is_alive())
+    assert worker.call(lambda step: 2, AMPLE) == 2
