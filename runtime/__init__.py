@@ -6,10 +6,11 @@ result = segmenter("part.png")
 """
 
 from runtime.inspection import Inspection
+from runtime.recipe import Recipe
 from runtime.segmentation import Segmentation
 from runtime.segmenter import Segmenter
 from runtime.stream import Streamed
 from runtime.version import package_version
 
 __version__ = package_version()
-__all__ = ["Inspection", "Segmentation", "Segmenter", "Streamed", "__version__"]
+__all__ = ["Inspection", "Recipe", "Segmentation", "Segmenter", "Streamed", "__version__"]

@@ -6,12 +6,9 @@ back the mask exactly. How a map is brought back to the picture's size stands in
 
 from __future__ import annotations
 
-import errno
 import io
 import os
-import uuid
 import zlib
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +21,7 @@ from runtime.images import DIM
 from runtime.masking import MaskRule
 from runtime.preprocess import one_tone
 from runtime.region import as_region
+from runtime.writing import write_whole
 
 # How far outside [0, 1] a map may lie: resampling a float32 map adds a few units in its last place.
 MAP_SLACK = 1e-4
@@ -285,7 +283,7 @@ class Segmentation:
             # Runs alone: of 12 megapixels an overlay takes 0.7 s and 18.2 MB (level 1: 0.9 s, 20.9 MB; Pillow's 6: 3.7 s, 18.3 MB; none:
             # 0.5 s, 36 MB), a map 0.4 s and 17.8 MB (0.7 s, 16.8 MB; 1.6 s, 16.9 MB), a mask no more than any.
             picture.save(encoded, "PNG", compress_level=1, compress_type=zlib.Z_RLE)
-            _write_whole(paths[name], encoded.getbuffer())
+            write_whole(paths[name], encoded.getbuffer())
         return paths
 
 
@@ -298,29 +296,6 @@ def _boxes(polygons: list[list[list[tuple[int, int]]]]) -> list[tuple[int, int, 
 def _check_array(name: str, array: np.ndarray, dtype: str, shape: object, fits: bool) -> None:
     if array.dtype != dtype or not fits:
         raise ValueError(f"{name}: expected {dtype} {shape}, got {array.dtype} {list(array.shape)}; convert it before")
-
-
-def _write_whole(path: Path, data: memoryview) -> None:
-    """Write under a temporary name in the same folder, then rename: within one file system that is atomic."""
-    # Not tempfile: its files are private to the user (0600), and masks are read by others on the line.
-    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            file.write(data)
-        os.replace(temporary, path)
-    except OSError as error:
-        with suppress(OSError):
-            temporary.unlink()
-        if error.errno == errno.ENAMETOOLONG:
-            raise RequestError(
-                f"{path}: expected a name that the file system takes, got one of {len(os.fsencode(path.name))} bytes; rename the picture"
-            ) from error
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise OutputError(
-                f"{path}: expected room for {len(data)} bytes, got a full disk, quota or limit ({error.strerror}); "
-                "free some space or choose another folder"
-            ) from error
-        raise OutputError(f"{path}: expected a writable file, got {error}; choose another folder or change its permissions") from error
 
 
 def _trace(mask: np.ndarray) -> list[list[list[tuple[int, int]]]]:

@@ -644,14 +644,14 @@ def test_an_unwritable_output_stops_before_the_model_is_opened(
 def test_a_picture_whose_results_could_not_all_be_written_has_none(
     run_segment: Any, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = segmentation._write_whole
+    whole = segmentation.write_whole
 
     def full(path: Path, data: memoryview) -> None:
         if path.name.endswith("_overlay.png"):
             raise OutputError("disk full; free some space")
         whole(path, data)
 
-    monkeypatch.setattr(segmentation, "_write_whole", full)
+    monkeypatch.setattr(segmentation, "write_whole", full)
     code, lines, errors = run_segment(photos, "--output", tmp_path / "out", "--overlay")
     assert (code, lines) == (2, []) and "disk full" in errors
     assert not list((tmp_path / "out").iterdir())

@@ -25,10 +25,10 @@ def add_version(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
 
 
-def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
+def add_engine_arguments(parser: argparse.ArgumentParser, *, bundle_required: bool = True) -> None:
     """`--version`, and the options that say where a bundle runs, the same for every command."""
     add_version(parser)
-    parser.add_argument("--bundle", required=True, metavar="DIR", help="folder that agvas-export wrote")
+    parser.add_argument("--bundle", required=bundle_required, metavar="DIR", help="folder that agvas-export wrote")
     parser.add_argument(
         "--engine",
         default=AUTO,

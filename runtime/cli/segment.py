@@ -33,6 +33,7 @@ from runtime.cli.common import AUTO, Progress, add_engine_arguments, close_stdou
 from runtime.errors import AgvasError, ImageError, OutputError, RequestError, choose
 from runtime.images import KINDS, PIXEL_LIMIT, Found, PictureWarning, search
 from runtime.prompts import DIRECT, MODES, PLUS
+from runtime.recipe import OF_REQUEST, OF_SEGMENTER, Recipe
 from runtime.region import read_region
 from runtime.segmenter import Segmenter
 from runtime.tiling import Tiling
@@ -44,12 +45,16 @@ _OF_ONE_PICTURE = (EngineError, ValueError, MemoryError)
 def main(argv: Sequence[str] | None = None) -> int:
     heard = sys.stdout is not None
     open_streams()
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    if arguments.bundle is None and arguments.recipe is None:
+        parser.error("one of the arguments --bundle --recipe is required")
     try:
         if not heard and arguments.output is None:
             raise RequestError("stdout: expected somewhere for the verdicts to go, got a closed one; redirect it, or give --output DIR")
+        recipe = None if arguments.recipe is None else _follow(arguments, argv)
         with warnings.catch_warnings():  # _run shows them as notes
-            return _run(arguments)
+            return _run(arguments, recipe)
     except KeyboardInterrupt:
         print("agvas-segment: interrupted; what was written so far is whole and stays", file=sys.stderr)
         return 130
@@ -211,7 +216,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("inputs", nargs="+", metavar="IMAGE|DIR|GLOB", help="pictures, folders of pictures, or quoted patterns")
-    add_engine_arguments(parser)
+    add_engine_arguments(parser, bundle_required=False)
+    add(
+        "--recipe",
+        metavar="FILE",
+        help="take bundle, engine, thresholds, tiles, region and instruction from there; each record then has its sha256",
+    )
+    add("--save-recipe", metavar="FILE", help="write these settings as a recipe, once model and settings have been found to go together")
     add("--mode", default=DIRECT, help=f"one that the model was trained for of {', '.join(MODES)} (default {DIRECT})")
     add(
         "--instruction",
@@ -249,9 +260,49 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _run(arguments: argparse.Namespace) -> int:
+def _follow(arguments: argparse.Namespace, argv: Sequence[str] | None) -> Recipe:
+    """Settings as the recipe has them, whose file says that bundle and region are its own.
+
+    Raises:
+        RequestError: see Recipe; a setting that is given beside it, which would have to win or to lose in silence.
+    """
+    recipe = Recipe.read(arguments.recipe)
+    left_out = object()  # not a default, which may have been given, too; of what is given several times None
+    apart = argparse.Namespace(**dict.fromkeys(vars(arguments), left_out) | {"instruction": None})
+    given = [name for name, value in vars(_parser().parse_args(argv, apart)).items() if value is not left_out and value is not None]
+    if twice := next((name for name in ("bundle", *OF_SEGMENTER, *OF_REQUEST, "save_recipe") if name in given), None):
+        option = f"--{twice.replace('_', '-')}"
+        raise RequestError(f"{option}: expected the recipe's settings alone, got it beside --recipe; leave it out, or save another recipe")
+    recipe.check()
+    for name in ("bundle", *OF_SEGMENTER, *OF_REQUEST):
+        setattr(arguments, name, getattr(recipe, name))
+    if recipe.instruction is not None:
+        arguments.instruction = [recipe.instruction]
+    return recipe
+
+
+def _to_save(arguments: argparse.Namespace) -> Recipe | None:
+    """What --save-recipe shall write.
+
+    Raises:
+        RequestError: it would hold several instructions; its folder is not there.
+    """
+    if arguments.save_recipe is None:
+        return None
+    instructions = arguments.instruction or [None]
+    if len(instructions) > 1:
+        raise RequestError(f"--save-recipe: expected one --instruction, which a recipe holds, got {len(instructions)}; save one for each")
+    path = Path(arguments.save_recipe)
+    if path.is_dir() or not path.parent.is_dir():
+        raise RequestError(f"--save-recipe {path}: expected a file in a folder that is there, got none; make the folder or name a file")
+    settings = {name: getattr(arguments, name) for name in ("bundle", *OF_SEGMENTER, *OF_REQUEST)}
+    return Recipe(**settings | {"instruction": instructions[0]})
+
+
+def _run(arguments: argparse.Namespace, recipe: Recipe | None) -> int:
     options = engine_options(arguments)
     _check(arguments)
+    to_save = _to_save(arguments)
     note = (lambda line: None) if arguments.quiet else (lambda line: print(f"agvas-segment: {line}", file=sys.stderr))
     warnings.simplefilter("once", UserWarning)
     warnings.showwarning = lambda message, *_: print(f"agvas-segment: warning: {message}", file=sys.stderr)
@@ -298,6 +349,10 @@ def _run(arguments: argparse.Namespace) -> int:
             note(f"  not {name}: {reason}")
     verdicts, warned = Counter[str](failed=len(failed)), set[str]()
     instructions = arguments.instruction or [None]
+    if to_save is not None:
+        segmenter.request(**to_save.request)  # or it would be saved and refused
+        to_save.write(arguments.save_recipe)
+        note(f"saved {arguments.save_recipe}")
     warnings.simplefilter("ignore", PictureWarning)  # _warn tells them, with the first picture's name
     with Progress(quiet=arguments.quiet) as progress:
         records = segment_pictures(
@@ -315,6 +370,8 @@ def _run(arguments: argparse.Namespace) -> int:
         done, several = 0, len(instructions) > 1
         for record in records:
             progress.step_aside()
+            if recipe is not None:
+                record["recipe_sha256"] = recipe.sha256
             _warn(record, warned)
             _report(record, arguments.json, several)
             verdicts[_verdict(record)] += 1

@@ -1,0 +1,170 @@
+"""Recipes: what one station of a line is set to, in a file of its own, so that a line is set up once and every record can be traced to it.
+
+A recipe names a bundle, an engine and everything a picture is judged by. `agvas-segment --save-recipe` writes one after its settings have
+been found to work; `agvas-segment --recipe` and `Recipe.read(...)` take it. The sha256 of bundle and region stand in it: a threshold says
+nothing about another model's maps, nor a region about another camera's pictures.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from runtime.bundle import Bundle, sha256_of
+from runtime.errors import ImageError, RequestError, choose
+from runtime.images import PIXEL_LIMIT
+from runtime.prompts import DIRECT
+from runtime.segmenter import Segmenter
+from runtime.writing import write_whole
+
+SCHEMA = 1
+_PATHS = ("bundle", "region")
+_KINDS: dict[str, tuple[str, tuple[type, ...]]] = {
+    "str": ("text", (str,)),
+    "int": ("a whole number", (int,)),
+    "float": ("a number", (int, float)),
+    "bool": ("true or false", (bool,)),
+    "None": ("null", (type(None),)),
+}
+OF_REQUEST = ("instruction", "mode", "normal_state", "max_new_tokens")
+OF_SEGMENTER = (
+    "engine",
+    "device",
+    "inference_precision",
+    "threads",
+    "low_memory",
+    "threshold",
+    "relative_threshold",
+    "tile",
+    "tile_overlap",
+    "region",
+    "pixel_limit",
+)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A station's settings; those of Segmenter and of its calls, by the same names.
+
+    Attributes:
+        bundle, region: paths; in the file they are told from the recipe's own folder.
+        manifest_sha256: Bundle.id of the bundle that the recipe was made for; None: any.
+        region_sha256: of the region's file; None: any.
+        sha256: of the file that the recipe was read from, "" where it was made in memory.
+    """
+
+    bundle: str
+    engine: str = "auto"
+    device: str = "cpu"
+    inference_precision: str | None = None
+    threads: int = 0
+    low_memory: bool = False
+    threshold: float | None = None
+    relative_threshold: float | None = None
+    tile: int | None = None
+    tile_overlap: int | None = None
+    region: str | None = None
+    pixel_limit: int = PIXEL_LIMIT
+    instruction: str | None = None
+    mode: str = DIRECT
+    normal_state: str | None = None
+    max_new_tokens: int | None = None
+    manifest_sha256: str | None = None
+    region_sha256: str | None = None
+    sha256: str = dataclasses.field(default="", compare=False)
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str]) -> Recipe:
+        """Raises RequestError where the file is missing, no recipe, or has a setting that there is not; values are judged by `open`."""
+        path = Path(path)
+        try:
+            content = path.read_bytes()
+            fields = json.loads(content)
+        except (OSError, ValueError) as error:
+            raise RequestError(f"{path}: expected a recipe (agvas-segment --save-recipe writes one), got {error}") from error
+        if not isinstance(fields, dict) or fields.pop("recipe", None) != SCHEMA:
+            raise RequestError(f'{path}: expected a recipe, JSON with "recipe": {SCHEMA}, got none; agvas-segment --save-recipe writes one')
+        known = {field.name: str(field.type).split(" | ") for field in dataclasses.fields(cls) if field.name != "sha256"}
+        for name, value in fields.items():
+            choose(str(path), name, known)
+            if not any(type(value) in _KINDS[kind][1] for kind in known[name]):
+                kinds = " or ".join(_KINDS[kind][0] for kind in known[name])
+                raise RequestError(f"{path}: {name}: expected {kinds}, got {value!r}")
+        if not fields.get("bundle"):
+            raise RequestError(f"{path}: bundle: expected the bundle's folder, told from the recipe's own, got none")
+        for name in _PATHS:
+            if fields.get(name) is not None:
+                fields[name] = os.path.join(path.parent, fields[name])  # ".." is for the system to follow, through links too
+        return cls(**fields, sha256=hashlib.sha256(content).hexdigest())
+
+    def write(self, path: str | os.PathLike[str]) -> None:
+        """Whole or not at all, with the sha256 of bundle and region as they are now.
+
+        Raises:
+            OutputError: the file cannot be written.
+            BundleError: no bundle there.
+        """
+        path = Path(path)
+        told = dataclasses.asdict(self) | {"manifest_sha256": Bundle(Path(self.bundle), check_hashes=False).id}
+        del told["sha256"]
+        told["region_sha256"] = None if self.region is None else sha256_of(Path(self.region))
+        for name in _PATHS:
+            if told[name] is not None:
+                told[name] = _from(path.parent, told[name])
+        write_whole(path, (json.dumps({"recipe": SCHEMA} | told, indent=2) + "\n").encode())
+
+    def open(self) -> Segmenter:
+        """The segmenter of these settings.
+
+        Raises:
+            RequestError: as check; a setting out of range.
+            BundleError, EngineError, ImageError: see Segmenter.
+        """
+        self.check()
+        return Segmenter(self.bundle, **{name: getattr(self, name) for name in OF_SEGMENTER})
+
+    def check(self) -> None:
+        """Whether bundle and region are those that the recipe was made for.
+
+        Raises:
+            RequestError: they are others.
+            BundleError: no bundle there.
+            ImageError: no region there.
+        """
+        if self.manifest_sha256 is not None:
+            found = Bundle(Path(self.bundle), check_hashes=False).id
+            if found != self.manifest_sha256:
+                raise RequestError(
+                    f"recipe: expected the bundle it was made for (manifest {self.manifest_sha256[:12]}…) at {self.bundle}, got another "
+                    f"({found[:12]}…), whose scores its threshold says nothing about; put that one back, or choose the threshold anew and "
+                    "save the recipe again"
+                )
+        if self.region is not None and self.region_sha256 is not None:
+            try:
+                found = sha256_of(Path(self.region))
+            except OSError as error:
+                raise ImageError(f"recipe: expected its region at {self.region}, got {error}; put it back") from error
+            if found != self.region_sha256:
+                raise RequestError(
+                    f"recipe: expected the region it was made for (sha256 {self.region_sha256[:12]}…) at {self.region}, got another "
+                    f"({found[:12]}…); put that one back, or save the recipe again"
+                )
+
+    @property
+    def request(self) -> dict[str, Any]:
+        """What a call, an inspection's question or a stream takes: `segmenter(frame, **recipe.request)`."""
+        return {name: getattr(self, name) for name in OF_REQUEST}
+
+
+def _from(folder: Path, path: str) -> str:
+    """A path told from a folder, or whole where no way leads there (another drive). A link at its end stays one: it may be set anew."""
+    whole = os.path.join(os.path.realpath(os.path.dirname(os.path.abspath(path))), os.path.basename(os.path.abspath(path)))
+    try:
+        return Path(os.path.relpath(whole, os.path.realpath(folder))).as_posix()
+    except ValueError:
+        return whole

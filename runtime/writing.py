@@ -1,0 +1,39 @@
+"""Files that appear whole or not at all, whoever reads the folder meanwhile."""
+
+from __future__ import annotations
+
+import errno
+import os
+import uuid
+from contextlib import suppress
+from pathlib import Path
+
+from runtime.errors import OutputError, RequestError
+
+
+def write_whole(path: Path, data: bytes | memoryview) -> None:
+    """Write under a temporary name in the same folder, then rename: within one file system that is atomic.
+
+    Raises:
+        OutputError: the disk is full, or the folder cannot be written to; an older file is as it was.
+        RequestError: a name too long for the file system.
+    """
+    # Not tempfile: its files are private to the user (0600), and masks are read by others on the line.
+    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            file.write(data)
+        os.replace(temporary, path)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink()
+        if error.errno == errno.ENAMETOOLONG:
+            raise RequestError(
+                f"{path}: expected a name that the file system takes, got one of {len(os.fsencode(path.name))} bytes; rename the picture"
+            ) from error
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise OutputError(
+                f"{path}: expected room for {len(data)} bytes, got a full disk, quota or limit ({error.strerror}); "
+                "free some space or choose another folder"
+            ) from error
+        raise OutputError(f"{path}: expected a writable file, got {error}; choose another folder or change its permissions") from error
