@@ -248,9 +248,19 @@ def search(inputs: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], *,
     return Found(list(pictures.values()), list(left_out.items()))
 
 
+def pictures_in(folder: str | os.PathLike[str], *, recursive: bool = False) -> Found:
+    """As `search` of a folder, which may hold none.
+
+    Raises:
+        ImageError: a folder that cannot be read.
+    """
+    name = os.fspath(folder)
+    return _pictures(name, *_files_in(name, recursive))
+
+
 def _expand(name: str, recursive: bool) -> Found:
     if name and os.path.isdir(name):
-        found = _pictures(name, *_files_in(name, recursive))
+        found = pictures_in(name, recursive=recursive)
         if not found.pictures:
             below = "" if recursive else ", or ask for its subfolders too (agvas-segment --recursive)"
             raise ImageError(

@@ -6,7 +6,7 @@ cannot be segmented has its line, too, and the run goes on; a result that cannot
 written either.
 
 Exit codes: 0 every picture has a verdict, 1 some have none, 2 nothing could be done or a result could not be written,
-3 some are NG (where asked for), 130 interrupted.
+3 some are NG (where asked for), 130 interrupted (with --watch, whose only end it is, 0).
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ import errno
 import fnmatch
 import glob
 import os
+import signal
 import sys
+import threading
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -30,9 +32,10 @@ import numpy as np
 from engines import EngineError
 from runtime import __version__
 from runtime.cli.common import AUTO, Progress, add_engine_arguments, close_stdout, describe, engine_options, json_line, open_streams, say
+from runtime.cli.watch import SETTLED, Watch
 from runtime.errors import AgvasError, ImageError, OutputError, RequestError, choose
 from runtime.images import KINDS, PIXEL_LIMIT, Found, PictureWarning, search
-from runtime.prompts import DIRECT, MODES, PLUS
+from runtime.prompts import DIRECT, MODES, PLUS, Prompt
 from runtime.recipe import OF_REQUEST, OF_SEGMENTER, Recipe
 from runtime.region import read_region
 from runtime.segmenter import Segmenter
@@ -56,8 +59,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         with warnings.catch_warnings():  # _run shows them as notes
             return _run(arguments, recipe)
     except KeyboardInterrupt:
-        print("agvas-segment: interrupted; what was written so far is whole and stays", file=sys.stderr)
-        return 130
+        how = "stopped" if arguments.watch else "interrupted"
+        print(f"agvas-segment: {how}; what was written so far is whole and stays", file=sys.stderr)
+        return 0 if arguments.watch else 130  # --watch has no other end
     except BrokenPipeError:
         close_stdout()
         return 2
@@ -105,8 +109,22 @@ def segment_pictures(
     endings, stems = _endings(len(requests)), output_stems(pictures)
     if output is not None:
         _spare_inputs(pictures, stems, endings, Path(output))
+    place = None if output is None else Path(output)
+    yield from _records(segmenter, ((path, place, stem) for path, stem in zip(pictures, stems, strict=True)), requests, asked_for, polygons)
+
+
+def _records(
+    segmenter: Segmenter,
+    pictures: Iterable[tuple[Path, Path | None, str]],
+    requests: Sequence[Prompt],
+    asked_for: dict[str, bool],
+    polygons: bool,
+) -> Iterator[dict[str, Any]]:
+    """`segment_pictures` of pictures as they come, each with folder (None: write nothing) and stem of its results; `asked_for` says which
+    of KINDS is written."""
+    endings = _endings(len(requests))
     model = {"manifest_sha256": segmenter.bundle.id, "model": segmenter.bundle.manifest.model}
-    for path, stem in zip(pictures, stems, strict=True):
+    for path, output, stem in pictures:
         try:
             inspection = segmenter.inspect(path)
         except _OF_ONE_PICTURE as error:
@@ -130,7 +148,7 @@ def segment_pictures(
             elif output is not None:
                 _forget(output, stem + ending, [kind for kind, asked in asked_for.items() if not asked])
                 try:
-                    saved = result.save(output, stem + ending, overlay=overlay, anomaly_map=anomaly_map)
+                    saved = result.save(output, stem + ending, overlay=asked_for["overlay"], anomaly_map=asked_for["map"])
                 except RequestError as error:  # a name too long, the next one's need not be
                     _forget(output, stem + ending)
                     yield {**failed, "error": str(error), **model, **_made()}
@@ -208,7 +226,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="agvas-segment",
         description="Segment anomalies in pictures with an exported AG-VAS. One line on stdout for each picture and instruction.",
         epilog="Exit codes: 0 every picture has a verdict, OK or NG; 1 some have none (not read, or no map); 2 nothing could be done, "
-        "or a result could not be written; 3 with --fail-on-ng, some are NG; 130 interrupted. A line begins with OK, NG, or ?? where "
+        "or a result could not be written; 3 with --fail-on-ng, some are NG; 130 interrupted "
+        "(0 with --watch, which is stopped so). A line begins with OK, NG, or ?? where "
         "there is no verdict: the picture was not read, or the model gave no map. Its time leaves out reading and writing files. "
         "Pictures of the same name in different folders get their folders' names in front: crack__000_mask.png, good__000_mask.png. "
         "With several instructions their numbers stand behind: 000__1_mask.png, 000__2_mask.png.",
@@ -244,6 +263,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--region", metavar="FILE", help="a picture, white where to look and black where not; pictures must be of its size")
     add("--pixel-limit", type=int, default=PIXEL_LIMIT, metavar="N", help=f"largest picture (default {PIXEL_LIMIT})")
     add("--recursive", action="store_true", help="look into subfolders too")
+    add(
+        "--watch",
+        action="store_true",
+        help="go on with the pictures that come into the folders named, each once it is whole, until Ctrl-C or SIGTERM; results have the "
+        "whole name (part.png_mask.png), in subfolders as the pictures",
+    )
+    add("--settle", type=float, metavar="S", help=f"with --watch: a file is whole that has not changed for S seconds (default {SETTLED})")
     add("--output", metavar="DIR", help="write <stem>_mask.png (0 and 255) there, in place of older files")
     add("--overlay", action="store_true", help="write <stem>_overlay.png too")
     add("--map", action="store_true", help="write <stem>_map.png too, the anomaly map in 16 bits: 65535 is a probability of 1")
@@ -308,7 +334,7 @@ def _run(arguments: argparse.Namespace, recipe: Recipe | None) -> int:
     warnings.showwarning = lambda message, *_: print(f"agvas-segment: warning: {message}", file=sys.stderr)
     if arguments.output is not None:
         _refuse_own_results(arguments.inputs, arguments.output, arguments.recursive)
-    found, failed = _find(arguments.inputs, arguments.recursive)
+    found, failed = (Found([], []), []) if arguments.watch else _find(arguments.inputs, arguments.recursive)
     pictures = found.pictures
     if arguments.strict:
         failed += [{"image": str(path), "error": reason, **_made()} for path, reason in found.left_out]
@@ -317,7 +343,7 @@ def _run(arguments: argparse.Namespace, recipe: Recipe | None) -> int:
         _refuse_own_folder(arguments.inputs, arguments.output)
     for record in failed:
         _report(record, arguments.json, False)
-    if not pictures:
+    if not pictures and not arguments.watch:
         return 2
     region = None if arguments.region is None else _read_region(arguments.region)
     if region is not None and region.all():
@@ -354,19 +380,27 @@ def _run(arguments: argparse.Namespace, recipe: Recipe | None) -> int:
         to_save.write(arguments.save_recipe)
         note(f"saved {arguments.save_recipe}")
     warnings.simplefilter("ignore", PictureWarning)  # _warn tells them, with the first picture's name
-    with Progress(quiet=arguments.quiet) as progress:
-        records = segment_pictures(
-            segmenter,
-            pictures,
-            mode=arguments.mode,
-            instructions=instructions,
-            normal_state=arguments.normal_state,
-            max_new_tokens=arguments.max_new_tokens,
-            output=arguments.output,
-            overlay=arguments.overlay,
-            anomaly_map=arguments.map,
-            polygons=arguments.polygons,
-        )
+    if arguments.watch:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.default_int_handler)  # a service is stopped so
+        note(f"watching {', '.join(arguments.inputs)}; Ctrl-C ends it")
+    with Progress(quiet=arguments.quiet or arguments.watch) as progress:
+        asked = {"mode": arguments.mode, "normal_state": arguments.normal_state, "max_new_tokens": arguments.max_new_tokens}
+        if arguments.watch:
+            requests = [segmenter.request(text, **asked) for text in instructions]
+            kinds = {"mask": True, "overlay": arguments.overlay, "map": arguments.map}
+            records = _records(segmenter, _as_they_come(arguments), requests, kinds, arguments.polygons)
+        else:
+            records = segment_pictures(
+                segmenter,
+                pictures,
+                instructions=instructions,
+                output=arguments.output,
+                overlay=arguments.overlay,
+                anomaly_map=arguments.map,
+                polygons=arguments.polygons,
+                **asked,
+            )
         done, several = 0, len(instructions) > 1
         for record in records:
             progress.step_aside()
@@ -386,6 +420,10 @@ def _run(arguments: argparse.Namespace, recipe: Recipe | None) -> int:
 
 def _check(arguments: argparse.Namespace) -> None:
     choose("--mode", arguments.mode, MODES)
+    if arguments.settle is not None and not arguments.watch:
+        raise RequestError("--settle: expected --watch beside it, got none; leave it out")
+    if arguments.watch:
+        _check_watch(arguments)
     for option, given, what in (("--overlay", arguments.overlay, "overlays"), ("--map", arguments.map, "maps")):
         if given and arguments.output is None:
             raise RequestError(f"{option}: expected --output DIR beside it, got none; say where to write the {what}")
@@ -404,6 +442,39 @@ def _check(arguments: argparse.Namespace) -> None:
             Tiling(arguments.tile, arguments.tile_overlap)
         except RequestError as error:
             raise RequestError(f"--{str(error).replace('tile_overlap', 'tile-overlap')}") from error
+
+
+def _check_watch(arguments: argparse.Namespace) -> None:
+    for name in arguments.inputs:
+        if not os.path.isdir(name):
+            raise RequestError(f"--watch: expected folders, got {name}, which is none; make it, or name the folder that pictures come into")
+    for option, given in (("--strict", arguments.strict), ("--fail-on-ng", arguments.fail_on_ng)):
+        if given:
+            raise RequestError(f"{option}: expected no --watch beside it, whose exit code comes when it is stopped; read each line instead")
+    if arguments.settle is not None and not 0 <= arguments.settle < float("inf"):
+        raise RequestError(f"--settle: expected seconds, 0 or more, got {arguments.settle}")
+    names = [str(_own_name(name)).casefold() for name in arguments.inputs]
+    if arguments.output is not None and len({*names}) < len(names):
+        raise RequestError("--watch: expected folders of different names, whose results have folders of these names; got one twice")
+
+
+def _as_they_come(arguments: argparse.Namespace) -> Iterator[tuple[Path, Path | None, str]]:
+    """--watch's pictures, with folder and stem of their results, which do not depend on what else has come, or is going to."""
+    settled = SETTLED if arguments.settle is None else arguments.settle
+    output = None if arguments.output is None else Path(arguments.output)
+
+    def say_so(line: str) -> None:
+        print(f"agvas-segment: {line}", file=sys.stderr)
+
+    for folder, path in Watch(arguments.inputs, recursive=arguments.recursive, settled=settled, say=say_so):
+        below = path.parent.relative_to(folder)
+        if len(arguments.inputs) > 1:
+            below = _own_name(folder) / below
+        yield path, None if output is None else output / below, path.name
+
+
+def _own_name(folder: str) -> Path:
+    return Path(os.path.basename(os.path.abspath(folder)))
 
 
 def _read_region(path: str) -> np.ndarray:

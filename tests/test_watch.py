@@ -1,0 +1,222 @@
+"""agvas-segment --watch: pictures that come into folders, each once, when it is whole, under a name of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import picture
+from PIL import Image
+
+from runtime.cli import segment, watch
+from runtime.cli.watch import Watch
+
+ROOT = Path(__file__).parents[1]
+AMPLE = 120.0
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Seconds that pass when the test says so."""
+    now = [0.0]
+    monkeypatch.setattr(watch.time, "monotonic", lambda: now[0])
+
+    def pass_by(seconds: float) -> None:
+        now[0] += seconds
+
+    return pass_by
+
+
+def looked(watching: Watch) -> list[str]:
+    """Names of what is whole now, which then is taken."""
+    whole = watching.look()
+    for state, path, _ in whole:
+        watching._taken[path] = state
+    return [path.name for _, path, _ in whole]
+
+
+def put(path: Path, content: bytes = b"a picture", at: int = 0) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    os.utime(path, (1_700_000_000 + at, 1_700_000_000 + at))
+    return path
+
+
+def test_a_file_is_taken_once_when_it_has_not_changed_for_a_while(tmp_path: Path, clock: Callable[[float], None]) -> None:
+    watching = Watch([str(tmp_path)], settled=0.5)
+    assert looked(watching) == []
+    put(tmp_path / "a.png", b"half", at=0)
+    put(tmp_path / "begun.png", b"", at=0)
+    put(tmp_path / ".hidden.png", at=0)
+    put(tmp_path / "notes.txt", at=0)
+    assert looked(watching) == []
+    clock(0.4)
+    put(tmp_path / "a.png", b"half a picture", at=1)  # still being written
+    assert looked(watching) == []
+    clock(0.4)
+    assert looked(watching) == []
+    clock(0.2)
+    assert looked(watching) == ["a.png"]
+    clock(10)
+    assert looked(watching) == []
+
+
+def test_what_changes_after_it_was_taken_is_taken_again(tmp_path: Path, clock: Callable[[float], None]) -> None:
+    watching = Watch([str(tmp_path)], settled=0)
+    put(tmp_path / "latest.jpg", at=0)
+    assert looked(watching) == ["latest.jpg"]
+    put(tmp_path / "latest.jpg", at=1)
+    assert looked(watching) == ["latest.jpg"]
+    assert looked(watching) == []
+    (tmp_path / "latest.jpg").unlink()
+    assert looked(watching) == [] and not watching._taken, "what is gone is forgotten"
+    put(tmp_path / "latest.jpg", at=1)
+    assert looked(watching) == ["latest.jpg"]
+
+
+def test_what_changes_while_it_is_judged_is_taken_again(tmp_path: Path) -> None:
+    put(tmp_path / "latest.jpg", at=0)
+
+    def stop(_: float) -> None:
+        raise StopIteration
+
+    given = iter(Watch([str(tmp_path)], settled=0, sleep=stop))
+    assert next(given) == (str(tmp_path), tmp_path / "latest.jpg")
+    put(tmp_path / "latest.jpg", at=1)
+    assert next(given) == (str(tmp_path), tmp_path / "latest.jpg")
+    with pytest.raises(RuntimeError):  # a generator's StopIteration: it waits
+        next(given)
+
+
+def test_they_come_in_the_order_of_their_times(tmp_path: Path) -> None:
+    for at, name in ((3, "a.png"), (1, "c.png"), (2, "b.png")):
+        put(tmp_path / name, at=at)
+    assert looked(Watch([str(tmp_path)], settled=0)) == ["c.png", "b.png", "a.png"]
+
+
+def test_a_folder_that_goes_and_comes_back_is_waited_for(tmp_path: Path, clock: Callable[[float], None]) -> None:
+    said: list[str] = []
+    watching = Watch([str(tmp_path / "in")], settled=0, say=said.append)
+    put(tmp_path / "in" / "a.png")
+    assert looked(watching) == ["a.png"]
+    (tmp_path / "in").rename(tmp_path / "away")
+    assert looked(watching) == looked(watching) == []
+    assert len(said) == 1 and "waiting for it" in said[0]
+    (tmp_path / "away").rename(tmp_path / "in")
+    put(tmp_path / "in" / "b.png")
+    assert looked(watching) == ["b.png"], "and what was taken before is not taken again"
+    assert len(said) == 2 and "can be read again" in said[1]
+
+
+def test_subfolders_are_looked_into_where_asked_for(tmp_path: Path) -> None:
+    put(tmp_path / "monday" / "a.png")
+    assert looked(Watch([str(tmp_path)], settled=0)) == []
+    assert looked(Watch([str(tmp_path)], settled=0, recursive=True)) == ["a.png"]
+
+
+# The command
+
+
+class Running:
+    """agvas-segment --watch as a service runs it."""
+
+    def __init__(self, bundle: Path, *arguments: str | Path) -> None:
+        command = [sys.executable, "-m", "runtime.cli.segment", *map(str, arguments), "--bundle", str(bundle), "--engine", "onnxruntime"]
+        command += ["--watch", "--json"]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+
+    def record(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        assert line, self.process.stderr and self.process.stderr.read()
+        found: dict[str, Any] = json.loads(line)
+        return found
+
+    def end(self, number: signal.Signals) -> tuple[int, str, str]:
+        self.process.send_signal(number)
+        out, errors = self.process.communicate(timeout=AMPLE)
+        return self.process.returncode, out, errors
+
+
+@pytest.fixture
+def running(tiny_bundle: Path) -> Iterator[Callable[..., Running]]:
+    begun: list[Running] = []
+
+    def begin(*arguments: str | Path) -> Running:
+        begun.append(Running(tiny_bundle, *arguments))
+        return begun[-1]
+
+    yield begin
+    for one in begun:
+        one.process.kill()
+        one.process.wait()
+
+
+def save_whole(path: Path, seed: int) -> None:
+    """As a careful sender does: under another name first."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}")
+    Image.fromarray(picture(seed)).save(temporary, path.suffix[1:])
+    os.replace(temporary, path)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_command_goes_on_until_it_is_stopped(number: signal.Signals, tmp_path: Path, running: Callable[..., Running]) -> None:
+    (tmp_path / "in").mkdir()
+    save_whole(tmp_path / "in" / "there.png", 0)
+    one = running(tmp_path / "in", "--recursive", "--output", tmp_path / "out", "--settle", "0.2")
+    first = one.record()
+    assert first["image"] == str(tmp_path / "in" / "there.png") and first["mask"] == str(tmp_path / "out" / "there.png_mask.png")
+    save_whole(tmp_path / "in" / "monday" / "there.png", 1)
+    second = one.record()
+    assert second["mask"] == str(tmp_path / "out" / "monday" / "there.png_mask.png")
+    (tmp_path / "in" / "half.png").write_bytes((tmp_path / "in" / "there.png").read_bytes()[:200])
+    assert "error" in one.record()
+    save_whole(tmp_path / "in" / "half.png", 2)
+    again = one.record()
+    assert again["image"] == str(tmp_path / "in" / "half.png") and np.asarray(Image.open(again["mask"])).shape == picture(2).shape[:2]
+    code, rest, errors = one.end(number)
+    assert (code, rest) == (0, "") and "watching" in errors and "stopped; what was written so far is whole" in errors
+
+
+def test_folders_of_two_stations_keep_their_results_apart(tmp_path: Path, running: Callable[..., Running]) -> None:
+    for name in ("left", "right"):
+        save_whole(tmp_path / name / "part.png", 0)
+    one = running(tmp_path / "left", tmp_path / "right", "--output", tmp_path / "out", "--settle", "0")
+    masks = {one.record()["mask"] for _ in range(2)}
+    assert masks == {str(tmp_path / "out" / name / "part.png_mask.png") for name in ("left", "right")}
+    one.end(signal.SIGTERM)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["in", "--watch", "--fail-on-ng"], "--fail-on-ng: expected no --watch beside it"),
+        (["in", "--watch", "--strict"], "--strict: expected no --watch beside it"),
+        (["in/a.png", "--watch"], "--watch: expected folders, got in/a.png"),
+        (["nowhere", "--watch"], "--watch: expected folders, got nowhere"),
+        (["in", "--settle", "1"], "--settle: expected --watch beside it"),
+        (["in", "--watch", "--settle", "-1"], "--settle: expected seconds, 0 or more, got -1.0"),
+        (["in", "--watch", "--settle", "nan"], "--settle: expected seconds, 0 or more, got nan"),
+        (["in", "more/in", "--watch", "--output", "out"], "expected folders of different names"),
+        (["in", "--watch", "--output", "in"], "expected a folder outside the pictures' own"),
+    ],
+)
+def test_what_cannot_be_watched_is_refused_at_once(
+    arguments: list[str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    put(tmp_path / "in" / "a.png")
+    put(tmp_path / "more" / "in" / "a.png")
+    started = time.monotonic()
+    assert segment.main([*arguments, "--bundle", "never opened", "--engine", "onnxruntime"]) == 2
+    assert words in capsys.readouterr().err and time.monotonic() - started < AMPLE
