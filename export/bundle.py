@@ -44,7 +44,7 @@ from export.quantisation import ENCODERS, RTN, Quantisation, fake_quantised, qua
 from export.stage_weights import all_weights, stage_weights
 from export.streamed_reference import in_pieces, measure_streamed
 from export.streamed_tensor import StreamedTensor
-from export.work import kept_folder, whole_or_nothing
+from export.work import Key, kept_folder, whole_or_nothing
 from runtime.bundle import (
     EMBEDDINGS,
     GOLDEN,
@@ -161,7 +161,7 @@ def export_bundle(settings: ExportSettings, progress: Progress) -> tuple[Bundle,
     reference = _reference(model, settings, pictures, progress) if held and settings.compare else ()
     quantisation = _quantise(settings, model, opened, progress)
     key = _key(settings, opened) if settings.resume or (settings.resume is None and streamed) else None
-    with whole_or_nothing(settings.output, key) as work:
+    with whole_or_nothing(settings.output, key, progress.note) as work:
         folder = work.folder
         graphs = {}  # in float, of the stages that hold integers
         skeleton = opened.skeleton()
@@ -488,17 +488,24 @@ def _check_needs(settings: ExportSettings, needs: Estimate, memory: int | None, 
         )
 
 
-def _key(settings: ExportSettings, opened: OpenedCheckpoint) -> str:
-    """What an export's finished stages depend on: the checkpoint's files by name, size and time, the settings, this code, the tools."""
+def _key(settings: ExportSettings, opened: OpenedCheckpoint) -> Key:
+    """What an export's finished stages depend on: the checkpoint's files by name, size and time, this code, the tools; and the settings."""
     from importlib.metadata import version
 
+    def sha256(told: object) -> str:
+        return hashlib.sha256(repr(told).encode()).hexdigest()
+
+    def states(paths: Sequence[Path]) -> list[tuple[str, int, int]]:
+        return [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+
     read = [opened.folder / "config.json", opened.folder / "tokenizer.json", *weight_files(opened.folder)]
-    if settings.calibration is not None and settings.calibration != RTN:
-        read += [path for path in sorted(settings.calibration.rglob("*")) if path.is_file()]
-    files = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in read]
-    choices = (settings.precision, settings.lmm, settings.head, str(settings.calibration))
-    told = (files, choices, _code_sha256(), [version(tool) for tool in TOOLS], CONTRACT_VERSION)
-    return hashlib.sha256(repr(told).encode()).hexdigest()
+    choices = f"--precision {settings.precision} --lmm {settings.lmm} --head {settings.head}"
+    if settings.calibration is not None:
+        choices += f" --calibration {settings.calibration}"
+        if settings.calibration != RTN:
+            plan = sha256(states([path for path in sorted(settings.calibration.rglob("*")) if path.is_file()]))
+            choices += f", whose files are {plan[:8]}"
+    return Key(sha256((states(read), _code_sha256(), [version(tool) for tool in TOOLS], CONTRACT_VERSION)), choices)
 
 
 def _code_sha256() -> str:

@@ -91,11 +91,8 @@ def _main(options: argparse.Namespace) -> int:
         print(f"agvas-export: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interruption:
-        kept = (
-            "no bundle was written, an older one is untouched; with --resume, or for a model that does not fit "
-            "the memory, finished stages were kept, and the same command goes on with them"
-        )
-        print(f"agvas-export: interrupted; {str(interruption) or kept}", file=sys.stderr)
+        words = str(interruption) or "no bundle was written, an older one is untouched"
+        print(f"agvas-export: interrupted; {words}", file=sys.stderr)
         return 130
 
 

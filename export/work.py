@@ -13,7 +13,8 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from agvas.interruption import held_back
@@ -22,23 +23,59 @@ from runtime.bundle import MANIFEST, UNFINISHED
 from runtime.errors import AgvasError, OutputError
 
 
-class Work:
-    """A bundle's folder while it is written, this process's alone, and which of its stages are whole."""
+@dataclass(frozen=True)
+class Key:
+    """What finished stages depend on.
 
-    def __init__(self, folder: Path, key: str | None) -> None:
+    Attributes:
+        sources: a hash of the checkpoint, this code and its tools.
+        choices: options in words, as they were given.
+    """
+
+    sources: str
+    choices: str
+
+
+class Work:
+    """A bundle's folder while it is written, this process's alone, and which of its stages are whole.
+
+    Args:
+        note: told where finished stages of other sources, which nothing can use any longer, are removed.
+
+    Raises:
+        OutputError: it holds finished stages of the same sources and other choices, with which these would go on.
+    """
+
+    def __init__(self, folder: Path, key: Key | None, note: Callable[[str], object] = lambda line: None) -> None:
         self.folder, self.key = folder, key
         self.stages: dict[str, dict[str, int]] = {}
         try:
             found = json.loads((folder / UNFINISHED).read_text())
         except (OSError, ValueError):
             found = {}
-        if key is not None and found.get("key") == key:
-            self.stages = found["stages"]
+        known, stages = found.get("key"), found.get("stages")
+        if key is not None and known == asdict(key):
+            self.stages = stages
         else:
+            if key is not None and isinstance(known, dict) and stages:
+                count = "a finished stage" if len(stages) == 1 else f"{len(stages)} finished stages"
+                if known.get("sources") == key.sources:
+                    raise OutputError(
+                        f"{folder}: expected the beginnings of this export ({key.choices}), got {count} of another "
+                        f"({known.get('choices')}); give its options again to go on with it, or remove the folder"
+                    )
+                note(f"begins anew: what {folder} held ({count}) was of another checkpoint, or of other code or versions")
             for path in folder.iterdir():
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         (folder / MANIFEST).unlink(missing_ok=True)
         self._write()
+
+    def kept(self) -> str:
+        """In words, what the same export goes on with."""
+        if not self.stages:
+            return "no stage was finished"
+        count = "a finished stage stays" if len(self.stages) == 1 else f"{len(self.stages)} finished stages stay"
+        return f"{count} in {self.folder}, and the same command goes on with them"
 
     def has(self, stage: str) -> bool:
         """Whether an earlier export left the stage whole."""
@@ -55,7 +92,7 @@ class Work:
 
     def _write(self) -> None:
         partial = self.folder / f"{UNFINISHED}.partial"
-        partial.write_text(json.dumps({"key": self.key, "stages": self.stages}))
+        partial.write_text(json.dumps({"key": None if self.key is None else asdict(self.key), "stages": self.stages}))
         os.replace(partial, self.folder / UNFINISHED)
 
 
@@ -94,31 +131,41 @@ def _rename(partial: Path, output: Path) -> None:
 
 
 @contextlib.contextmanager
-def whole_or_nothing(output: Path, key: str | None) -> Iterator[Work]:
+def whole_or_nothing(output: Path, key: Key | None, note: Callable[[str], object] = lambda line: None) -> Iterator[Work]:
     """A folder beside `output` that takes its name when the block ends well, and vanishes otherwise.
 
-    With a key, an interruption leaves it, and the next export with the same key begins with it.
+    With a key, whatever ends the block otherwise leaves what is finished, and the next export with the same key goes on with it.
+
+    Raises:
+        OutputError: as Work; another export is at work in the folder; the disk is full, or cannot be written to.
+        KeyboardInterrupt: with words on what became of it.
     """
     partial = output.parent / f".{output.name}.partial-{uuid.uuid4().hex[:8]}" if key is None else kept_folder(output)
-    keep = False
+    vanishes, work = key is None, None
     try:
         with alone_in(partial, "export"):
-            yield Work(partial, key)
+            work = Work(partial, key, note)
+            yield work
             (partial / UNFINISHED).unlink()
             _replace(partial, output)
-            keep = True  # under its name; of this one there may be another export's by now
+            vanishes = False  # under its name; of this one there may be another export's by now
     except FolderInUse as error:
-        keep = True
         raise OutputError(str(error)) from error
-    except AgvasError:
+    except AgvasError as error:
+        if key is not None and work is not None and work.stages:
+            raise type(error)(f"{error}. {work.kept()}") from error
         raise
     except KeyboardInterrupt as interruption:
-        keep = key is not None or bool(interruption.args)
-        raise
+        if interruption.args:  # written all the same
+            vanishes = False
+            raise
+        kept = work.kept() if key is not None and work is not None else "nothing of it was kept (--resume keeps finished stages)"
+        raise KeyboardInterrupt(f"no bundle was written, an older one is untouched; {kept}") from None
     except OSError as error:
+        kept = f"; {work.kept()}" if key is not None and work is not None else ""
         if error.errno == errno.ENOSPC:
-            raise OutputError(f"the disk of {output} is full; free some space or choose another --output") from error
-        raise OutputError(f"{output}: export stopped by {error}; check the path, or choose another --output") from error
+            raise OutputError(f"the disk of {output} is full; free some space or choose another --output{kept}") from error
+        raise OutputError(f"{output}: export stopped by {error}; check the path, or choose another --output{kept}") from error
     finally:
-        if not keep:
+        if vanishes:
             shutil.rmtree(partial, ignore_errors=True)

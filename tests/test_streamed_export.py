@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import signal
@@ -45,7 +46,7 @@ from export.streamed_tensor import StreamedTensor
 from runtime import Segmenter
 from runtime.bundle import UNFINISHED, Bundle
 from runtime.contract import STAGES
-from runtime.errors import BundleMissing, OutputError, RequestError
+from runtime.errors import BundleMissing, OutputError, ParityFailed, RequestError
 from runtime.one_at_a_time import Turn, TurnStage
 from runtime.parity import Outcome
 
@@ -328,9 +329,15 @@ def test_an_interrupted_export_goes_on_with_its_finished_stages_and_opens_nowher
     assert UNFINISHED not in bundle.manifest.files
 
 
-@pytest.mark.parametrize("change", ["settings", "checkpoint", "part", "damage", "code"])
+@pytest.mark.parametrize("change", ["checkpoint", "part", "damage", "code"])
 def test_stages_of_another_export_are_made_again(
-    change: str, ready_graphs: list[str], tiny_checkpoint: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    change: str,
+    ready_graphs: list[str],
+    tiny_checkpoint: Path,
+    pictures: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     checkpoint = tmp_path / "checkpoint"
     checkpoint.mkdir()
@@ -343,9 +350,7 @@ def test_stages_of_another_export_are_made_again(
         (checkpoint / "parts.json").write_text('{"base": ".."}')
     settings = ExportSettings(str(checkpoint), "fp32", tmp_path / "out" / "bundle", images=pictures, resume=True)
     stopped_at(monkeypatch, "semantic_encoder", settings)
-    if change == "settings":
-        settings = replace(settings, precision="fp16", strict=False)
-    elif change == "code":
+    if change == "code":
         monkeypatch.setattr(writer, "_code_sha256", lambda: "of a later commit")
     elif change != "damage":
         save_file(load_file(weights), weights)
@@ -353,9 +358,60 @@ def test_stages_of_another_export_are_made_again(
         data = tmp_path / "out" / ".bundle.partial" / "pixel_encoder" / "pixel_encoder.data"
         data.write_bytes(data.read_bytes()[:-1])
     ready_graphs.clear()
-    export_bundle(settings, QUIET)
+    capsys.readouterr()
+    export_bundle(settings, Progress())
+    told = ".bundle.partial held (a finished stage) was of another checkpoint, or of other code" in capsys.readouterr().err
+    assert told == (change != "damage")
     assert ready_graphs == [name for name in STAGES if not (change == "damage" and name == "semantic_encoder")] or change == "damage"
     assert "pixel_encoder" in ready_graphs
+
+
+def test_finished_stages_of_other_options_are_not_lost(
+    ready_graphs: list[str], tiny_checkpoint: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = ExportSettings(str(tiny_checkpoint), "fp32", tmp_path / "out" / "bundle", images=pictures, resume=True)
+    stopped_at(monkeypatch, "language", settings)
+    other = replace(settings, precision="fp16", strict=False)
+    with pytest.raises(OutputError, match=r"--precision fp16 .*got 3 finished stages of another \(--precision fp32 .*or remove the folder"):
+        export_bundle(other, QUIET)
+    ready_graphs.clear()
+    export_bundle(settings, QUIET)
+    assert ready_graphs == ["language", "mask_decoder"]
+    export_bundle(replace(other, output=tmp_path / "out" / "other"), QUIET)  # its own output has a folder of its own
+
+
+def test_a_full_disk_leaves_what_is_finished(
+    ready_graphs: list[str], tiny_checkpoint: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = ExportSettings(str(tiny_checkpoint), "fp32", tmp_path / "out" / "bundle", images=pictures)
+    original = writer.write
+
+    def full(model: ir.Model, folder: Path, stage: str) -> None:
+        if stage == "language":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        original(model, folder, stage)
+
+    for resume in (False, True):
+        monkeypatch.setattr(writer, "write", full)
+        told = "3 finished stages stay in .*bundle.partial, and the same command goes on with them" if resume else "another --output$"
+        with pytest.raises(OutputError, match=f"is full; free some space or choose {'another --output; ' if resume else ''}{told}"):
+            export_bundle(replace(settings, resume=resume), QUIET)
+        assert any((tmp_path / "out").iterdir()) == resume
+    monkeypatch.setattr(writer, "write", original)
+    ready_graphs.clear()
+    export_bundle(replace(settings, resume=True), QUIET)
+    assert ready_graphs == ["language", "mask_decoder"]
+
+
+def test_a_failed_comparison_leaves_the_stages_to_be_judged_otherwise(
+    ready_graphs: list[str], tiny_checkpoint: Path, pictures: Path, tmp_path: Path
+) -> None:
+    settings = ExportSettings(str(tiny_checkpoint), "fp32", tmp_path / "out" / "bundle", images=pictures, resume=True)
+    with pytest.raises(ParityFailed, match="5 finished stages stay in .*bundle.partial, and the same command goes on with them"):
+        export_bundle(replace(settings, gates={"map_max_abs": -1.0}), QUIET)
+    ready_graphs.clear()
+    export_bundle(settings, QUIET)
+    assert ready_graphs == []
 
 
 def test_an_export_into_its_checkpoints_folder_goes_on_too(
