@@ -65,6 +65,11 @@ def read_datasets(named: Sequence[tuple[str, Path]], limit: int | None = None, s
     """
     datasets: list[Dataset] = []
     for layout, root in named:
+        if layout == "manifest" and root.is_dir() and not (root / "manifest.csv").exists():
+            raise ValueError(
+                f"{root}: expected a manifest.csv in it, found none; of a folder of pictures give --dataset folder --root {root} (masks in "
+                f"{root.name}/masks), or --dataset good --root {root} where all show good parts"
+            )
         items = read_dataset(layout, root, split)
         if limit is not None and limit < len(items):
             items = [items[position * len(items) // limit] for position in range(limit)]

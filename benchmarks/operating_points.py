@@ -44,7 +44,7 @@ class OperatingPoints:
 def in_words(name: str, told: Mapping[str, Any]) -> list[str]:
     """What `OperatingPoints.to_json` tells of a data set: a line for each point, and one where there are too few good pictures for all."""
     lines = [
-        f"{name}: --threshold {point['threshold']:.4f} calls {point['false_alarms']:.1%} of {told['good_pictures']} good pictures NG"
+        f"{name}: threshold {point['threshold']:.4f} calls {point['false_alarms']:.1%} of {told['good_pictures']} good pictures NG"
         + ("" if point["found"] is None else f" and finds {point['found']:.1%} of {told['anomalous_pictures']} anomalous ones")
         for point in told["points"]
     ]

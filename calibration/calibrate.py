@@ -30,6 +30,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 from torch import Tensor, nn
 
+from agvas.config import AGVASConfig
 from agvas.model import AGVAS
 from agvas.weights import LazyTensors, check_finite
 from agvas.writing import alone_in, disk_errors
@@ -51,7 +52,9 @@ SHARING = (
     ("mlp.down_proj",),
 )
 GROUPS = (128, 64, 32)
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LIBRARIES = 900_000_000  # bytes of Python with torch and transformers, before any weight
+TEXT_TOKENS = 100  # of question and answer, about
 PASSES = len(SHARING) + 1  # over the pictures in each layer: one a Hessian, one for the output
 
 Report = Callable[[str, int, int], None]  # (what, steps done, steps in all)
@@ -144,6 +147,14 @@ def memory_needed(tensors: LazyTensors, dtype: torch.dtype, device: str = "cpu")
     return LIBRARIES + held + layer + (layer + 4 * 4 * widest**2 if device == "cpu" else 0)
 
 
+def disk_needed(tensors: LazyTensors, config: AGVASConfig, pictures: int) -> int:
+    """Bytes that a calibration writes at most, roughly: codes of a byte a weight, in the work folder and in the plan, and what two layers
+    read of every picture."""
+    codes = sum(math.prod(tensor.shape) for name, tensor in tensors.items() if name.startswith(f"{LAYERS}.") and len(tensor.shape) == 2)
+    tokens = (1 if config.spam is None else 2) * config.semantic.tokens + TEXT_TOKENS
+    return int(2 * codes * (1 + 2 / GROUPS[0])) + 2 * pictures * tokens * config.language.width * 4
+
+
 def common_group(model: AGVAS) -> int:
     """The largest of GROUPS that divides the inputs of every linear layer to quantise; the largest of all where none does.
 
@@ -175,6 +186,7 @@ class _Run:
         self._progress = progress
         self.hashes = tuple(image_sha256(image) for image in images)
         self.weights_sha256 = weights_sha256
+        self.dtype = next(name for name, dtype in DTYPES.items() if dtype == next(model.pixel_encoder.parameters()).dtype)
         self._claim()
 
     def step(self, done: int) -> None:
@@ -207,6 +219,7 @@ class _Run:
             tokens=sum(len(self._hidden(len(self.layers), number, mmap=True)) for number in range(len(self.images))),
             linears=tuple(record for _, record in places.values()),
             versions=versions(),
+            dtype=self.dtype,
         )
         return Calibration(plan, _LayerFiles(places), ranges)
 
@@ -218,6 +231,7 @@ class _Run:
             "images": list(self.hashes),
             "settings": dataclasses.asdict(self.settings.gptq) | {"answer_share": self.settings.answer_share},
             "conversations": answers,
+            "dtype": self.dtype,
         }
         path = self.work / "state.json"
         if path.exists():

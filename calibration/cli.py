@@ -6,6 +6,18 @@ import argparse
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from agvas.interruption import terminated_as_interrupted
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    import numpy as np
+
+    from calibration.calibrate import CalibrationSettings
+    from calibration.plan import QuantPlan
+    from calibration.weights import QuantizedWeight
 
 SAMPLES = 128
 
@@ -32,6 +44,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--gptq-checkpoint", type=Path, metavar="DIR", help="also write the language model in the GPTQ checkpoint layout")
     parser.add_argument("--json", action="store_true", help="last line of stdout as JSON")
     options = parser.parse_args(arguments)
+    with terminated_as_interrupted():
+        return _main(options)
+
+
+def _main(options: argparse.Namespace) -> int:
     from runtime.errors import AgvasError
 
     try:
@@ -42,8 +59,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (AgvasError, ValueError, OSError) as error:
         print(f"agvas-calibrate: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("agvas-calibrate: interrupted; no plan was written, the same command goes on where it was", file=sys.stderr)
+    except KeyboardInterrupt as interruption:
+        words = str(interruption) or "no plan was written, the same command goes on where it was"
+        print(f"agvas-calibrate: interrupted; {words}", file=sys.stderr)
         return 130
 
 
@@ -53,6 +71,8 @@ def _calibrate(options: argparse.Namespace, started: float) -> int:
     from runtime.verify import peak_rss_bytes
 
     choose("--dtype", options.dtype, ("fp32", "bf16", "fp16"))
+    if not 0 < options.answer_share < 1:
+        raise RequestError(f"--answer-share: expected between 0 and 1, got {options.answer_share}")
     if options.samples < 1:
         raise RequestError(f"--samples: expected at least 1, got {options.samples}")
     if options.output.exists() and not (options.output / "plan.json").is_file() and any(options.output.iterdir()):
@@ -60,21 +80,19 @@ def _calibrate(options: argparse.Namespace, started: float) -> int:
     import shutil
     from dataclasses import replace
 
-    import torch
-
     from agvas.checkpoint import load, open_checkpoint
-    from calibration.calibrate import LAYERS, CalibrationSettings, calibrate, common_group, memory_needed
+    from calibration.calibrate import DTYPES, LAYERS, CalibrationSettings, calibrate, common_group, disk_needed, memory_needed
     from calibration.gptq import GPTQSettings
     from calibration.gptq_checkpoint import check_writable, write_gptq_checkpoint
     from calibration.pictures import calibration_pictures
-    from calibration.plan import model_sha256, write_plan
+    from calibration.plan import PLAN, model_sha256, write_plan
     from engines.memory import available_memory
 
     asked = GPTQSettings(bits=options.bits, group=options.group or 0, damping=options.damping)  # wrong values are told before the work
     device = _device(options.device)
     pictures = calibration_pictures(options.images, options.samples)
     opened = open_checkpoint(options.checkpoint)
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[options.dtype]
+    dtype = DTYPES[options.dtype]
     needed, free = memory_needed(opened.tensors, dtype, device), available_memory()
     if free is not None and free < needed:
         print(
@@ -91,12 +109,28 @@ def _calibrate(options: argparse.Namespace, started: float) -> int:
     weights_sha256 = model_sha256(opened.tensors)  # as stored, which export has: --dtype may have rounded them
     settings = CalibrationSettings(replace(asked, group=group), options.answer_share, device)
     work = options.output.with_name(f"{options.output.name}.partial")
-    with Progress() as progress:
-        plan, weights, ranges = calibrate(model, pictures, settings, progress, work, weights_sha256, opened.tensors)
-    write_plan(options.output, plan, weights, ranges)
+    found = None
+    if (options.output / PLAN).is_file():
+        found = _finished(options.output, weights_sha256, settings, options.dtype, pictures)
+        what = "this plan already" if found is not None else "another plan, which the new one will replace once it is whole"
+        _say(f"{options.output} holds {what}")
+    plan: QuantPlan
+    weights: Mapping[str, QuantizedWeight]
+    if found is not None:
+        plan, weights = found
+    else:
+        short = disk_needed(opened.tensors, opened.config, len(pictures)) - _room(work)
+        if short > 0:
+            _say(f"this takes {short >> 20} MiB more disk than {work.parent} has: it may stop halfway; what is done by then is kept")
+        with Progress() as progress:
+            plan, weights, ranges = calibrate(model, pictures, settings, progress, work, weights_sha256, opened.tensors)
+        write_plan(options.output, plan, weights, ranges)
     if options.gptq_checkpoint:
-        write_gptq_checkpoint(model, weights, options.gptq_checkpoint, floats=opened.tensors)
-    shutil.rmtree(work)
+        try:
+            write_gptq_checkpoint(model, weights, options.gptq_checkpoint, floats=opened.tensors)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"{options.output} was written, not {options.gptq_checkpoint}; the same command writes that") from None
+    shutil.rmtree(work, ignore_errors=found is not None)
     errors = [record.error for record in plan.linears]
     plain = [record.rounding_error for record in plan.linears]
     seconds = time.monotonic() - started
@@ -119,6 +153,37 @@ def _calibrate(options: argparse.Namespace, started: float) -> int:
         }
         print(json_line(record))
     return 0
+
+
+def _say(line: str) -> None:
+    print(f"agvas-calibrate: {line}", file=sys.stderr, flush=True)
+
+
+def _finished(
+    folder: Path, weights_sha256: str, settings: CalibrationSettings, dtype: str, pictures: Sequence[np.ndarray]
+) -> tuple[QuantPlan, Mapping[str, QuantizedWeight]] | None:
+    """The plan of an earlier run, where this one would only make it once more."""
+    from calibration.plan import PlanError, image_sha256, read_records, versions
+    from calibration.weights import Reading
+
+    try:
+        plan, weights = read_records(folder)
+    except PlanError:
+        return None
+    asked = (weights_sha256, settings.gptq, settings.answer_share, dtype, versions())
+    if asked != (plan.weights_sha256, plan.settings, plan.answer_share, plan.dtype, plan.versions) or len(pictures) != len(plan.images):
+        return None
+    if any(image_sha256(picture) != known for picture, known in zip(pictures, plan.images, strict=True)):
+        return None
+    return plan, Reading(weights)
+
+
+def _room(work: Path) -> int:
+    """Free bytes, with those that an interrupted run has taken already."""
+    import shutil
+
+    place = next(folder for folder in (work, *work.absolute().parents) if folder.is_dir())
+    return shutil.disk_usage(place).free + sum(path.stat().st_size for path in work.rglob("*") if path.is_file())
 
 
 def _device(name: str) -> str:

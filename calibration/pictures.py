@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from runtime.errors import ImageError
 from runtime.images import find_images, read_image
 
 # Training counts from 1,000,000, parity from 8,000,000,000.
@@ -38,6 +40,8 @@ def calibration_pictures(folder: Path | None, count: int, first_seed: int = FIRS
     """
     if folder is None:
         return CalibrationPictures([partial(_procedural, first_seed + i, *SIZES[i % len(SIZES)]) for i in range(count)])
+    if not folder.exists() and not glob.has_magic(str(folder)):
+        raise ImageError(f"{folder}: expected a folder of pictures, got no such folder; check the path")
     paths = find_images([str(folder)])
     if len(paths) < count:
         raise ValueError(f"{folder}: expected at least {count} pictures, got {len(paths)}; give more, or ask for fewer (--samples)")

@@ -74,6 +74,7 @@ class QuantPlan:
         tokens: how many the language model read in all.
         linears: one record for each quantised weight, in the model's order.
         versions: of the packages that took part.
+        dtype: what encoders and embeddings computed in (fp32, bf16, fp16); decoder layers always compute in fp32.
     """
 
     model: str
@@ -85,6 +86,7 @@ class QuantPlan:
     tokens: int
     linears: tuple[LinearRecord, ...]
     versions: dict[str, str | None] = dataclasses.field(default_factory=dict)
+    dtype: str = "fp32"
 
     def check(self, model: nn.Module | LazyTensors) -> None:
         """Raises PlanError when the plan was made for other weights than this model's, or this checkpoint's."""
@@ -190,9 +192,19 @@ def open_plan(folder: str | Path, model: nn.Module | LazyTensors) -> tuple[Quant
     Raises:
         PlanError: as `read_plan`; of tensors that do not fit their records when they are read.
     """
+    plan, weights = read_records(folder)
+    plan.check(model)
+    return plan, weights
+
+
+def read_records(folder: str | Path) -> tuple[QuantPlan, dict[str, LazyQuantizedWeight]]:
+    """`open_plan` for whatever checkpoint.
+
+    Raises:
+        PlanError: as `open_plan`, but for another checkpoint.
+    """
     folder = Path(folder)
     plan, names = _opened(folder)
-    plan.check(model)
     for record in plan.linears:
         for name in (record.name + CODES, record.name + SCALES):
             if name not in names:

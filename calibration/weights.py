@@ -6,7 +6,7 @@ loss: symmetric, groups along the input axis in their natural order. Act-order c
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -91,3 +91,19 @@ class LazyQuantizedWeight:
 
     def read(self) -> QuantizedWeight:
         return self.make()
+
+
+class Reading(Mapping[str, QuantizedWeight]):
+    """Integer weights by name, each read when it is asked for, and not kept."""
+
+    def __init__(self, weights: Mapping[str, LazyQuantizedWeight]) -> None:
+        self._weights = weights
+
+    def __getitem__(self, name: str) -> QuantizedWeight:
+        return self._weights[name].read()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._weights)
+
+    def __len__(self) -> int:
+        return len(self._weights)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from engines.errors import EngineFailed, EngineUnavailable
+from engines.errors import EngineFailed, EngineUnavailable, let_interrupt_pass
 
 # The name of a GPU.
 GPU = re.compile(r"cuda:[0-9]+")
@@ -26,6 +26,7 @@ def runtime() -> Any:
     try:
         from cuda.bindings import runtime as bindings
     except (ImportError, OSError) as error:
+        let_interrupt_pass(error)
         raise EngineUnavailable(f'CUDA\'s Python bindings are not installed ({error}); pip install "agvas[cuda]"') from error
     return bindings
 

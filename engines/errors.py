@@ -6,6 +6,16 @@ The tree stands here and not in runtime/ because engines depend on nothing of ou
 from __future__ import annotations
 
 
+def let_interrupt_pass(error: BaseException) -> None:
+    """Raises KeyboardInterrupt where one stands behind an error of importing: an extension that is being initialised makes an ImportError
+    of a Ctrl-C, which would pass for an engine that is not installed."""
+    behind: BaseException | None = error
+    while behind is not None:
+        if isinstance(behind, KeyboardInterrupt):
+            raise KeyboardInterrupt from error
+        behind = behind.__cause__ or behind.__context__
+
+
 class EngineError(Exception):
     """Base of everything an execution back-end raises."""
 

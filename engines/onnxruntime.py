@@ -20,12 +20,13 @@ from typing import Any
 import numpy as np
 
 from engines import EngineOptions
-from engines.errors import EngineFailed, EngineUnavailable
+from engines.errors import EngineFailed, EngineUnavailable, let_interrupt_pass
 from engines.spec import StageSpec
 
 try:
     import onnxruntime
 except (ImportError, OSError) as error:  # it may be there, and a library that it needs may not
+    let_interrupt_pass(error)
     raise EngineUnavailable(f'engine onnxruntime is not installed ({error}); pip install "agvas[cpu]", or "agvas[gpu]" for CUDA') from error
 
 

@@ -18,13 +18,14 @@ from pathlib import Path
 import numpy as np
 
 from engines import EngineOptions
-from engines.errors import EngineFailed, EngineUnavailable
+from engines.errors import EngineFailed, EngineUnavailable, let_interrupt_pass
 from engines.spec import StageSpec
 
 try:
     import openvino
     from openvino import opset13
 except (ImportError, OSError) as error:  # it may be there, and a library that it needs may not
+    let_interrupt_pass(error)
     raise EngineUnavailable(f'engine openvino is not installed ({error}); pip install "agvas[openvino]"') from error
 
 

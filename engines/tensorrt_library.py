@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from engines.errors import EngineUnavailable
+from engines.errors import EngineUnavailable, let_interrupt_pass
 
 TENSORRT, TENSORRT_RTX = "tensorrt", "tensorrt-rtx"
 TENSORRT_ENGINES = (TENSORRT, TENSORRT_RTX)
@@ -29,6 +29,7 @@ def library(engine: str) -> Any:
         else:
             import tensorrt_rtx as trt
     except (ImportError, OSError) as error:  # OSError: the package is there, its shared library is not
+        let_interrupt_pass(error)
         on_a_jetson = "; on a Jetson it comes with JetPack (engines/jetson/setup.sh)" if engine == TENSORRT else ""
         raise EngineUnavailable(f'engine {engine} is not installed ({error}); pip install "agvas[{engine}]"{on_a_jetson}') from error
     found = tuple(int(part) for part in trt.__version__.split(".")[:2])

@@ -39,7 +39,7 @@ from export.outcomes import OutcomesOnDisk
 from export.parity import NOTHING_FOUND, ParityReport, hardest, measure, outcome_of_reference
 from export.passes import LOW_TYPES, lower_precision
 from export.pictures import Pictures, parity_pictures
-from export.progress import Progress
+from export.progress import Progress, counted
 from export.quantisation import ENCODERS, RTN, Quantisation, fake_quantised, quantise
 from export.stage_weights import all_weights, stage_weights
 from export.streamed_reference import in_pieces, measure_streamed
@@ -200,9 +200,9 @@ def export_bundle(settings: ExportSettings, progress: Progress) -> tuple[Bundle,
         if report is not None and report.failures and settings.strict:
             if kept.stopped:
                 raise ParityFailed(
-                    f"the exported masks are not the reference's: {'; '.join(report.failures)}, though {len(kept.names)} layers were put "
-                    f"back to float, and {kept.stopped}. No bundle was written; calibrate on pictures of your own, allow more layers, "
-                    "or choose a higher precision"
+                    f"the exported masks are not the reference's: {'; '.join(report.failures)}, though "
+                    f"{counted(len(kept.names), 'layer')} went back to float, and {kept.stopped}. No bundle was written; calibrate on "
+                    "pictures of your own, allow more layers, or choose a higher precision"
                 )
             raise ParityFailed(
                 f"the exported masks are not the reference's: {'; '.join(report.failures)}. No bundle was written; "
@@ -221,7 +221,7 @@ def _quantise(settings: ExportSettings, model: AGVAS, opened: OpenedCheckpoint, 
     """The integers asked for; none for a bundle in float."""
     if settings.lmm == settings.head == "float" and settings.precision != "int8":
         return Quantisation()
-    progress.begin("calibrate" if settings.calibrates else "read the calibration", 1)
+    progress.begin("calibrate" if settings.calibrates else "read the calibration")
     encoders = settings.precision == "int8"
     return quantise(model, opened.tensors, settings.lmm, encoders, settings.calibration, settings.head, progress.show)
 
@@ -472,7 +472,8 @@ def _check_needs(settings: ExportSettings, needs: Estimate, memory: int | None, 
     if streamed or not settings.compare:
         how = f"the reference computes layer by layer, on {pictures} pictures" if settings.compare else "nothing is compared"
         progress.note(
-            f"about {needs.disk / 1e9:.1f} GB of disk, {needed / 1e9:.1f} GB of memory and {seconds / 60:.0f} minutes on two cores; {how}"
+            f"about {max(needs.disk / 1e9, 0.1):.1f} GB of disk, {needed / 1e9:.1f} GB of memory and "
+            f"{counted(max(1, round(seconds / 60)), 'minute')} on two cores; {how}"
         )
     if settings.force:
         return

@@ -59,6 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--resume", action="store_true", help="keep finished stages when interrupted, and go on with those kept")
     parser.add_argument("--stream-reference", action="store_true", help="compute the reference layer by layer even where the model fits")
     parser.add_argument("--force", action="store_true", help="go on where memory or disk will not do by the estimate")
+    parser.add_argument("--quiet", action="store_true", help="no steps and no progress bars on stderr, only errors and warnings")
     parser.add_argument("--json", action="store_true", help="last line of stdout as JSON")
     options = parser.parse_args(arguments)
     with terminated_as_interrupted():
@@ -106,7 +107,7 @@ def _export(options: argparse.Namespace, started: float) -> int:
     from runtime.footprint import footprints
     from runtime.verify import peak_rss_bytes
 
-    progress = Progress()
+    progress = Progress(options.quiet)
     if (Path(options.output) / MANIFEST).is_file():
         progress.note(f"{options.output} holds a bundle, which the new one will replace once it is whole")
     settings = ExportSettings(

@@ -10,6 +10,11 @@ from tqdm import tqdm
 from runtime.progress import pace
 
 
+def counted(number: int, what: str) -> str:
+    """"1 layer", "2 layers"."""
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
 class Progress:
     """Announces steps with the seconds the last one took."""
 
@@ -23,7 +28,7 @@ class Progress:
         self.end()
         self._step, self._started = step, time.monotonic()
         if total and not self.quiet:
-            self._bar = tqdm(total=total, desc=step, unit="image", **pace())
+            self._bar = tqdm(total=total, desc=step, unit="step", **pace())
 
     def advance(self) -> None:
         if self._bar:
@@ -31,11 +36,12 @@ class Progress:
 
     def show(self, what: str, done: int, total: int) -> None:
         """`done` of `total` steps of `what`: for work that counts by itself, with a bar of its own for each such work."""
-        if self._bar is None:
+        if self.quiet:
             return
-        if what != self._bar.desc:
-            self._bar.close()
-            self._bar = tqdm(total=total, desc=what, unit="step", **pace())
+        if self._bar is None or what != self._bar.desc:
+            if self._bar is not None:
+                self._bar.close()
+            self._bar = tqdm(total=total, initial=done, desc=what, unit="step", **pace())
         self._bar.update(done - self._bar.n)
 
     def note(self, line: str) -> None:

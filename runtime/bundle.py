@@ -214,8 +214,8 @@ class Bundle:
         """
         if not self.compared:
             raise NotCompared(
-                f"{self.folder} was exported without a comparison (--parity none) and has no golden pictures, to verify it or choose an "
-                "engine by; name an engine (--engine), or export it without --parity none"
+                f"{self.folder} was exported without a comparison (--parity none) and has no golden pictures, by which to verify it or to "
+                "choose an engine; export it without --parity none, or run it unverified on an engine that you name"
             )
         path = self.folder / GOLDEN
         try:

@@ -85,6 +85,7 @@ _INTEGERS = (
     "of a camera's 12 bits (Mono12) pass (array >> 4).astype(np.uint8), of 10 bits >> 2, of full-range 16 bits >> 8; of values that are "
     "0..255 already, array.astype(np.uint8)"
 )
+_SIGNED = "a picture has no negative levels: pass values that are 0..255 as array.astype(np.uint8)"
 _REMEDIES = {"u": _INTEGERS, "i": _INTEGERS, "b": "pass array.astype(np.uint8) * 255"}
 
 _EXIF_ORIENTATION = 0x0112
@@ -358,6 +359,8 @@ def _rgb_of_array(array: np.ndarray, pixel_limit: int) -> np.ndarray:
         else:
             held = ""
             remedy = _REMEDIES.get(array.dtype.kind, "convert it to 0..255 by a rule of yours and pass .astype(np.uint8)")
+            if array.dtype == np.int8:
+                remedy = _SIGNED
         raise ImageError(f"{expected}, got {given}{held}; values are never guessed: {remedy}")
     if array.ndim not in (2, 3):
         remedy = "one picture at a time, array[0] of a batch" if array.ndim > 3 else "a file's content as bytes: array.tobytes()"

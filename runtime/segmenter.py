@@ -157,6 +157,16 @@ class Segmenter:
         self._worker = Worker()  # the thread of the one before ends
         give_back()
 
+    def __repr__(self) -> str:
+        model, (threshold, relative) = self.bundle.manifest.model, (self.rule.threshold, self.rule.relative_threshold)
+        return (
+            f"<Segmenter of {self.bundle.folder} ({model}, {self.bundle.id[:12]}…) on {self.engine} ({self.inference_precision}), device "
+            f"{self.device}, threshold {threshold:g}, relative {relative:g}{'' if self._chain is not None else ', closed'}>"
+        )
+
+    def __reduce__(self) -> str:
+        raise RequestError("segmenter: its engines belong to this process and cannot be sent to another or copied; open one there")
+
     def __enter__(self) -> Segmenter:
         self._opened()
         return self

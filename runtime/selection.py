@@ -71,8 +71,12 @@ def choose_engine(
     if not remeasure and (known := _read(cache)) is not None:
         try:
             pipeline = open_pipeline(bundle, known.engine, replace(options, inference_precision=known.inference_precision))
-        except EngineError:
-            pass  # what was chosen then cannot be opened now: measure again
+        except EngineError as error:
+            warnings.warn(
+                f"engine auto: {known.engine} ({known.inference_precision}), which it had chosen, cannot be opened ({error}); the engines "
+                "are measured again",
+                stacklevel=3,
+            )
         else:
             return pipeline, replace(known, remembered=True)
     best: tuple[Pipeline, Choice] | None = None
@@ -98,8 +102,7 @@ def choose_engine(
         best = pipeline, Choice(engine, computes_in, milliseconds, rejected)  # the slower pipeline is freed here
     if best is None:
         reasons = " | ".join(f"{name}: {reason}" for name, reason in rejected.items())
-        instead = "" if options.device == "cpu" else "; without an NVIDIA GPU, leave the device out to run on the CPU"
-        raise EngineUnavailable(f"no engine on device {options.device} can run this bundle: {reasons}{instead}")
+        raise EngineUnavailable(f"no engine on device {options.device} can run this bundle: {reasons}")
     _write(cache, best[1])
     return best
 

@@ -326,6 +326,12 @@ def test_a_damaged_good_part_ends_the_run_with_its_name(tmp_path: Path, capsys: 
     assert line.startswith(f"agvas-eval: {tmp_path / 'b.jpg'}: expected a whole JPEG picture")
 
 
+def test_a_folder_of_pictures_given_as_a_data_set_is_told_how(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(tmp_path), "--baseline", "constant"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{tmp_path}: expected a manifest.csv in it" in line and f"--dataset good --root {tmp_path}" in line
+
+
 @pytest.mark.parametrize("layout", ["good", "folder"])
 def test_a_folder_of_yours_that_holds_no_picture_is_no_data_set_to_unpack(
     tmp_path: Path, layout: str, capsys: pytest.CaptureFixture[str]

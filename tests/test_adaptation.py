@@ -101,6 +101,15 @@ def test_layers_that_are_not_there_are_refused(model: AGVAS) -> None:
         Adaptation(model, TrainedParts(lora=LoRASettings(targets=("query",))), 0)
 
 
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [({"rank": 0}, "lora.rank: expected 1 or more, got 0"), ({"alpha": -1}, "lora.alpha"), ({"dropout": 1.0}, "lora.dropout")],
+)
+def test_adapters_that_there_cannot_be_are_refused_by_name(setting: dict[str, float], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        LoRASettings(**setting)  # type: ignore[arg-type]
+
+
 def test_the_same_seed_draws_the_same_adapters() -> None:
     def adapters(seed: int) -> dict[str, Tensor]:
         model = new_tiny()

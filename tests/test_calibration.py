@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import os
+import subprocess
+import sys
+import time
 import weakref
 from pathlib import Path
 from typing import Any
@@ -22,7 +26,7 @@ from agvas.tokenizer import train_tokenizer
 from agvas.training.instructions import all_instructions
 from agvas.weights import LazyTensor
 from agvas.writing import FolderInUse
-from calibration.calibrate import HEAD, LAYERS, SHARING, Calibration, CalibrationSettings, _Run, calibrate, memory_needed
+from calibration.calibrate import HEAD, LAYERS, SHARING, Calibration, CalibrationSettings, _Run, calibrate, disk_needed, memory_needed
 from calibration.cli import main
 from calibration.conversations import conversation, modes_in_turn
 from calibration.gptq import GPTQSettings
@@ -375,6 +379,81 @@ def test_the_command_writes_a_plan_that_belongs_to_the_checkpoint_and_a_gptq_che
     assert not (tmp_path / "plan.partial").exists()
 
 
+def test_a_finished_plan_is_not_made_again_and_its_gptq_checkpoint_can_be_written_later(
+    model: AGVAS, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from calibration import calibrate as calibration
+    from calibration.gptq_checkpoint import read_gptq_checkpoint
+
+    save(model, tmp_path / "checkpoint")
+    made = list[int]()
+    real = calibration.quantize_layer
+    monkeypatch.setattr(calibration, "quantize_layer", lambda *arguments: (made.append(1), real(*arguments))[1])
+    arguments = ["--checkpoint", tmp_path / "checkpoint", "--output", tmp_path / "plan", "--samples", "2"]
+    assert run(*arguments) == 0 and len(made) == 2
+    written = {path.name: path.read_bytes() for path in (tmp_path / "plan").iterdir()}
+    capsys.readouterr()
+    assert run(*arguments, "--gptq-checkpoint", tmp_path / "gptq") == 0
+    told = capsys.readouterr()
+    assert len(made) == 2 and f"{tmp_path / 'plan'} holds this plan already" in told.err and "14 linears in 4 bits" in told.out
+    assert {path.name: path.read_bytes() for path in (tmp_path / "plan").iterdir()} == written
+    plan, weights = read_plan(tmp_path / "plan", model)
+    same = read_gptq_checkpoint(tmp_path / "gptq", model)
+    assert all(np.array_equal(same[name].codes, weight.codes) for name, weight in weights.items())
+    for number, changed in enumerate((["--samples", "3"], ["--bits", "8"], ["--dtype", "bf16"], ["--answer-share", "0.4"]), 2):
+        assert run(*arguments, *changed) == 0
+        assert "holds another plan, which the new one will replace" in capsys.readouterr().err and len(made) == 2 * number, changed
+    assert read_plan(tmp_path / "plan", model)[0].answer_share == 0.4
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint", "plan", "gptq"}
+
+
+def test_a_calibration_goes_on_in_its_own_type_alone(model: AGVAS, tmp_path: Path) -> None:
+    calibrate(model, PICTURES[:1], SETTINGS, work=tmp_path)
+    with pytest.raises(PlanError, match="dtype differ"):
+        calibrate(copy.deepcopy(model).bfloat16(), PICTURES[:1], SETTINGS, work=tmp_path, weights_sha256=model_sha256(model))
+
+
+def test_a_disk_that_will_not_do_is_told_before_the_work(
+    model: AGVAS, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from calibration import cli
+
+    save(model, tmp_path / "checkpoint")
+    arguments = ["--checkpoint", tmp_path / "checkpoint", "--output", tmp_path / "plan", "--samples", "1"]
+    monkeypatch.setattr(cli, "_room", lambda work: 0)
+    assert run(*arguments) == 0
+    assert "MiB more disk than" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert run(*arguments, "--group", "16") == 0
+    assert "more disk" not in capsys.readouterr().err
+
+
+def test_what_is_written_is_what_was_estimated(model: AGVAS, tmp_path: Path) -> None:
+    """Of the models that it is for, whose layers are large beside names and headers."""
+    config = ov_7b()
+    with torch.device("meta"):
+        linear = sum(p.numel() for n, p in AGVAS(config, model.tokenizer).language.model.layers.named_parameters() if p.dim() == 2)
+        tensors = {
+            name: LazyTensor(tuple(tensor.shape), tensor.dtype, tensor.clone)
+            for name, tensor in AGVAS(config, model.tokenizer).state_dict().items()
+        }
+    hidden = 2 * 128 * (2 * 729 + 100) * 3584 * 4
+    assert disk_needed(tensors, config, 128) == pytest.approx(2 * linear * (1 + 2 / 128) + hidden, rel=1e-6)
+    assert disk_needed(tensors, config, 128) == pytest.approx(19e9, rel=0.03)
+
+
+def test_a_termination_is_told_as_an_interruption(model: AGVAS, tmp_path: Path) -> None:
+    save(model, tmp_path / "checkpoint")
+    command = [sys.executable, "-m", "calibration.cli", "--checkpoint", str(tmp_path / "checkpoint"), "--output", str(tmp_path / "plan")]
+    process = subprocess.Popen([*command, "--samples", "2000"], stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1])
+    until = time.monotonic() + 120
+    while not (tmp_path / "plan.partial" / "encoders.safetensors").exists() and time.monotonic() < until:
+        time.sleep(0.05)
+    process.terminate()
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 130 and "interrupted; no plan was written, the same command goes on where it was" in told
+
+
 def test_a_plan_made_in_16_bit_belongs_to_the_checkpoint_as_it_is_stored(model: AGVAS, tmp_path: Path) -> None:
     save(model, tmp_path / "checkpoint")  # in fp32, which bf16 does not hold
     assert run("--checkpoint", tmp_path / "checkpoint", "--output", tmp_path / "plan", "--samples", "1", "--dtype", "bf16") == 0
@@ -390,7 +469,8 @@ def test_a_plan_made_in_16_bit_belongs_to_the_checkpoint_as_it_is_stored(model: 
         (["--device", "cuda:77"], "--device"),
         (["--bits", "5"], "4 or 8"),
         (["--checkpoint", "nowhere"], "nowhere"),
-        (["--images", "nowhere"], "nowhere"),
+        (["--images", "nowhere"], "nowhere: expected a folder of pictures, got no such folder"),
+        (["--answer-share", "1.5"], "--answer-share: expected between 0 and 1, got 1.5"),
     ],
 )
 def test_the_command_refuses_bad_arguments_in_one_line(

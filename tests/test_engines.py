@@ -163,6 +163,27 @@ def test_an_engine_whose_package_does_not_load_says_why(
         opened(tiny_bundle, SPAM, engine)
 
 
+@pytest.mark.parametrize("engine", HERE)
+def test_ctrl_c_while_an_engine_is_imported_is_no_engine_that_is_missing(
+    engine: str, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Interrupted:
+        """What an extension's initialisation makes of it (onnxruntime 1.31: "initialization failed")."""
+
+        def find_spec(self, name: str, path: object = None, target: object = None) -> None:
+            if name == engine:
+                try:
+                    raise KeyboardInterrupt
+                except KeyboardInterrupt as error:
+                    raise ImportError("initialization failed") from error
+
+    for name in [name for name in sys.modules if name == engine or name.startswith((f"{engine}.", f"engines.{engine}"))]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", [Interrupted(), *sys.meta_path])
+    with pytest.raises(KeyboardInterrupt):
+        opened(tiny_bundle, SPAM, engine)
+
+
 @pytest.mark.parametrize("engine", ["tensorrt", "tensorrt-rtx"])
 def test_tensorrt_on_the_cpu_says_what_to_ask_for(engine: str, tiny_bundle: Path) -> None:
     with pytest.raises(EngineUnavailable, match="TensorRT runs on a GPU; ask for device cuda:0, or use engine onnxruntime"):

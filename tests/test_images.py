@@ -611,3 +611,11 @@ def test_a_folder_that_cannot_be_opened_is_refused_and_one_below_is_told(folder,
 def test_a_tiff_of_32_bit_integers_is_refused(tmp_path):
     Image.fromarray(np.full((6, 8), 200, np.int32)).save(tmp_path / "part.tif")
     assert "integers of 32" in refusal(tmp_path / "part.tif")
+
+
+def test_signed_bytes_are_not_taken_for_a_cameras_sixteen_bits():
+    with pytest.raises(ImageError, match="no negative levels") as error:
+        as_rgb(np.zeros((4, 5, 3), np.int8))
+    assert ">>" not in str(error.value)
+    with pytest.raises(ImageError, match=">> 4"):
+        as_rgb(np.zeros((4, 5, 3), np.int16))

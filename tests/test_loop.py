@@ -239,7 +239,7 @@ def test_a_folder_holds_one_run_and_says_what_differs(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"global_batch": 5}, "multiple of 1 processes x 2 samples, got 5"),
+        ({"global_batch": 5}, "multiple of 2, what 1 process of micro_batch 2 compute at a time, got 5; change one of them"),
         ({"precision": "fp8"}, "one of auto, no, bf16"),
         *[
             ({name: number}, f"{name}: expected at least 1, got {number}")

@@ -42,7 +42,7 @@ def test_without_good_pictures_there_are_no_points_and_without_anomalous_ones_no
     told = collected([0.25, 0.75]).to_json()
     assert told["points"] == [{"threshold": 0.75, "false_alarms": 0.0, "found": None}]
     assert in_words("line", told) == [
-        "line: --threshold 0.7500 calls 0.0% of 2 good pictures NG",
+        "line: threshold 0.7500 calls 0.0% of 2 good pictures NG",
         "line: too few good pictures for thresholds that call 1% (100), 5% (20), 10% (10) of them NG (in brackets: how many it takes)",
     ]
     assert len(in_words("line", collected([index / 100 for index in range(100)]).to_json())) == 4

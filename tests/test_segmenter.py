@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -355,6 +357,37 @@ def test_auto_remembers_its_choice_and_measures_again_only_when_something_change
     assert again(picture()).relative_threshold == again.rule.relative_threshold
     with pytest.raises(RequestError, match="remeasure: expected engine auto, got onnxruntime"):
         Segmenter(tiny_bundle, "onnxruntime", remeasure=True)
+
+
+def test_a_choice_that_cannot_be_opened_any_longer_is_told(
+    tiny_bundle: Path, verified: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(selection, "CPU_CANDIDATES", (("onnxruntime", "graph"),))
+    Segmenter(tiny_bundle)
+    real, calls = selection.open_pipeline, list[str]()
+
+    def failing_once(bundle: Bundle, engine: str, options: EngineOptions) -> Pipeline:
+        calls.append(engine)
+        if len(calls) == 1:
+            raise EngineFailed("out of memory")
+        return real(bundle, engine, options)
+
+    monkeypatch.setattr(selection, "open_pipeline", failing_once)
+    words = r"onnxruntime \(graph\), which it had chosen, cannot be opened \(out of memory\); the engines are measured again"
+    with pytest.warns(UserWarning, match=words):
+        Segmenter(tiny_bundle)
+    assert len(verified) == 2
+
+
+def test_a_segmenter_says_what_it_is_and_stays_in_its_process(tiny_bundle: Path) -> None:
+    segmenter = Segmenter(tiny_bundle, "onnxruntime", threshold=0.25)
+    assert repr(segmenter).startswith(f"<Segmenter of {tiny_bundle} (tiny, {segmenter.bundle.id[:12]}…) on onnxruntime (graph), device cpu")
+    assert "threshold 0.25" in repr(segmenter) and "closed" not in repr(segmenter)
+    for copied in (pickle.dumps, copy.copy, copy.deepcopy):
+        with pytest.raises(RequestError, match="open one there"):
+            copied(segmenter)
+    segmenter.close()
+    assert repr(segmenter).endswith(", closed>")
 
 
 def test_a_choice_on_a_gpu_is_of_that_gpu_and_driver(tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,7 +46,7 @@ from export.streamed_tensor import StreamedTensor
 from runtime import Segmenter
 from runtime.bundle import UNFINISHED, Bundle
 from runtime.contract import STAGES
-from runtime.errors import BundleMissing, OutputError, ParityFailed, RequestError
+from runtime.errors import BundleMissing, NotCompared, OutputError, ParityFailed, RequestError
 from runtime.one_at_a_time import Turn, TurnStage
 from runtime.parity import Outcome
 
@@ -572,8 +572,13 @@ def test_an_export_that_is_not_compared_says_so(
     tiny_checkpoint: Path, tmp_path: Path, ready_graphs: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "bundle"
-    assert main(["--checkpoint", str(tiny_checkpoint), "--output", str(output), "--parity", "none", "--lmm", "float", "--json"]) == 0
-    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    asked = ["--checkpoint", str(tiny_checkpoint), "--output", str(output), "--parity", "none", "--lmm", "float", "--json", "--quiet"]
+    assert main(asked) == 0
+    captured = capsys.readouterr()
+    told = json.loads(captured.out.splitlines()[-1])
+    assert "export pixel_encoder" not in captured.err
+    with pytest.raises(NotCompared, match="export it without --parity none, or run it unverified on an engine that you name"):
+        Bundle(output).golden()
     assert told["passed"] is None and told["parity"] is None and told["failures"] == []
     assert Bundle(output).manifest.parity == {"passed": False, "compared": False}
     assert json.loads((output / "parity.json").read_text())["compared"] is False

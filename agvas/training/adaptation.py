@@ -31,6 +31,13 @@ class LoRASettings:
     dropout: float = 0.05
     targets: tuple[str, ...] = ("q_proj", "v_proj")
 
+    def __post_init__(self) -> None:
+        for name in ("rank", "alpha"):
+            if (value := getattr(self, name)) < 1:
+                raise ValueError(f"lora.{name}: expected 1 or more, got {value}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"lora.dropout: expected 0 or more and below 1, got {self.dropout}")
+
 
 @dataclass(frozen=True)
 class TrainedParts:

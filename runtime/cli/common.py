@@ -134,7 +134,7 @@ class Progress:
         """`done` of `total` steps of the work called `label` are done."""
         if self._bar is None or label != self._label:
             self.__exit__(None, None, None)
-            self._bar, self._label = self._open(label, total), label
+            self._bar, self._label = self._open(label, done, total), label
         self._bar.update(done - self._bar.n)
 
     def step_aside(self) -> None:
@@ -142,13 +142,14 @@ class Progress:
         if self._bar is not None and self._terminal:
             self._bar.clear()
 
-    def _open(self, label: str, total: int) -> Any:
+    def _open(self, label: str, done: int, total: int) -> Any:
         from tqdm import tqdm
 
         hidden = self._quiet or total < (2 if self._terminal else _LOGGED_FROM)
         return tqdm(
             desc=label,
             total=total,
+            initial=done,  # what an earlier run did tells nothing of this one's pace
             disable=hidden,
             leave=not self._terminal,
             **pace(),
