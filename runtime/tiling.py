@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from runtime.preprocess import Frame
 from runtime.prompts import Prompt
 
 KEPT = 32  # tiles of a picture whose encoders' outputs are kept for the next question: 1 GB of the full-size model's
+MANY = 256  # tiles of a picture; more are told before they begin
 LEAST_SIDE = 64  # pixels of the picture; smaller tiles show the model texture and nothing of the part
 
 
@@ -99,6 +101,13 @@ class TiledPipeline:
     def prepare(self, image: np.ndarray) -> TiledPrepared:
         """`Pipeline.prepare` of a picture's (uint8 RGB [H, W, 3]) first tiles."""
         tiles = [tile for tile in self.tiling.tiles(*image.shape[:2]) if self.region is None or kept(self.region, tile).any()]
+        if len(tiles) > MANY:
+            height, width = image.shape[:2]
+            warnings.warn(
+                f"tile: a picture of {width} × {height} pixels in tiles of {self.tiling.side} is {len(tiles)} inferences; if that takes too "
+                "long, take larger tiles",
+                stacklevel=2,
+            )
         prepared = [self._prepare(image, tile) for tile in tiles[:KEPT]]
         return TiledPrepared(image, tiles, prepared)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import re
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -261,6 +262,15 @@ def test_texts_of_several_tiles_are_not_streamed(tiled: Segmenter) -> None:
 def test_bad_tiles_are_refused_before_the_bundle_is_opened(tmp_path: Path, settings: dict[str, int], message: str) -> None:
     with pytest.raises(RequestError, match=message):
         Segmenter(tmp_path / "no bundle", "onnxruntime", **settings)  # type: ignore[arg-type]
+
+
+def test_a_picture_of_very_many_tiles_is_told_before_it_begins(tiled: Segmenter) -> None:
+    assert isinstance(tiled._chain, TiledPipeline)
+    with pytest.warns(UserWarning, match=r"2400 × 2400 pixels in tiles of \d+ is \d{3,} inferences"):
+        tiled._chain.prepare(np.zeros((2400, 2400, 3), np.uint8))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tiled._chain.prepare(np.zeros((200, 200, 3), np.uint8))
 
 
 def test_a_frame_that_is_shown_much_smaller_is_told() -> None:
