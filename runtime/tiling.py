@@ -104,8 +104,8 @@ class TiledPipeline:
         if len(tiles) > MANY:
             height, width = image.shape[:2]
             warnings.warn(
-                f"tile: a picture of {width} × {height} pixels in tiles of {self.tiling.side} is {len(tiles)} inferences; if that takes too "
-                "long, take larger tiles",
+                f"tile: a picture of {width} × {height} pixels in tiles of {self.tiling.side} is {len(tiles)} inferences; if that takes "
+                "too long, take larger tiles",
                 stacklevel=2,
             )
         prepared = [self._prepare(image, tile) for tile in tiles[:KEPT]]
