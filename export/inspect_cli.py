@@ -34,11 +34,11 @@ def main(arguments: list[str] | None = None) -> int:
     for line in found.lines():
         print(line)
     if needs:
-        print("  exporting takes about (memory: at least, and with the reference whole in it):")
+        print("  exporting takes about (memory: at least, and with the reference whole in it; time: without calibrating and comparing):")
     for name, need in needs.items():
         least, whole = need["export_memory"], need["whole_memory"]
         memory = _bytes(least) if whole <= least else f"{_bytes(least)} to {_bytes(whole)}"
-        print(f"    {name:14} {_bytes(need['disk']):>8} of disk, {memory} of memory, {need['export_seconds'] / 60:.0f} min")
+        print(f"    {name:14} {_bytes(need['disk']):>8} of disk, {memory} of memory, {max(1, round(need['export_seconds'] / 60))} min")
     if options.json:
         print(json.dumps(found.to_json() | {"needs": needs}))
     return 1 if found.problems else 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import csv
 import io
 import json
@@ -636,10 +637,19 @@ def test_an_endpoint_may_be_given_with_or_without_its_last_part() -> None:
     assert Endpoint("https://h/d?api-version=1", None, Pace()).url == "https://h/d/chat/completions?api-version=1"
 
 
-def test_nobody_listening_is_a_failed_request(waits: list[float]) -> None:
-    with pytest.raises(RequestFailed, match="no reply.*2 tries"):
-        Endpoint("http://127.0.0.1:1/v1", None, Pace(), tries=2).ask({})
+def test_where_nothing_ever_answered_the_run_ends_and_later_silence_is_one_samples(server: Server, waits: list[float]) -> None:
+    nobody = "http://127.0.0.1:1/v1/chat/completions"
+    with pytest.raises(EndpointClosed, match=r"no reply.*2 tries\), and nothing has answered there yet; start the endpoint or correct its"):
+        Endpoint(nobody, None, Pace(), tries=2).ask({})
     assert len(waits) == 1
+    for status in (200, 500):
+        server.play = lambda number, body, status=status: (status, completion(ANSWER), {})
+        endpoint = Endpoint(server.url, None, Pace(), tries=1)
+        with contextlib.suppress(RequestFailed):
+            endpoint.ask({})
+        endpoint.url = nobody
+        with pytest.raises(RequestFailed, match="no reply.*1 tries"):
+            endpoint.ask({})
 
 
 def test_a_retry_after_may_be_a_date(server: Server) -> None:

@@ -138,6 +138,7 @@ class Endpoint:
         self._opener = urllib.request.build_opener(_NoRedirect)
         self._lock = threading.Lock()
         self.requests_sent = 0
+        self._heard = False  # whether anything has ever answered there
 
     def ask(self, body: dict[str, Any]) -> Reply:
         """Send until a reply comes: again after 408, 409, 425, 429, 5xx, a lost connection or a body that is no reply.
@@ -145,7 +146,8 @@ class Endpoint:
         Waits 1, 2, 4 ... 60 seconds with jitter, or what Retry-After says.
 
         Raises:
-            EndpointClosed: 401, 403, 404, a redirect, or a Retry-After of more than a quarter of an hour.
+            EndpointClosed: 401, 403, 404, a redirect, a Retry-After of more than a quarter of an hour, or no reply after all tries where
+                none has ever come.
             RequestFailed: any other refusal at once, a fault that can pass after all tries.
             Stopped: the run was interrupted.
         """
@@ -157,6 +159,11 @@ class Endpoint:
             try:
                 return self._post(data)
             except _Passing as fault:
+                if attempt == self._tries and not self._heard:
+                    raise EndpointClosed(
+                        f"{self.url}: {fault} ({attempt} tries), and nothing has answered there yet; start the endpoint or correct its "
+                        "address, then run the same command again"
+                    ) from fault
                 if attempt == self._tries:
                     raise RequestFailed(f"{self.url}: {fault} ({attempt} tries)") from fault
                 if fault.retry_after is None:
@@ -173,8 +180,10 @@ class Endpoint:
         request = urllib.request.Request(self.url, data, self._headers, method="POST")
         try:
             with self._opener.open(request, timeout=self._timeout) as response:
+                self._heard = True
                 content = response.read()
         except urllib.error.HTTPError as error:
+            self._heard = True
             with error:
                 raise self._judge(error) from None  # the original would carry the request, and with it the key
         except (OSError, http.client.HTTPException) as error:  # URLError and timeouts are OSErrors
