@@ -53,7 +53,7 @@ SHARING = (
 )
 GROUPS = (128, 64, 32)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-LIBRARIES = 900_000_000  # bytes of Python with torch and transformers, before any weight
+LIBRARIES = 1_400_000_000  # bytes of Python with torch and transformers, before any weight
 TEXT_TOKENS = 100  # of question and answer, about
 PASSES = len(SHARING) + 1  # over the pictures in each layer: one a Hessian, one for the output
 
@@ -131,9 +131,11 @@ def memory_needed(tensors: LazyTensors, dtype: torch.dtype, device: str = "cpu")
     """Bytes that a calibration takes at most with decoder layers read in their turn, roughly: of shapes alone.
 
     One full-width layer of Qwen2-7B took 7.7 GB on the CPU (benchmarks/results/gptq_layer.json), of which the Hessian of down_proj's
-    18,944 inputs and what is factored of it are four of 1.4.
+    18,944 inputs and what is factored of it are four of 1.4. A whole AG-VAS-7B in bf16 peaked at 13.8 GB over its first two layers, the
+    pages of the checkpoint's file that a layer is read from among them.
     """
     layers: dict[str, int] = {}
+    stored: dict[str, int] = {}
     held = widest = 0
     for name, tensor in tensors.items():
         count = math.prod(tensor.shape)
@@ -142,9 +144,10 @@ def memory_needed(tensors: LazyTensors, dtype: torch.dtype, device: str = "cpu")
             continue
         index = name.removeprefix(f"{LAYERS}.").split(".")[0]
         layers[index] = layers.get(index, 0) + 4 * count
+        stored[index] = stored.get(index, 0) + tensor.dtype.itemsize * count
         widest = max(widest, *tensor.shape[1:], 0)
     layer = max(layers.values(), default=0)
-    return LIBRARIES + held + layer + (layer + 4 * 4 * widest**2 if device == "cpu" else 0)
+    return LIBRARIES + held + layer + max(stored.values(), default=0) + (layer + 4 * 4 * widest**2 if device == "cpu" else 0)
 
 
 def disk_needed(tensors: LazyTensors, config: AGVASConfig, pictures: int) -> int:
