@@ -28,8 +28,7 @@ class _CallerGone(BaseException):
 @dataclass(eq=False)
 class _Job:
     work: Callable[[Step], Any]
-    begun: bool = False
-    step: str = ""
+    step: str = "waiting for an earlier call to end"
     value: Any = None
     error: BaseException | None = None
     ended: threading.Event = field(default_factory=threading.Event)
@@ -41,9 +40,8 @@ class _Job:
         self.step = step
 
     def run(self) -> None:
-        self.begun = True
         try:
-            self.go_on("")
+            self.go_on("beginning")
             self.value = self.work(self.go_on)
         except BaseException as error:  # the caller's, who waits for it
             self.error = error
@@ -85,7 +83,7 @@ class Worker:
             raise
         if not in_time:
             job.gone.set()
-            raise DeadlineMissed(seconds, job.step if job.begun else "waiting for an earlier call to end")
+            raise DeadlineMissed(seconds, job.step)
         if job.error is not None:
             raise job.error
         return job.value  # type: ignore[no-any-return]

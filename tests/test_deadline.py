@@ -20,6 +20,7 @@ from runtime.errors import AgvasError, DeadlineMissed, ImageError, RequestError
 
 AMPLE = 60.0  # seconds: of a machine however busy
 SHORT = 0.05
+ENOUGH = 1.0  # to reach a step that is held, on a machine however busy
 
 
 @pytest.fixture
@@ -67,10 +68,10 @@ def test_in_time_it_is_the_call_without_one(segmenter: Segmenter) -> None:
 def test_too_late_is_told_in_time_with_the_step(step: str, words: str, segmenter: Segmenter, monkeypatch: pytest.MonkeyPatch) -> None:
     held = Held(segmenter, monkeypatch, step)
     started = time.monotonic()
-    with pytest.raises(DeadlineMissed, match=f"50 ms were over while {words}, so there is no verdict: treat the part as NG") as missed:
-        segmenter(picture(), deadline=SHORT)
-    assert SHORT <= time.monotonic() - started < AMPLE / 2
-    assert missed.value.step == words and missed.value.seconds == SHORT
+    with pytest.raises(DeadlineMissed, match=f"1000 ms were over while {words}, so there is no verdict: treat the part as NG") as missed:
+        segmenter(picture(), deadline=ENOUGH)
+    assert ENOUGH <= time.monotonic() - started < AMPLE / 2
+    assert missed.value.step == words and missed.value.seconds == ENOUGH
     assert isinstance(missed.value, AgvasError) and isinstance(missed.value, TimeoutError)
     held.let_go.set()
     assert segmenter(picture(), deadline=AMPLE).anchors_found  # and the line goes on
@@ -81,7 +82,7 @@ def test_late_calls_do_not_pile_up(segmenter: Segmenter, monkeypatch: pytest.Mon
     answered = Held(segmenter, monkeypatch, "answer")
     answered.let_go.set()
     with pytest.raises(DeadlineMissed, match="looking at it"):
-        segmenter(picture(), deadline=SHORT)
+        segmenter(picture(), deadline=ENOUGH)
     for _ in range(3):
         with pytest.raises(DeadlineMissed, match="waiting for an earlier call to end"):
             segmenter(picture(), deadline=SHORT)

@@ -217,7 +217,7 @@ def test_a_chain_that_fails_with_all_the_budget_spent_makes_no_bundle(
 ) -> None:
     plan = spoilt_plan(wide, wide_model, tmp_path / "plan", *SPOILT)
     settings = ready(tmp_path / "out" / "bundle", lmm="int8", calibration=plan, budget=writer.GateBudget(layers=1))
-    with pytest.raises(ParityFailed, match="though 1 layers were put back to float, and no more than 1 layers.*No bundle was written"):
+    with pytest.raises(ParityFailed, match="though 1 layer went back to float, and no more than 1 layer.*No bundle was written"):
         export_bundle(settings, QUIET)
     assert not list((tmp_path / "out").iterdir())
 
@@ -227,7 +227,7 @@ def test_where_no_layer_may_go_back_none_is_measured(
 ) -> None:
     monkeypatch.setattr(writer, "sensitivities", lambda *_: pytest.fail("measured"))
     plan = spoilt_plan(wide, wide_model, tmp_path / "plan", SPOILT[0])
-    with pytest.raises(ParityFailed, match="though 0 layers were put back to float, and no more than 0 layers"):
+    with pytest.raises(ParityFailed, match="though 0 layers went back to float, and no more than 0 layer"):
         export_bundle(ready(tmp_path / "bundle", lmm="int8", calibration=plan, budget=writer.GateBudget(layers=0)), QUIET)
 
 

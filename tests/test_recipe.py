@@ -255,7 +255,7 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path, capsys: pytest
         (["--steps", "0"], "--steps: expected at least 1, got 0"),
         (["--micro-batch", "-2"], "--micro-batch: expected at least 1, got -2"),
         (["--checkpoint", "nano", "--samples", "3"], "--samples is for training from nothing"),
-        (["--batch", "3", "--micro-batch", "2"], "global_batch: expected a multiple of 1 processes x 2 samples, got 3"),
+        (["--batch", "3", "--micro-batch", "2"], "global_batch: expected a multiple of 2 (processes 1 x micro_batch 2), got 3"),
     ],
 )
 def test_what_does_not_go_together_is_refused(

@@ -437,7 +437,7 @@ def test_a_full_disk_is_told_apart_and_leaves_the_older_mask_and_no_scraps(tmp_p
 
         return nullcontext(SimpleNamespace(write=write))
 
-    monkeypatch.setattr("runtime.segmentation.open", open_on_a_full_disk, raising=False)
+    monkeypatch.setattr("runtime.writing.open", open_on_a_full_disk, raising=False)
     with pytest.raises(OutputError, match="full disk.*free some space"):
         segmentation(np.ones((HEIGHT, WIDTH))).save(tmp_path, "part")
     assert os.listdir(tmp_path) == ["part_mask.png"]

@@ -119,8 +119,8 @@ def accelerator_for(settings: LoopSettings, device: str) -> Accelerator:
     at_once = processes * settings.micro_batch
     if settings.global_batch % at_once:
         raise ValueError(
-            f"global_batch: expected a multiple of {at_once}, what {processes} process{'' if processes == 1 else 'es'} of micro_batch "
-            f"{settings.micro_batch} compute at a time, got {settings.global_batch}; change one of them (--batch, --micro-batch)"
+            f"global_batch: expected a multiple of {at_once} (processes {processes} x micro_batch {settings.micro_batch}), got "
+            f"{settings.global_batch}; change one of them (--batch, --micro-batch)"
         )
     deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"  # accelerate drops it in silence where it is told cpu
     # The loop casts by itself: DeepSpeed's bf16 would turn the weights, and not the inputs.
