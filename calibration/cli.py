@@ -85,7 +85,8 @@ def _calibrate(options: argparse.Namespace, started: float) -> int:
     from calibration.gptq import GPTQSettings
     from calibration.gptq_checkpoint import check_writable, write_gptq_checkpoint
     from calibration.pictures import calibration_pictures
-    from calibration.plan import PLAN, model_sha256, write_plan
+    from calibration.plan import PLAN, model_sha256, read_records, write_plan
+    from calibration.weights import Reading
     from engines.memory import available_memory
 
     asked = GPTQSettings(bits=options.bits, group=options.group or 0, damping=options.damping)  # wrong values are told before the work
@@ -125,12 +126,13 @@ def _calibrate(options: argparse.Namespace, started: float) -> int:
         with Progress() as progress:
             plan, weights, ranges = calibrate(model, pictures, settings, progress, work, weights_sha256, opened.tensors)
         write_plan(options.output, plan, weights, ranges)
+        weights = Reading(read_records(options.output)[1])  # those before are read from the work folder
+        shutil.rmtree(work)
     if options.gptq_checkpoint:
         try:
             write_gptq_checkpoint(model, weights, options.gptq_checkpoint, floats=opened.tensors)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"{options.output} was written, not {options.gptq_checkpoint}; the same command writes that") from None
-    shutil.rmtree(work, ignore_errors=found is not None)
     errors = [record.error for record in plan.linears]
     plain = [record.rounding_error for record in plan.linears]
     seconds = time.monotonic() - started

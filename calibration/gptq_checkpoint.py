@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
+from agvas.interruption import held_back
 from agvas.model import AGVAS
 from agvas.weights import LazyTensor, LazyTensors, in_type, index_of, shard_of
 from agvas.writing import write_tensors
@@ -118,8 +119,12 @@ def check_writable(folder: Path, model: AGVAS, bits: int) -> None:
         GPTQCheckpointError: the folder holds something else than a GPTQ checkpoint; a layer's width does not fill whole words.
         OSError: the folder cannot be made or written to.
     """
-    if folder.exists() and not (folder / "quantize_config.json").is_file() and (not folder.is_dir() or any(folder.iterdir())):
-        raise GPTQCheckpointError(f"{folder}: expected a new folder or an older GPTQ checkpoint, got one with other files; choose another")
+    begun = {f"{FILE}.partial"}  # what a run that was killed left
+    if folder.exists() and not (folder / "quantize_config.json").is_file():
+        if not folder.is_dir() or {path.name for path in folder.iterdir()} - begun:
+            raise GPTQCheckpointError(
+                f"{folder}: expected a new folder or an older GPTQ checkpoint, got one with other files; choose another"
+            )
     folder.mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK | os.X_OK):
         raise PermissionError(f"{folder}: expected to write a GPTQ checkpoint there, got no permission; choose another folder")
@@ -188,13 +193,14 @@ def write_gptq_checkpoint(
     folder.mkdir(parents=True, exist_ok=True)
     partial_file = folder / f"{FILE}.partial"
     write_tensors(partial_file, tensors, {"format": "pt"})
-    os.replace(partial_file, folder / FILE)
-    model.tokenizer.save(str(folder / "tokenizer.json"))
     end = model.config.prompts.end
     tokens = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end, "pad_token": end}
-    (folder / "tokenizer_config.json").write_text(json.dumps(tokens, indent=2) + "\n")
-    (folder / "quantize_config.json").write_text(json.dumps(quantization, indent=2) + "\n")
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    with held_back():  # half of these would pass for another program's files
+        os.replace(partial_file, folder / FILE)
+        model.tokenizer.save(str(folder / "tokenizer.json"))
+        (folder / "tokenizer_config.json").write_text(json.dumps(tokens, indent=2) + "\n")
+        (folder / "quantize_config.json").write_text(json.dumps(quantization, indent=2) + "\n")
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 def _part(weights: Mapping[str, QuantizedWeight], name: str, version: str, part: str) -> torch.Tensor:

@@ -400,11 +400,36 @@ def test_a_finished_plan_is_not_made_again_and_its_gptq_checkpoint_can_be_writte
     plan, weights = read_plan(tmp_path / "plan", model)
     same = read_gptq_checkpoint(tmp_path / "gptq", model)
     assert all(np.array_equal(same[name].codes, weight.codes) for name, weight in weights.items())
+    (tmp_path / "plan.partial").mkdir()  # another one's beginnings
+    assert run(*arguments) == 0 and (tmp_path / "plan.partial").exists()
+    (tmp_path / "plan.partial").rmdir()
     for number, changed in enumerate((["--samples", "3"], ["--bits", "8"], ["--dtype", "bf16"], ["--answer-share", "0.4"]), 2):
         assert run(*arguments, *changed) == 0
         assert "holds another plan, which the new one will replace" in capsys.readouterr().err and len(made) == 2 * number, changed
     assert read_plan(tmp_path / "plan", model)[0].answer_share == 0.4
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint", "plan", "gptq"}
+
+
+def test_a_gptq_checkpoint_that_was_interrupted_is_written_by_the_same_command(
+    model: AGVAS, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from calibration.gptq_checkpoint import read_gptq_checkpoint
+
+    def interrupted(path: Path, *_: Any) -> None:
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    save(model, tmp_path / "checkpoint")
+    arguments = ["--checkpoint", tmp_path / "checkpoint", "--output", tmp_path / "plan", "--samples", "1"]
+    with monkeypatch.context() as patched:
+        patched.setattr("calibration.gptq_checkpoint.write_tensors", interrupted)
+        assert run(*arguments, "--gptq-checkpoint", tmp_path / "gptq") == 130
+    assert f"{tmp_path / 'plan'} was written, not {tmp_path / 'gptq'}; the same command writes that" in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint", "plan", "gptq"}
+    assert run(*arguments, "--gptq-checkpoint", tmp_path / "gptq") == 0
+    assert "holds this plan already" in capsys.readouterr().err
+    read_gptq_checkpoint(tmp_path / "gptq", model)
+    assert not list((tmp_path / "gptq").glob("*.partial"))
 
 
 def test_a_calibration_goes_on_in_its_own_type_alone(model: AGVAS, tmp_path: Path) -> None:
