@@ -29,7 +29,7 @@ from PIL import Image, ImageDraw, ImageFont
 from engines import EngineError
 from runtime import Segmentation, Segmenter
 from runtime.cli.common import Progress, json_line
-from runtime.cli.segment import output_stems
+from runtime.cli.records import output_stems
 from runtime.cli.verify import verify_bundle
 from runtime.errors import AgvasError, RequestError
 from runtime.images import find_images, read_image

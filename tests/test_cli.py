@@ -28,7 +28,9 @@ from runtime import Inspection, Segmenter, segmentation
 from runtime.bundle import Bundle
 from runtime.cli import segment, verify
 from runtime.cli.common import Progress
+from runtime.cli.records import output_stems
 from runtime.errors import OutputError
+from runtime.images import KINDS
 from runtime.masking import MaskRule
 from runtime.parity import GATES, Gates
 from runtime.prompts import Prompt
@@ -595,18 +597,18 @@ def test_pictures_of_the_same_stem_do_not_overwrite_each_other(run_segment: Any,
     ],
 )
 def test_stems_are_told_apart_by_folder_suffix_or_number(pictures: list[str], stems: list[str]) -> None:
-    assert segment.output_stems([Path(path) for path in pictures]) == stems
+    assert output_stems([Path(path) for path in pictures]) == stems
 
 
 def test_stems_stay_apart_whatever_the_names_are() -> None:
     names = [
         f"/{a}/{b}/{stem}.png" for a in ("a", "A", "a__b") for b in ("b", "B", "b__c") for stem in ("c", "C", "b__c")
     ]
-    stems = segment.output_stems([Path(name) for name in (*names, "/c.png", "/b__b__c.png", "/c-2.png")])
+    stems = output_stems([Path(name) for name in (*names, "/c.png", "/b__b__c.png", "/c-2.png")])
     assert len({stem.casefold() for stem in stems}) == len(stems)
 
 
-@pytest.mark.parametrize("kind", segment.KINDS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_result_never_overwrites_or_removes_a_picture(run_segment: Any, photos: Path, kind: str) -> None:
     truth = save_picture(photos / f"one_{kind}.png", 9)
     before = truth.read_bytes()
