@@ -249,19 +249,9 @@ def search(inputs: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], *,
     return Found(list(pictures.values()), list(left_out.items()))
 
 
-def pictures_in(folder: str | os.PathLike[str], *, recursive: bool = False) -> Found:
-    """As `search` of a folder, which may hold none.
-
-    Raises:
-        ImageError: a folder that cannot be read.
-    """
-    name = os.fspath(folder)
-    return _pictures(name, *_files_in(name, recursive))
-
-
 def _expand(name: str, recursive: bool) -> Found:
     if name and os.path.isdir(name):
-        found = pictures_in(name, recursive=recursive)
+        found = pictures_among(name, *files_in(name, recursive=recursive))
         if not found.pictures:
             below = "" if recursive else ", or ask for its subfolders too (agvas-segment --recursive)"
             raise ImageError(
@@ -270,7 +260,7 @@ def _expand(name: str, recursive: bool) -> Found:
             )
         return found
     if glob.has_magic(name) and not os.path.exists(name):
-        found = _pictures(name, map(Path, glob.iglob(name, recursive=True)), [])
+        found = pictures_among(name, glob.iglob(name, recursive=True), [])
         if not found.pictures:
             raise ImageError(
                 f"{name}: expected pictures to match this pattern, got none with a suffix in {', '.join(SUFFIXES)}; "
@@ -281,7 +271,7 @@ def _expand(name: str, recursive: bool) -> Found:
     return Found([Path(name)], [])
 
 
-def _files_in(folder: str, recursive: bool) -> tuple[list[Path], list[OSError]]:
+def files_in(folder: str, *, recursive: bool = False) -> tuple[list[str], list[OSError]]:
     """What lies in a folder or, where asked for, anywhere under it but in hidden folders, as caches are (itself it may be hidden: it was
     named); and the errors of subfolders that cannot be opened.
 
@@ -290,45 +280,57 @@ def _files_in(folder: str, recursive: bool) -> tuple[list[Path], list[OSError]]:
     """
     errors: list[OSError] = []
     try:
-        paths = [Path(folder, name) for name in os.listdir(folder)]
+        paths = [os.path.join(folder, name) for name in os.listdir(folder)]
     except OSError as error:
         raise ImageError(f"{folder}: expected a folder that can be read, got {error}; check its permissions") from error
     if recursive:
         paths = []
         for place, folders, files in os.walk(folder, onerror=errors.append):
             folders[:] = [name for name in folders if not name.startswith(".")]
-            paths += [Path(place, name) for name in files]
+            paths += [os.path.join(place, name) for name in files]
     return paths, errors
 
 
-def _pictures(name: str, paths: Iterable[Path], errors: Sequence[OSError]) -> Found:
-    """Links that lead nowhere among them: reading them tells so."""
-    shown = [path for path in paths if not path.name.startswith(".")]
-    unread = sorted(path for path in shown if path.suffix.lower() in UNREAD_SUFFIXES)
+def pictures_among(name: str, paths: Iterable[str], errors: Sequence[OSError]) -> Found:
+    """Those of a folder's or pattern's files that are pictures, which may be none; links that lead nowhere among them: reading them
+    tells so."""
+    unread, named = list[tuple[Path, str]](), list[tuple[str, str, str]]()
+    for path in paths:
+        folder, file = os.path.split(path)
+        stem, suffix = os.path.splitext(file)
+        if file.startswith("."):
+            continue
+        if (kind := suffix.lower()) in UNREAD_SUFFIXES:
+            unread.append((Path(path), kind))
+        elif kind in SUFFIXES:
+            named.append((folder, stem, path))
     if unread:
-        counts = ", ".join(f"{count} {suffix}" for suffix, count in sorted(Counter(path.suffix.lower() for path in unread).items()))
+        counts = ", ".join(f"{count} {kind}" for kind, count in sorted(Counter(kind for _, kind in unread).items()))
         warnings.warn(f"{name}: left out {counts}: {_FORMATS} is read; save them as PNG", stacklevel=5)
     for error in errors:
         warnings.warn(f"{name}: left out what is in a folder that cannot be read: {error}; check its permissions", stacklevel=5)
-    left_out = [(path, f"expected a {_FORMATS} file, got a {path.suffix.lower()}, which is not read; save it as PNG") for path in unread]
+    left_out = [(path, f"expected a {_FORMATS} file, got a {kind}, which is not read; save it as PNG") for path, kind in sorted(unread)]
     left_out += [(Path(error.filename), f"expected a folder that can be read, got {error}; check its permissions") for error in errors]
-    named = [path for path in shown if path.suffix.lower() in SUFFIXES]
-    owners = {owner for path in named for owner in (path.parent / path.stem, path)}
-    of_others = {path for path in named if path.stem.endswith(ENDINGS) and not owners.isdisjoint(_owners_of(path))}
+    of_others = set[str]()
+    if any(stem.endswith(ENDINGS) for _, stem, _ in named):
+        owners = {owner for folder, stem, path in named for owner in (os.path.join(folder, stem), path)}
+        of_others = {path for folder, stem, path in named if stem.endswith(ENDINGS) and not owners.isdisjoint(_owners_of(folder, stem))}
     if of_others:
+        first = min(map(Path, of_others)).name
         warnings.warn(
-            f"{name}: left out {len(of_others)} that lie beside the pictures they are of, such as {min(of_others).name}: masks or results, "
+            f"{name}: left out {len(of_others)} that lie beside the pictures they are of, such as {first}: masks or results, "
             "no pictures; name one itself to have it taken for one",
             stacklevel=5,
         )
-    found = (path for path in named if path not in of_others)
-    return Found(sorted(path for path in found if path.is_file() or (path.is_symlink() and not path.exists())), left_out)
+    found = (path for _, _, path in named if path not in of_others)
+    pictures = (Path(path) for path in found if os.path.isfile(path) or (os.path.islink(path) and not os.path.exists(path)))
+    return Found(sorted(pictures, key=lambda path: path.parts), left_out)
 
 
-def _owners_of(result: Path) -> list[Path]:
+def _owners_of(folder: str, stem: str) -> list[str]:
     """What the picture of a mask or result may be called beside it, by stem or whole name: of `x__1_mask.png` it is `x__1` or `x`."""
-    owner = result.stem.rpartition("_")[0]
-    return [result.parent / name for name in (owner, _NUMBER.sub("", owner)) if name]
+    owner = stem.rpartition("_")[0]
+    return [os.path.join(folder, name) for name in (owner, _NUMBER.sub("", owner)) if name]
 
 
 def _check_is_file(name: str) -> None:

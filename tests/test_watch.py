@@ -19,6 +19,7 @@ from PIL import Image
 
 from runtime.cli import segment, watch
 from runtime.cli.watch import Watch
+from runtime.images import Found, pictures_among
 
 ROOT = Path(__file__).parents[1]
 AMPLE = 120.0
@@ -41,7 +42,7 @@ def looked(watching: Watch) -> list[str]:
     whole = watching.look()
     for state, path, _ in whole:
         watching._taken[path] = state
-    return [path.name for _, path, _ in whole]
+    return [Path(path).name for _, path, _ in whole]
 
 
 def put(path: Path, content: bytes = b"a picture", at: int = 0) -> Path:
@@ -95,6 +96,41 @@ def test_what_changes_while_it_is_judged_is_taken_again(tmp_path: Path) -> None:
     assert next(given) == (str(tmp_path), tmp_path / "latest.jpg")
     with pytest.raises(RuntimeError):  # a generator's StopIteration: it waits
         next(given)
+
+
+def test_names_are_judged_once_and_anew_when_one_comes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    judged: list[int] = []
+
+    def judge(folder: str, files: list[str], errors: list[OSError]) -> Found:
+        judged.append(len(files))
+        return pictures_among(folder, files, errors)
+
+    monkeypatch.setattr(watch, "pictures_among", judge)
+    watching = Watch([str(tmp_path)], settled=0)
+    put(tmp_path / "a.png")
+    assert looked(watching) == ["a.png"]
+    put(tmp_path / "a.png", b"another", at=1)
+    assert looked(watching) == ["a.png"] and judged == [1]
+    put(tmp_path / "b.png")
+    put(tmp_path / "b_mask.png")
+    with pytest.warns(UserWarning, match="1 that lie beside"):
+        assert looked(watching) == ["b.png"] and judged == [1, 3]
+
+
+def test_a_long_look_is_followed_by_as_long_a_rest(clock: Callable[[float], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    rests: list[float] = []
+    watching = Watch([], sleep=rests.append)
+
+    def look() -> list[Any]:
+        if len(rests) == 2:
+            raise InterruptedError
+        clock(3.0 if rests else 0.01)
+        return []
+
+    monkeypatch.setattr(watching, "look", look)
+    with pytest.raises(InterruptedError):
+        next(iter(watching))
+    assert rests == [watch.EVERY, pytest.approx(3.0)]
 
 
 def test_they_come_in_the_order_of_their_times(tmp_path: Path) -> None:
