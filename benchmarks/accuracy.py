@@ -30,6 +30,7 @@ from benchmarks.operating_points import OperatingPoints, in_words
 from benchmarks.per_image import PerImageTable
 from benchmarks.predictors import BASELINES, Question, Source, open_predictor, read_normal_text
 from runtime.prompts import DIRECT, MODES
+from runtime.recipe import Recipe
 
 __all__ = ["Dataset", "evaluate_datasets", "main", "read_datasets", "table"]
 
@@ -156,6 +157,7 @@ def _parser() -> argparse.ArgumentParser:
     data.add_argument("--split", help="manifest: only the lines whose column split says so; ksdd2, isic: instead of test")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--bundle", type=Path, metavar="DIR", help="an exported bundle")
+    source.add_argument("--recipe", metavar="FILE", help="a station's bundle with all of its settings (agvas-segment --save-recipe)")
     source.add_argument("--checkpoint", metavar="nano|DIR", help="the PyTorch reference")
     source.add_argument("--baseline", metavar="NAME", help=f"a trivial map, for comparison: {', '.join(BASELINES)}")
     source.add_argument("--detector", type=Path, metavar="FILE.xml", help="another package's, as anomalib 2 exports it to OpenVINO")
@@ -267,6 +269,38 @@ def _kept(tables: Sequence[PerImageTable]) -> str:
     return "".join(f"; the images judged so far are in {table.partial}" for table in tables if table.partial.exists())
 
 
+def _asked(arguments: argparse.Namespace) -> tuple[Source, Question]:
+    """Who is judged and what it is asked, by the arguments or by a recipe, beside which none of them is taken."""
+    if arguments.recipe is not None:
+        of_recipe = ("engine", "device", "inference_precision", "threshold", "relative_threshold", "tile", "tile_overlap", "region")
+        beside = [name for name in (*of_recipe, "fusion_weight", "instruction", "normal_text") if getattr(arguments, name) is not None]
+        if beside or arguments.mode != DIRECT:
+            option = beside[0].replace("_", "-") if beside else "mode"
+            raise ValueError(
+                f"--{option}: expected the recipe's settings alone, got it beside --recipe; leave it out, or save another recipe"
+            )
+        recipe = Recipe.read(arguments.recipe)
+        recipe.check()
+        return Source.of_recipe(recipe), Question(recipe.mode, recipe.instruction, recipe.normal_state, recipe.max_new_tokens)
+    source = Source(
+        arguments.bundle,
+        arguments.checkpoint,
+        arguments.baseline,
+        arguments.engine,
+        arguments.device,
+        arguments.inference_precision,
+        arguments.threshold,
+        arguments.relative_threshold,
+        arguments.fusion_weight,
+        arguments.detector,
+        arguments.tile,
+        arguments.tile_overlap,
+        arguments.region,
+    )
+    normal_text = None if arguments.normal_text is None else read_normal_text(arguments.normal_text)
+    return source, Question(arguments.mode, arguments.instruction, normal_text)
+
+
 def _run(arguments: argparse.Namespace, stack: ExitStack, tables: list[PerImageTable]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """(what --output writes, each data set's result); files are opened on `stack`, the table of images goes to `tables`, too.
 
@@ -286,23 +320,7 @@ def _run(arguments: argparse.Namespace, stack: ExitStack, tables: list[PerImageT
             raise ValueError(f"{option}: expected a file in an existing folder, got {path}; make the folder first")
         if path is not None and not os.access(path if path.exists() else path.resolve().parent, os.W_OK):
             raise ValueError(f"{option}: expected a place that can be written to, got {path}; choose another")
-    source = Source(
-        arguments.bundle,
-        arguments.checkpoint,
-        arguments.baseline,
-        arguments.engine,
-        arguments.device,
-        arguments.inference_precision,
-        arguments.threshold,
-        arguments.relative_threshold,
-        arguments.fusion_weight,
-        arguments.detector,
-        arguments.tile,
-        arguments.tile_overlap,
-        arguments.region,
-    )
-    normal_text = None if arguments.normal_text is None else read_normal_text(arguments.normal_text)
-    question = Question(arguments.mode, arguments.instruction, normal_text)
+    source, question = _asked(arguments)
     datasets = read_datasets(named, arguments.limit, arguments.split)
     question.check(item.category for dataset in datasets for item in dataset.items)
     predict = open_predictor(source, question)

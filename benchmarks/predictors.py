@@ -22,6 +22,7 @@ from benchmarks.datasets import Judged
 from benchmarks.evaluation import Predict, Prediction
 from runtime.errors import choose
 from runtime.prompts import DIRECT, MODES, PLUS, with_normal_state
+from runtime.recipe import Recipe
 from runtime.segmentation import MAP_SLACK
 
 __all__ = ["BASELINES", "Predictor", "Question", "Source", "open_predictor", "read_normal_text"]
@@ -40,6 +41,7 @@ class Source:
         tile, tile_overlap: for a bundle, in pixels: see large pictures in tiles (runtime.tiling); None sees them whole.
         region: for a bundle, the file of a region that pictures are judged in alone (runtime.region).
         fusion_weight: for a checkpoint, the weight of the absolute map (eq. 8), in 0..1; None means its own. In a bundle it is built in.
+        recipe: for a bundle, all of its settings, of which this has a part (see of_recipe).
     """
 
     bundle: Path | None = None
@@ -55,6 +57,13 @@ class Source:
     tile: int | None = None
     tile_overlap: int | None = None
     region: str | None = None
+    recipe: Recipe | None = None
+
+    @classmethod
+    def of_recipe(cls, recipe: Recipe) -> Source:
+        """A station's bundle, run as its recipe says."""
+        names = ("engine", "device", "inference_precision", "threshold", "relative_threshold", "tile", "tile_overlap", "region")
+        return cls(Path(recipe.bundle), **{name: getattr(recipe, name) for name in names}, recipe=recipe)
 
     def __post_init__(self) -> None:
         if sum(given is not None for given in (self.bundle, self.checkpoint, self.baseline, self.detector)) != 1:
@@ -96,6 +105,7 @@ class Question:
     Attributes:
         mode: one of runtime.prompts.MODES; a mode that the model was not trained for is its own error.
         instruction: None for the mode's default.
+        max_new_tokens: of a bundle's answers; None means its own limit.
         normal_text: describe-then-segment-plus only, and there required: a sentence on what a normal object looks like, for all categories
             or by category. It is put before the instruction (paper §4.3, table 4).
     """
@@ -103,6 +113,7 @@ class Question:
     mode: str = DIRECT
     instruction: str | None = None
     normal_text: str | Mapping[str, str] | None = None
+    max_new_tokens: int | None = None
 
     def __post_init__(self) -> None:
         choose("--mode", self.mode, MODES)
@@ -155,7 +166,7 @@ class Predictor:
         judged: for the result's reader. Always there: kind (bundle, checkpoint, baseline or detector), name (without its path), engine,
             inference_precision, device, threshold, relative_threshold and fusion_weight as they were used; None where there is no such
             thing. Models have theirs and a sha256, of the bundle's manifest or the weights; bundles precision and lmm as the
-            manifest has them.
+            manifest has them, and a recipe's sha256 where one set them.
         region: bool [H, W], what is judged of every picture; None for all of it.
     """
 
@@ -194,11 +205,15 @@ def _bundle_predictor(source: Source, question: Question) -> Predictor:
         "tile_overlap": source.tile_overlap,
         "region": source.region,
     }
-    segmenter = Segmenter(source.bundle or "", engine=source.engine or "auto", device=source.device or "cpu", **settings)
+    if source.recipe is not None:
+        segmenter = source.recipe.open()
+    else:
+        segmenter = Segmenter(source.bundle or "", engine=source.engine or "auto", device=source.device or "cpu", **settings)
     defaults = segmenter.bundle.manifest.prompts.instructions
 
     def predict(item: Judged) -> Prediction:
-        return _prediction(segmenter(item.image, question.text(item.category, defaults), question.mode))
+        text = question.text(item.category, defaults)
+        return _prediction(segmenter(item.image, text, question.mode, max_new_tokens=question.max_new_tokens))
 
     manifest = segmenter.bundle.manifest
     judged = {
@@ -215,6 +230,8 @@ def _bundle_predictor(source: Source, question: Question) -> Predictor:
         "relative_threshold": segmenter.rule.relative_threshold,
         "fusion_weight": manifest.fusion_weight,
     }
+    if source.recipe is not None:
+        judged["recipe_sha256"] = source.recipe.sha256
     return Predictor(predict, judged, segmenter.region)
 
 

@@ -15,6 +15,7 @@ import pytest
 from conftest import picture
 from PIL import Image
 
+from benchmarks import accuracy
 from runtime import Recipe, Segmenter
 from runtime.cli import segment
 from runtime.errors import BundleMissing, ImageError, OutputError, RequestError
@@ -201,3 +202,29 @@ def test_an_older_recipe_stays_where_a_new_one_cannot_be_written(station: Path, 
         recipe_of(station, threshold=0.3).write(station / "three.json")
     assert (station / "three.json").read_bytes() == before
     assert {path.name for path in station.iterdir()} == {"bundle", "region.png", "part.png", "three.json"}
+
+
+def test_a_station_is_evaluated_as_it_runs(station: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe_of(station, threshold=0.2, region=str(station / "region.png"), instruction="Segment the dents.").write(station / "three.json")
+    recipe = Recipe.read(station / "three.json")
+    (station / "set" / "masks").mkdir(parents=True)
+    shutil.copy(station / "part.png", station / "set" / "part.png")
+    truth = np.zeros((SIDE, SIDE), np.uint8)
+    truth[:10, :10] = 255
+    Image.fromarray(truth).save(station / "set" / "masks" / "part.png")
+    asked = ["--dataset", "folder", "--root", str(station / "set"), "--recipe", str(station / "three.json"), "--json"]
+    assert accuracy.main(asked) == 0
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    mask = recipe.open()(station / "part.png", **recipe.request).mask
+    assert mask.any()
+    assert told["mean"]["iou_anomalous"] == pytest.approx((mask & (truth > 0)).sum() / (mask | (truth > 0)).sum())
+    assert told["judged"]["recipe_sha256"] == recipe.sha256
+    assert (told["judged"]["threshold"], told["judged"]["engine"]) == (0.2, "onnxruntime")
+    assert (told["settings"]["instruction"], told["settings"]["region_share"]) == ("Segment the dents.", 0.5)
+    beside = (("--threshold", "0.2"), ("--tile", "64"), ("--instruction", "Segment the dents."), ("--mode", "segment-then-explain"))
+    for option, value in beside:
+        assert accuracy.main([*asked, option, value]) == 2
+        assert f"{option}: expected the recipe's settings alone" in capsys.readouterr().err
+    (station / "region.png").write_bytes(b"another")
+    assert accuracy.main(asked) == 2
+    assert "expected the region it was made for" in capsys.readouterr().err
