@@ -30,8 +30,8 @@ from benchmarks.environment import environment
 from engines import EngineFailed, EngineOptions
 from runtime.bundle import Bundle
 from runtime.errors import RequestError, choose
-from runtime.images import find_images
 from runtime.parity import Outcome, compare
+from runtime.picture_files import find_images
 from runtime.selection import choose_engine
 from runtime.verify import golden_outcome, trace_count
 

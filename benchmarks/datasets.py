@@ -22,7 +22,7 @@ from agvas.training.sources.errors import DatasetError
 from agvas.training.sources.manifest import MANIFEST, read_manifest
 from agvas.training.sources.pictures import decoded, picture_shapes
 from runtime.errors import choose
-from runtime.images import SUFFIXES, UNREAD_SUFFIXES
+from runtime.picture_files import SUFFIXES, UNREAD_SUFFIXES
 
 __all__ = ["LAYOUTS", "READERS_HELP", "Judged", "Picture", "read_dataset"]
 

@@ -32,7 +32,8 @@ from runtime.cli.common import Progress, json_line
 from runtime.cli.records import output_stems
 from runtime.cli.verify import verify_bundle
 from runtime.errors import AgvasError, RequestError
-from runtime.images import find_images, read_image
+from runtime.images import read_image
+from runtime.picture_files import find_images
 
 PHOTOGRAPHS = ("brick", "gravel", "grass", "coins", "coffee", "page")
 DEFECTS = ("crack", "stain", "hole", "scratch", "contamination", "cut", "corrosion", "spalling")

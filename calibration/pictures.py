@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from runtime.errors import ImageError
-from runtime.images import find_images, read_image
+from runtime.images import read_image
+from runtime.picture_files import find_images
 
 # Training counts from 1,000,000, parity from 8,000,000,000.
 FIRST_SEED = 9_000_000_000

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from runtime.images import find_images, read_image
+from runtime.images import read_image
+from runtime.picture_files import find_images
 
 # Training uses seeds from 1,000,000 up to its pool's size.
 FIRST_SEED = 8_000_000_000

@@ -24,39 +24,25 @@ PPM). Pillow knows more formats, but some of its decoders start other programs (
 
 from __future__ import annotations
 
-import glob
 import io
 import os
-import re
-import stat
 import threading
 import warnings
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
 from typing import IO
 
 import numpy as np
 from PIL import BmpImagePlugin, Image, ImageFile, JpegImagePlugin, PngImagePlugin, PpmImagePlugin, TiffImagePlugin
 
 from runtime.errors import ImageError
+from runtime.picture_files import FORMATS, check_is_file
 
 # What holds a picture; bytes hold a file's content.
 Picture = str | os.PathLike[str] | bytes | bytearray | memoryview | Image.Image | np.ndarray
 
 # Pillow's own warning threshold, 256 MiB of RGB: a bomb is refused, a 60-megapixel camera is not.
 PIXEL_LIMIT = 89_478_485
-
-SUFFIXES = (".bmp", ".jfif", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff")
-
-KINDS = ("mask", "overlay", "map")  # behind a stem, as in x_mask.png: what Segmentation.save writes, and masks as people keep them
-ENDINGS = tuple(f"_{kind}" for kind in KINDS)
-_NUMBER = re.compile(r"__[0-9]+$")  # behind the stem of a result where there were several instructions
-
-# Pictures too, by suffix, that are not read: a folder's are left out, and a warning tells how many.
-UNREAD_SUFFIXES = (".avif", ".gif", ".heic", ".heif", ".jp2", ".jxl", ".webp")
 
 # Decoders by signature, called directly: Image.open would compare the size with its own process-wide limit (a warning
 # or an error, by how far) before ours is asked.
@@ -67,7 +53,6 @@ _DECODERS: tuple[tuple[bytes, type[ImageFile.ImageFile]], ...] = (
     *((magic, TiffImagePlugin.TiffImageFile) for magic in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")),
     *((magic, PpmImagePlugin.PpmImageFile) for magic in (b"P1", b"P2", b"P3", b"P4", b"P5", b"P6", b"Pf")),
 )
-_FORMATS = "PNG, JPEG, BMP, TIFF or PNM"
 
 DIM_BELOW = 1 << 14  # 16-bit samples that all lie below it are likely a 12-bit camera's
 # The same words for every picture, so that Python shows them once and no line's log fills.
@@ -174,7 +159,7 @@ def rgb_and_words(source: Picture, *, pixel_limit: int = PIXEL_LIMIT) -> tuple[n
 
 def _read_file(path: str | os.PathLike[str], pixel_limit: int) -> tuple[np.ndarray, tuple[str, ...]]:
     name = os.fspath(path)
-    _check_is_file(name)
+    check_is_file(name)
     try:
         with open(name, "rb") as file:
             return _rgb_of_stream(file, name, pixel_limit, "save the picture as PNG")
@@ -187,7 +172,7 @@ def _rgb_of_stream(file: IO[bytes], name: str, pixel_limit: int, remedy: str) ->
     file.seek(0)
     decoder = next((decoder for magic, decoder in _DECODERS if signature.startswith(magic)), None)
     if decoder is None:
-        raise ImageError(f"{name}: expected a {_FORMATS} file, got one that begins with {signature!r}; {remedy}")
+        raise ImageError(f"{name}: expected a {FORMATS} file, got one that begins with {signature!r}; {remedy}")
     try:
         image = decoder(file)
     except Exception as error:  # Pillow's decoders raise SyntaxError, struct.error, ValueError and more
@@ -199,155 +184,6 @@ def _rgb_of_stream(file: IO[bytes], name: str, pixel_limit: int, remedy: str) ->
     if _has_more_frames(image):
         words += ("a file of several pictures (pages, frames): the first alone is judged; save each as its own",)
     return rgb, words
-
-
-@dataclass(frozen=True)
-class Found:
-    """What `search` found.
-
-    Attributes:
-        pictures: to be read.
-        left_out: pictures of a kind that is not read (`UNREAD_SUFFIXES`) and subfolders that cannot be opened, with why: (path, reason).
-    """
-
-    pictures: list[Path]
-    left_out: list[tuple[Path, str]]
-
-
-def find_images(inputs: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], *, recursive: bool = False) -> list[Path]:
-    """List the pictures that files, folders and glob patterns stand for.
-
-    A file is listed whatever its suffix. A folder or pattern gives its files with a suffix in `SUFFIXES` (any case),
-    hidden ones left out, sorted by path; a warning tells of other pictures there (`UNREAD_SUFFIXES`), of subfolders that cannot be opened,
-    and of masks and results left out: `x_mask.png`, `x_overlay.png` and `x_map.png` beside an `x.png`, under any of the names that
-    agvas-segment gives them (`x__1_mask.png`, `x.png_mask.png`). Inputs keep their order; what is named twice is listed where it came
-    first.
-
-    Args:
-        inputs: paths or patterns (`*`, `?`, `[…]`; `**` crosses folders); a path that exists is never a pattern.
-        recursive: also look into a folder's subfolders, hidden ones left out.
-
-    Raises:
-        ImageError: no inputs, a path that does not exist, a folder that cannot be opened, a folder or pattern without pictures.
-    """
-    return search(inputs, recursive=recursive).pictures
-
-
-def search(inputs: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], *, recursive: bool = False) -> Found:
-    """`find_images`, with what was left out by name."""
-    given = [inputs] if isinstance(inputs, (str, os.PathLike)) else list(inputs)
-    if not given:
-        raise ImageError("images: expected at least one file, folder or pattern, got none; name one")
-    pictures: dict[tuple[str, str], Path] = {}
-    left_out: dict[Path, str] = {}
-    for name in given:
-        found = _expand(os.fspath(name), recursive)
-        for path in found.pictures:
-            # The folder is resolved, not the file: "./a.png" is "a.png", yet a link beside it is a picture of its own.
-            pictures.setdefault((os.path.realpath(path.parent), path.name), path)
-        left_out.update(found.left_out)
-    return Found(list(pictures.values()), list(left_out.items()))
-
-
-def _expand(name: str, recursive: bool) -> Found:
-    if name and os.path.isdir(name):
-        found = pictures_among(name, *files_in(name, recursive=recursive))
-        if not found.pictures:
-            below = "" if recursive else ", or ask for its subfolders too (agvas-segment --recursive)"
-            raise ImageError(
-                f"{name}: expected pictures in this folder, got none with a suffix in {', '.join(SUFFIXES)}; "
-                f"name the files themselves{below}"
-            )
-        return found
-    if glob.has_magic(name) and not os.path.exists(name):
-        found = pictures_among(name, glob.iglob(name, recursive=True), [])
-        if not found.pictures:
-            raise ImageError(
-                f"{name}: expected pictures to match this pattern, got none with a suffix in {', '.join(SUFFIXES)}; "
-                "check the pattern and the folder it starts from"
-            )
-        return found
-    _check_is_file(name)
-    return Found([Path(name)], [])
-
-
-def files_in(folder: str, *, recursive: bool = False) -> tuple[list[str], list[OSError]]:
-    """What lies in a folder or, where asked for, anywhere under it but in hidden folders, as caches are (itself it may be hidden: it was
-    named); and the errors of subfolders that cannot be opened.
-
-    Raises:
-        ImageError: the folder itself cannot be.
-    """
-    errors: list[OSError] = []
-    try:
-        paths = [os.path.join(folder, name) for name in os.listdir(folder)]
-    except OSError as error:
-        raise ImageError(f"{folder}: expected a folder that can be read, got {error}; check its permissions") from error
-    if recursive:
-        paths = []
-        for place, folders, files in os.walk(folder, onerror=errors.append):
-            folders[:] = [name for name in folders if not name.startswith(".")]
-            paths += [os.path.join(place, name) for name in files]
-    return paths, errors
-
-
-def pictures_among(name: str, paths: Iterable[str], errors: Sequence[OSError]) -> Found:
-    """Those of a folder's or pattern's files that are pictures, which may be none; links that lead nowhere among them: reading them
-    tells so."""
-    unread, named = list[tuple[Path, str]](), list[tuple[str, str, str]]()
-    for path in paths:
-        folder, file = os.path.split(path)
-        stem, suffix = os.path.splitext(file)
-        if file.startswith("."):
-            continue
-        if (kind := suffix.lower()) in UNREAD_SUFFIXES:
-            unread.append((Path(path), kind))
-        elif kind in SUFFIXES:
-            named.append((folder, stem, path))
-    if unread:
-        counts = ", ".join(f"{count} {kind}" for kind, count in sorted(Counter(kind for _, kind in unread).items()))
-        warnings.warn(f"{name}: left out {counts}: {_FORMATS} is read; save them as PNG", stacklevel=5)
-    for error in errors:
-        warnings.warn(f"{name}: left out what is in a folder that cannot be read: {error}; check its permissions", stacklevel=5)
-    left_out = [(path, f"expected a {_FORMATS} file, got a {kind}, which is not read; save it as PNG") for path, kind in sorted(unread)]
-    left_out += [(Path(error.filename), f"expected a folder that can be read, got {error}; check its permissions") for error in errors]
-    of_others = set[str]()
-    if any(stem.endswith(ENDINGS) for _, stem, _ in named):
-        owners = {owner for folder, stem, path in named for owner in (os.path.join(folder, stem), path)}
-        of_others = {path for folder, stem, path in named if stem.endswith(ENDINGS) and not owners.isdisjoint(_owners_of(folder, stem))}
-    if of_others:
-        first = min(map(Path, of_others)).name
-        warnings.warn(
-            f"{name}: left out {len(of_others)} that lie beside the pictures they are of, such as {first}: masks or results, "
-            "no pictures; name one itself to have it taken for one",
-            stacklevel=5,
-        )
-    found = (path for _, _, path in named if path not in of_others)
-    pictures = (Path(path) for path in found if os.path.isfile(path) or (os.path.islink(path) and not os.path.exists(path)))
-    return Found(sorted(pictures, key=lambda path: path.parts), left_out)
-
-
-def _owners_of(folder: str, stem: str) -> list[str]:
-    """What the picture of a mask or result may be called beside it, by stem or whole name: of `x__1_mask.png` it is `x__1` or `x`."""
-    owner = stem.rpartition("_")[0]
-    return [os.path.join(folder, name) for name in (owner, _NUMBER.sub("", owner)) if name]
-
-
-def _check_is_file(name: str) -> None:
-    if not name:
-        raise ImageError("image path: expected a path, got an empty string; name a file")
-    try:
-        status = os.stat(name)
-    except FileNotFoundError:
-        raise ImageError(f"{name}: expected a picture file, got no such file; check the path (now in {os.getcwd()})") from None
-    except (OSError, ValueError) as error:  # ValueError: a null byte in the path
-        raise ImageError(f"{name!r}: expected a readable path, got {error}; check the path and its permissions") from error
-    if stat.S_ISDIR(status.st_mode):
-        raise ImageError(f"{name}: expected a picture file, got a folder; name a file in it")
-    if not stat.S_ISREG(status.st_mode):
-        raise ImageError(f"{name}: expected a picture file, got a device or pipe; save the picture to a file")
-    if status.st_size == 0:
-        raise ImageError(f"{name}: expected a picture file, got 0 bytes; copy or save it again")
 
 
 def _rgb_of_array(array: np.ndarray, pixel_limit: int) -> np.ndarray:

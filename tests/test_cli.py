@@ -30,9 +30,9 @@ from runtime.cli import segment, verify
 from runtime.cli.common import Progress
 from runtime.cli.records import output_stems
 from runtime.errors import OutputError
-from runtime.images import KINDS
 from runtime.masking import MaskRule
 from runtime.parity import GATES, Gates
+from runtime.picture_files import KINDS
 from runtime.prompts import Prompt
 from runtime.segmentation import Segmentation
 

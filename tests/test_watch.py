@@ -19,7 +19,7 @@ from PIL import Image
 
 from runtime.cli import segment, watch
 from runtime.cli.watch import Watch
-from runtime.images import Found, pictures_among
+from runtime.picture_files import Found, pictures_among
 
 ROOT = Path(__file__).parents[1]
 AMPLE = 120.0

@@ -12,7 +12,7 @@ from typing import Any
 from engines import EngineError
 from runtime import __version__
 from runtime.errors import OutputError, RequestError
-from runtime.images import KINDS
+from runtime.picture_files import KINDS
 from runtime.prompts import DIRECT, Prompt
 from runtime.segmenter import Segmenter
 

@@ -32,7 +32,8 @@ from runtime.cli.common import AUTO, Progress, add_engine_arguments, close_stdou
 from runtime.cli.records import endings_of, made, output_stems, records_of, segment_pictures, spare_inputs
 from runtime.cli.watch import SETTLED, Watch
 from runtime.errors import AgvasError, ImageError, OutputError, RequestError, choose
-from runtime.images import PIXEL_LIMIT, Found, PictureWarning, search
+from runtime.images import PIXEL_LIMIT, PictureWarning
+from runtime.picture_files import Found, search
 from runtime.prompts import DIRECT, MODES, PLUS
 from runtime.recipe import OF_REQUEST, OF_SEGMENTER, Recipe
 from runtime.region import read_region

@@ -27,7 +27,8 @@ from runtime.bundle import Bundle
 from runtime.cli.common import AUTO, Progress, add_engine_arguments, close_stdout, describe, engine_options, json_line, open_streams, say
 from runtime.engine_builds import judge
 from runtime.errors import AgvasError, RequestError
-from runtime.images import find_images, read_image
+from runtime.images import read_image
+from runtime.picture_files import find_images
 from runtime.pipeline import Pipeline
 from runtime.selection import CPU_CANDIDATES, CUDA_CANDIDATES, choose_engine, forget_choice
 from runtime.verify import compare_on_images, gates_for, limits, open_pipeline, summary, verify

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from runtime.errors import ImageError
-from runtime.images import Found, files_in, pictures_among
+from runtime.picture_files import Found, files_in, pictures_among
 
 EVERY = 0.1  # seconds between two looks
 SETTLED = 0.5
