@@ -15,6 +15,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from agvas import AGVAS, save
@@ -22,6 +23,7 @@ from agvas.config import tiny
 from agvas.tokenizer import train_tokenizer
 from agvas.training.instructions import all_instructions
 from agvas.training.losses import text_loss
+from runtime.cli import segment, verify
 
 
 def new_tiny(anchor_position: str = "own", seed: int = 3) -> AGVAS:
@@ -85,6 +87,12 @@ class Architecture(pickle.Pickler):
 
 
 Trace = Callable[..., torch.onnx.ONNXProgram | None]
+
+
+def save_picture(path: Path, seed: int = 0) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(picture(seed)).save(path)
+    return path
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -164,6 +172,40 @@ def copy_of_bundle(tiny_bundle: Path, tmp_path: Path) -> Callable[[], Path]:
         return Path(shutil.copytree(tiny_bundle, tmp_path / "copy"))
 
     return copy
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """A folder of three pictures."""
+    for index, name in enumerate(("one", "two", "three")):
+        save_picture(tmp_path / "photos" / f"{name}.png", index)
+    return tmp_path / "photos"
+
+
+@pytest.fixture
+def run_segment(tiny_bundle: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, list[str], str]]:
+    """Exit code, lines of stdout and stderr of agvas-segment on onnxruntime."""
+
+    def run(
+        *arguments: str | Path, engine: str = "onnxruntime", bundle: Path = tiny_bundle
+    ) -> tuple[int, list[str], str]:
+        code = segment.main([*map(str, arguments), "--bundle", str(bundle), "--engine", engine])
+        captured = capsys.readouterr()
+        return code, captured.out.splitlines(), captured.err
+
+    return run
+
+
+@pytest.fixture
+def run_verify(tiny_bundle: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, list[str], str]]:
+    def run(
+        *arguments: str | Path, engine: str = "onnxruntime", bundle: Path = tiny_bundle
+    ) -> tuple[int, list[str], str]:
+        code = verify.main(["--bundle", str(bundle), "--engine", engine, *map(str, arguments)])
+        captured = capsys.readouterr()
+        return code, captured.out.splitlines(), captured.err
+
+    return run
 
 
 @pytest.fixture(autouse=True)
