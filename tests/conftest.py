@@ -15,6 +15,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
+from judged_parts import write_dataset
 from PIL import Image
 from torch import nn
 
@@ -206,6 +207,19 @@ def run_verify(tiny_bundle: Path, capsys: pytest.CaptureFixture[str]) -> Callabl
         return code, captured.out.splitlines(), captured.err
 
     return run
+
+
+@pytest.fixture
+def parts(tmp_path: Path) -> Path:
+    """Two categories, interleaved; the second has no normal image."""
+    return write_dataset(
+        tmp_path / "parts",
+        ("a", 1, "bolt", "test"),
+        ("b", 1, "nut", "test"),
+        ("c", 0, "bolt", "train"),
+        ("d", 1, "bolt", "test"),
+        ("e", 0, "bolt", "test"),
+    )
 
 
 @pytest.fixture(autouse=True)
