@@ -2,23 +2,30 @@
 
 An engine at work cannot be broken off. A call with a deadline therefore runs in a thread of its own, always the same one (an engine may
 keep a context and memory for each thread), and its caller waits no longer than was agreed. What comes later is dropped; a call whose
-caller has gone ends before its next step, so that late ones do not pile up.
+caller has gone ends before its next stage (`go_on`), so that late ones do not pile up. A process that ends waits for the stage that runs:
+an engine that came back to an interpreter half gone would abort.
 """
 
 from __future__ import annotations
 
+import atexit
 import queue
 import threading
 import time
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any, TypeVar
 
 from runtime.errors import DeadlineMissed, RequestError
 
 T = TypeVar("T")
 Step = Callable[[str], None]
+
+_leaving = threading.Event()  # the process ends
+_threads: weakref.WeakSet[_Thread] = weakref.WeakSet()
+_here = threading.local()  # job: what this thread is at
 
 
 class _CallerGone(BaseException):
@@ -28,31 +35,68 @@ class _CallerGone(BaseException):
 @dataclass(eq=False)
 class _Job:
     work: Callable[[Step], Any]
-    step: str = "waiting for an earlier call to end"
+    step: str = "waiting for its turn"
     value: Any = None
     error: BaseException | None = None
     ended: threading.Event = field(default_factory=threading.Event)
     gone: threading.Event = field(default_factory=threading.Event)  # the caller
 
-    def go_on(self, step: str) -> None:
-        if self.gone.is_set():
-            raise _CallerGone
+    def begin(self, step: str) -> None:
+        go_on()
         self.step = step
 
     def run(self) -> None:
+        _here.job = self
         try:
-            self.go_on("beginning")
-            self.value = self.work(self.go_on)
+            self.begin("beginning")
+            self.value = self.work(self.begin)
+        except _CallerGone:
+            return
         except BaseException as error:  # the caller's, who waits for it
             self.error = error
+        finally:
+            _here.job = None
         self.ended.set()
+
+
+def go_on() -> None:
+    """Ends the call that this thread is at where nobody waits for it any longer; asked before each stage. Elsewhere nothing happens."""
+    job: _Job | None = getattr(_here, "job", None)
+    if job is not None and (job.gone.is_set() or _leaving.is_set()):
+        raise _CallerGone
 
 
 def check_deadline(seconds: object) -> float:
     """Raises RequestError where it is no time above 0, in seconds."""
-    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 < seconds <= threading.TIMEOUT_MAX:
-        raise RequestError(f"deadline: expected seconds above 0, got {seconds!r}; 0.1 is a tenth of a second")
+    if isinstance(seconds, bool) or not isinstance(seconds, Real) or not 0 < seconds <= threading.TIMEOUT_MAX:
+        raise RequestError(
+            f"deadline: expected a number of seconds, above 0 and up to {threading.TIMEOUT_MAX:.0e}, got {seconds!r}; 0.1 is a tenth of a "
+            "second, None waits as long as it takes"
+        )
     return float(seconds)
+
+
+class _Thread(threading.Thread):
+    """Does jobs until it is given None."""
+
+    def __init__(self) -> None:
+        super().__init__(name="agvas-deadline", daemon=True)
+        self.jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self.start()
+        _threads.add(self)
+
+    def run(self) -> None:
+        while (job := self.jobs.get()) is not None:
+            job.run()
+            del job  # its picture and result are the caller's, who may be done with them long before the next one comes
+
+
+@atexit.register
+def _leave() -> None:
+    _leaving.set()
+    for thread in list(_threads):
+        thread.jobs.put(None)
+        thread.join()
 
 
 class Worker:
@@ -60,8 +104,7 @@ class Worker:
 
     def __init__(self) -> None:
         self._starting = threading.Lock()
-        self._jobs: queue.SimpleQueue[_Job | None] | None = None
-        self._thread: threading.Thread | None = None
+        self._thread: _Thread | None = None
 
     def call(self, work: Callable[[Step], T], seconds: float) -> T:
         """What `work` returns or raises, if it does so in time.
@@ -75,7 +118,7 @@ class Worker:
         """
         until = time.monotonic() + seconds
         job = _Job(work)
-        self._queue().put(job)
+        self._begun().jobs.put(job)
         try:
             in_time = job.ended.wait(max(0.0, until - time.monotonic()))
         except BaseException:  # Ctrl-C, say
@@ -84,22 +127,18 @@ class Worker:
         if not in_time:
             job.gone.set()
             raise DeadlineMissed(seconds, job.step)
-        if job.error is not None:
-            raise job.error
-        return job.value  # type: ignore[no-any-return]
+        error, job.error = job.error, None
+        if error is None:
+            return job.value  # type: ignore[no-any-return]
+        try:
+            raise error
+        finally:
+            del error  # or it would hold itself, by this frame, and with it the picture
 
-    def _queue(self) -> queue.SimpleQueue[_Job | None]:
+    def _begun(self) -> _Thread:
         with self._starting:
             # A forked process has the object and no thread.
-            if self._jobs is None or self._thread is None or not self._thread.is_alive():
-                self._jobs = queue.SimpleQueue()
-                self._thread = threading.Thread(target=_work_on, args=(self._jobs,), name="agvas-deadline", daemon=True)
-                self._thread.start()
-                weakref.finalize(self, self._jobs.put, None)
-            return self._jobs
-
-
-def _work_on(jobs: queue.SimpleQueue[_Job | None]) -> None:
-    while (job := jobs.get()) is not None:
-        job.run()
-        del job  # its picture and result are the caller's, who may be done with them long before the next one comes
+            if self._thread is None or not self._thread.is_alive():
+                self._thread = _Thread()
+                weakref.finalize(self, self._thread.jobs.put, None)
+            return self._thread

@@ -1,7 +1,7 @@
 """What can go wrong around the engines, by name: pictures, bundles, requests, outputs.
 
 One short tree, so that a command line can print any `AgvasError` as one line and a service can tell the caller's
-mistakes (also ValueError) from the disk's (also OSError). What a back-end raises stands in engines/errors.py.
+mistakes (also ValueError) from the disk's (OutputError, also OSError). What a back-end raises stands in engines/errors.py.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class RequestError(AgvasError, ValueError):
 
 
 class DeadlineMissed(AgvasError, TimeoutError):
-    """A call with a deadline was not done in time: there is no verdict.
+    """A call with a deadline was not done in time: there is no verdict. Python's TimeoutError, and so an OSError, too.
 
     Attributes:
         seconds: that it had.
@@ -61,6 +61,10 @@ class DeadlineMissed(AgvasError, TimeoutError):
             f"deadline: {seconds * 1e3:g} ms were over while {step}, so there is no verdict: treat the part as NG. The engine ends this "
             "call by itself, and the next one waits for that; where it happens often, give more time or run less beside it"
         )
+
+    def __reduce__(self) -> tuple[type[DeadlineMissed], tuple[float, str]]:
+        """For the way from one process to another."""
+        return type(self), (self.seconds, self.step)
 
 
 class OutputError(AgvasError, OSError):

@@ -23,6 +23,7 @@ import numpy as np
 from engines import EngineFailed, Resident
 from runtime import preprocess
 from runtime.contract import STAGES
+from runtime.deadline import go_on
 from runtime.preprocess import Frame, Preprocessing
 from runtime.prompts import Prompt, PromptEncoder
 from runtime.text_stream import TextStream
@@ -47,6 +48,10 @@ class NotFinite(EngineFailed):
     def __init__(self, message: str, tensors: dict[str, np.ndarray]) -> None:
         super().__init__(message)
         self.tensors = tensors
+
+    def __reduce__(self) -> tuple[type[NotFinite], tuple[str, dict[str, np.ndarray]]]:
+        """For the way from one process to another; what was computed stays."""
+        return type(self), (str(self), {})
 
 
 @dataclass
@@ -216,6 +221,7 @@ class Pipeline:
         return trace
 
     def _stage(self, trace: Trace, name: str, **feeds: np.ndarray) -> dict[str, np.ndarray]:
+        go_on()
         with trace.timed(name):
             outputs = self.stages[name].run(feeds)
         for key, value in outputs.items():

@@ -21,7 +21,7 @@ from PIL import Image
 
 from engines import ENGINES, INFERENCE_PRECISIONS, EngineError, EngineOptions
 from runtime.bundle import Bundle
-from runtime.deadline import Step, Worker, check_deadline
+from runtime.deadline import Step, Worker, check_deadline, go_on
 from runtime.errors import AgvasError, ImageError, RequestError, check_whole, choose
 from runtime.images import DIM, PIXEL_LIMIT, Picture, rgb_and_words, tell
 from runtime.inspection import Inspection
@@ -225,7 +225,7 @@ class Segmenter:
                 return inspection.answer(prompt)
 
             def tell_in_time(piece: str) -> None:
-                step("answering")
+                go_on()
                 on_text(piece)
 
             return inspection.answer(prompt, tell_in_time)
@@ -285,8 +285,8 @@ class Segmenter:
 
         Results come in the order of the pictures, each as soon as it is there. A picture that cannot be read or segmented, or for which
         memory runs out, gives its error in its place (`Streamed.error`) and the stream goes on; an error of `images` itself is raised after
-        the results before it. An array must not be overwritten until its result has come. Close the iterator (or use it up) to free its
-        threads; `images` is closed with it where it is a generator, and left as it is where it is an object of yours.
+        the results before it. Arrays and buffers are copied before the next picture is asked for: a camera may write its one buffer
+        again. Close the iterator (or use it up) to free its threads; `images` is closed with it where it is a generator, and left as it is where it is an object of yours.
 
         Args:
             images: in any form a call takes; read ahead, in another thread.
@@ -320,8 +320,13 @@ class Segmenter:
         def answer(inspection: Inspection) -> Segmentation:
             return inspection.answer(prompt)
 
+        def own(image: Picture) -> Picture:
+            if isinstance(image, np.ndarray):
+                return image.copy()
+            return bytes(image) if isinstance(image, (bytearray, memoryview)) else image
+
         def results() -> Iterator[Streamed]:
-            outcomes = in_steps(images, (read, look, answer), (AgvasError, EngineError, MemoryError), depth)
+            outcomes = in_steps(images, (read, look, answer), (AgvasError, EngineError, MemoryError), depth, own)
             with closing(outcomes):
                 for index, (result, error) in enumerate(outcomes):
                     yield Streamed(index, result, error)

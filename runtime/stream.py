@@ -43,7 +43,11 @@ class Streamed:
 
 
 def in_steps(
-    source: Iterable[Any], steps: Sequence[Callable[[Any], Any]], expected: tuple[type[Exception], ...], depth: int = DEPTH
+    source: Iterable[Any],
+    steps: Sequence[Callable[[Any], Any]],
+    expected: tuple[type[Exception], ...],
+    depth: int = DEPTH,
+    take: Callable[[Any], Any] = lambda item: item,
 ) -> Generator[tuple[Any, Exception | None], None, None]:
     """(last step's value, None) or (None, error) for each item, in order.
 
@@ -54,6 +58,7 @@ def in_steps(
 
     Args:
         expected: errors that are an item's own; any other ends the stream.
+        take: makes of an item what the first step gets, before the source is asked for the next one.
     """
     going = threading.Event()
     going.set()
@@ -83,7 +88,10 @@ def in_steps(
                 if not going.is_set():
                     break
                 before: Future[Any] = Future()
-                before.set_result(item)
+                try:
+                    before.set_result(take(item))
+                except expected as error:
+                    before.set_exception(error)
                 for worker, step in zip(workers, steps):
                     before = soon(worker, before, step)
                 waiting.put(before)

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +88,7 @@ def test_late_calls_do_not_pile_up(segmenter: Segmenter, monkeypatch: pytest.Mon
     with pytest.raises(DeadlineMissed, match="looking at it"):
         segmenter(picture(), deadline=ENOUGH)
     for _ in range(3):
-        with pytest.raises(DeadlineMissed, match="waiting for an earlier call to end"):
+        with pytest.raises(DeadlineMissed, match="waiting for its turn"):
             segmenter(picture(), deadline=SHORT)
     held.let_go.set()
     segmenter(picture(), deadline=AMPLE)
@@ -106,6 +110,85 @@ def test_a_late_answer_is_not_written_on(segmenter: Segmenter) -> None:
     assert len(said) == 1
 
 
+def test_what_a_late_stage_says_is_not_told(segmenter: Segmenter, monkeypatch: pytest.MonkeyPatch) -> None:
+    said, late = list[str](), threading.Event()
+    language: Any = segmenter._chain.stages["language"]  # type: ignore[attr-defined]
+
+    def held(feeds: Any, real: Callable[..., Any] = language.run) -> Any:
+        assert late.wait(AMPLE)
+        return real(feeds)
+
+    monkeypatch.setattr(language, "run", held)
+    with pytest.raises(DeadlineMissed, match="answering"):
+        segmenter(picture(), instruction="Segment the scratch.", on_text=said.append, deadline=ENOUGH)
+    late.set()
+    segmenter(picture(), deadline=AMPLE)
+    assert not said
+
+
+def test_a_late_call_ends_before_its_next_tile(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    segmenter, late, seen = Segmenter(tiny_bundle, engine="onnxruntime", tile=64, tile_overlap=0), threading.Event(), list[int]()
+    decoder: Any = segmenter._chain.pipeline.stages["mask_decoder"]  # type: ignore[attr-defined]
+
+    def held(feeds: Any, real: Callable[..., Any] = decoder.run) -> Any:
+        seen.append(1)
+        assert late.wait(AMPLE)
+        return real(feeds)
+
+    monkeypatch.setattr(decoder, "run", held)
+    with pytest.raises(DeadlineMissed, match="answering"):
+        segmenter(picture(0, 128, 128), deadline=ENOUGH)
+    assert len(seen) == 1
+    late.set()
+    segmenter(picture(0, 64, 64), deadline=AMPLE)
+    assert len(seen) == 2
+
+
+def test_a_process_that_ends_waits_for_the_stage_that_runs_and_begins_no_other() -> None:
+    """Else the engine would come back to an interpreter half gone, and abort."""
+    code = """
+import time
+from runtime.deadline import Worker
+from runtime.errors import DeadlineMissed
+
+def work(step):
+    time.sleep(1)
+    print("ended", flush=True)
+    step("another")
+    print("another", flush=True)
+
+worker = Worker()
+for late in (work, lambda step: print("queued", flush=True)):
+    try:
+        worker.call(late, 0.1)
+    except DeadlineMissed:
+        print("missed", flush=True)
+del worker
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=AMPLE, cwd=Path(__file__).parents[1])
+    assert (run.returncode, run.stderr, run.stdout.split()) == (0, "", ["missed", "missed", "ended"])
+
+
+def test_what_is_over_holds_no_picture(segmenter: Segmenter) -> None:
+    class Frame(np.ndarray):
+        """Can be watched."""
+
+    def watched() -> weakref.ref[Any]:
+        frame = picture().view(Frame)
+        with pytest.raises(RequestError):
+            worker.call(lambda step: segmenter.request(mode=str(frame.shape)), AMPLE)
+        return weakref.ref(frame)
+
+    worker = Worker()
+    gc.collect()
+    gc.disable()
+    try:
+        gone = watched()
+        assert eventually(lambda: gone() is None)
+    finally:
+        gc.enable()
+
+
 def test_errors_are_the_calls_own(segmenter: Segmenter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ImageError, match="nothing.png"):
         segmenter(tmp_path / "nothing.png", deadline=AMPLE)
@@ -120,10 +203,15 @@ def test_errors_are_the_calls_own(segmenter: Segmenter, tmp_path: Path, monkeypa
         segmenter(picture(), deadline=AMPLE)
 
 
-@pytest.mark.parametrize("seconds", [0, -1, float("nan"), float("inf"), "0.1", True])
+@pytest.mark.parametrize("seconds", [0, -1, float("nan"), float("inf"), 1e300, "0.1", True])
 def test_what_is_no_time_is_refused(seconds: Any, segmenter: Segmenter) -> None:
-    with pytest.raises(RequestError, match="deadline: expected seconds above 0, got"):
+    with pytest.raises(RequestError, match=r"deadline: expected a number of seconds, above 0 and up to 9e\+09, got"):
         segmenter(picture(), deadline=seconds)
+
+
+@pytest.mark.parametrize("seconds", [np.float32(AMPLE), np.int64(AMPLE), Fraction(AMPLE)])
+def test_a_number_of_any_library_is_a_time(seconds: Any, segmenter: Segmenter) -> None:
+    assert segmenter(picture(), deadline=seconds).anchors_found
 
 
 def test_all_run_in_one_thread_that_goes_with_the_segmenter(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,7 +273,7 @@ def test_a_thread_that_is_gone_is_begun_again() -> None:
     """A forked process has the object and no thread: a call there must not wait for one that never comes."""
     worker = Worker()
     assert worker.call(lambda step: 1, AMPLE) == 1
-    assert worker._jobs is not None
-    worker._jobs.put(None)  # ends the thread, as a fork does for its child
+    assert worker._thread is not None
+    worker._thread.jobs.put(None)  # ends the thread, as a fork does for its child
     assert eventually(lambda: worker._thread is None or not worker._thread.is_alive())
     assert worker.call(lambda step: 2, AMPLE) == 2
