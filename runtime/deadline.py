@@ -68,7 +68,7 @@ def go_on() -> None:
 
 def check_deadline(seconds: object) -> float:
     """Raises RequestError where it is no time above 0, in seconds."""
-    if isinstance(seconds, bool) or not isinstance(seconds, Real) or not 0 < seconds <= threading.TIMEOUT_MAX:
+    if isinstance(seconds, bool) or not isinstance(seconds, Real) or not 0 < float(seconds) <= threading.TIMEOUT_MAX:
         raise RequestError(
             f"deadline: expected a number of seconds, above 0 and up to {threading.TIMEOUT_MAX:.0e}, got {seconds!r}; 0.1 is a tenth of a "
             "second, None waits as long as it takes"

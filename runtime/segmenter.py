@@ -285,8 +285,9 @@ class Segmenter:
 
         Results come in the order of the pictures, each as soon as it is there. A picture that cannot be read or segmented, or for which
         memory runs out, gives its error in its place (`Streamed.error`) and the stream goes on; an error of `images` itself is raised after
-        the results before it. Arrays and buffers are copied before the next picture is asked for: a camera may write its one buffer
-        again. Close the iterator (or use it up) to free its threads; `images` is closed with it where it is a generator, and left as it is where it is an object of yours.
+        the results before it. Arrays and buffers are copied before the next picture is asked for: a camera may write its one buffer again.
+        Close the iterator (or use it up) to free its threads; `images` is closed with it where it is a generator, and left as it is where
+        it is an object of yours.
 
         Args:
             images: in any form a call takes; read ahead, in another thread.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import pickle
 import subprocess
 import sys
 import threading
@@ -17,10 +18,11 @@ import numpy as np
 import pytest
 from conftest import picture
 
-from engines import EngineFailed
+from engines import EngineError, EngineFailed
 from runtime import Segmenter
 from runtime.deadline import Step, Worker
 from runtime.errors import AgvasError, DeadlineMissed, ImageError, RequestError
+from runtime.pipeline import NotFinite
 
 AMPLE = 60.0  # seconds: of a machine however busy
 SHORT = 0.05
@@ -187,6 +189,19 @@ def test_what_is_over_holds_no_picture(segmenter: Segmenter) -> None:
         assert eventually(lambda: gone() is None)
     finally:
         gc.enable()
+
+
+def test_every_error_crosses_processes() -> None:
+    """A pool's worker that raised what cannot be read back would leave its parent waiting for ever."""
+    errors: list[type[Exception]] = [AgvasError, EngineError]
+    for kind in errors:
+        errors += kind.__subclasses__()
+    special: dict[type[Exception], tuple[Any, ...]] = {DeadlineMissed: (0.1, "answering"), NotFinite: ("words", {"logits": np.zeros(1)})}
+    for kind in errors:
+        error = kind(*special.get(kind, ("words",)))
+        again = pickle.loads(pickle.dumps(error))
+        assert type(again) is kind and str(again) == str(error)
+    assert {DeadlineMissed, NotFinite} < set(errors)
 
 
 def test_errors_are_the_calls_own(segmenter: Segmenter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import os
 import subprocess
@@ -66,6 +67,31 @@ def test_a_batch_is_streamed_picture_by_picture(segmenter: Segmenter) -> None:
     batch = np.stack([picture(0), picture(1)])
     for one, image in zip(segmenter.stream(batch), batch, strict=True):
         np.testing.assert_array_equal(one.get().anomaly_map, segmenter(image).anomaly_map)
+
+
+@pytest.mark.parametrize("form", [np.asarray, bytearray, memoryview])
+def test_a_buffer_that_is_written_again_is_judged_as_it_was_given(form: Any, segmenter: Segmenter) -> None:
+    frames = [picture(seed) for seed in range(5)]
+    if form is not np.asarray:
+        frames = [np.frombuffer(encoded(frame), np.uint8) for frame in frames]
+    longest = max(len(frame) for frame in frames)
+    buffer = np.zeros((longest, *frames[0].shape[1:]), np.uint8)
+
+    def camera() -> Iterator[Any]:
+        for frame in frames:
+            buffer[: len(frame)] = frame
+            yield buffer if form is np.asarray else form(buffer.data)
+            buffer[:] = 0
+
+    for one, frame in zip(segmenter.stream(camera()), frames, strict=True):
+        whole = frame if form is np.asarray else frame.tobytes()
+        np.testing.assert_array_equal(one.get().anomaly_map, segmenter(whole).anomaly_map)
+
+
+def encoded(frame: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(frame).save(file, "BMP")  # of one length for all
+    return file.getvalue()
 
 
 def test_a_bad_picture_gives_its_error_in_its_place(segmenter: Segmenter, tmp_path: Path) -> None:
