@@ -9,7 +9,7 @@ import stat
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from runtime.errors import ImageError
@@ -33,10 +33,12 @@ class Found:
     Attributes:
         pictures: to be read.
         left_out: pictures of a kind that is not read (`UNREAD_SUFFIXES`) and subfolders that cannot be opened, with why: (path, reason).
+        beside: masks and results that lie beside the pictures they are of.
     """
 
     pictures: list[Path]
     left_out: list[tuple[Path, str]]
+    beside: list[Path]
 
 
 def find_images(inputs: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], *, recursive: bool = False) -> list[Path]:
@@ -65,18 +67,20 @@ def search(inputs: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], *,
         raise ImageError("images: expected at least one file, folder or pattern, got none; name one")
     pictures: dict[tuple[str, str], Path] = {}
     left_out: dict[Path, str] = {}
+    beside: dict[Path, None] = {}
     for name in given:
         found = _expand(os.fspath(name), recursive)
         for path in found.pictures:
             # The folder is resolved, not the file: "./a.png" is "a.png", yet a link beside it is a picture of its own.
             pictures.setdefault((os.path.realpath(path.parent), path.name), path)
         left_out.update(found.left_out)
-    return Found(list(pictures.values()), list(left_out.items()))
+        beside.update(dict.fromkeys(found.beside))
+    return Found(list(pictures.values()), list(left_out.items()), list(beside))
 
 
 def _expand(name: str, recursive: bool) -> Found:
     if name and os.path.isdir(name):
-        found = pictures_among(name, *files_in(name, recursive=recursive))
+        found = _told(name, by_name(*files_in(name, recursive=recursive)))
         if not found.pictures:
             below = "" if recursive else ", or ask for its subfolders too (agvas-segment --recursive)"
             raise ImageError(
@@ -85,7 +89,7 @@ def _expand(name: str, recursive: bool) -> Found:
             )
         return found
     if glob.has_magic(name) and not os.path.exists(name):
-        found = pictures_among(name, glob.iglob(name, recursive=True), [])
+        found = _told(name, by_name(glob.iglob(name, recursive=True)))
         if not found.pictures:
             raise ImageError(
                 f"{name}: expected pictures to match this pattern, got none with a suffix in {', '.join(SUFFIXES)}; "
@@ -93,7 +97,25 @@ def _expand(name: str, recursive: bool) -> Found:
             )
         return found
     check_is_file(name)
-    return Found([Path(name)], [])
+    return Found([Path(name)], [], [])
+
+
+def _told(name: str, found: Found) -> Found:
+    """Without folders that are called as pictures are; links that lead nowhere stay: reading them tells so. Warns of what is left out."""
+    if unread := Counter(path.suffix.lower() for path, _ in found.left_out if path.suffix.lower() in UNREAD_SUFFIXES):
+        counts = ", ".join(f"{count} {kind}" for kind, count in sorted(unread.items()))
+        warnings.warn(f"{name}: left out {counts}: {FORMATS} is read; save them as PNG", stacklevel=5)
+    for path, reason in found.left_out:
+        if path.suffix.lower() not in UNREAD_SUFFIXES:
+            warnings.warn(f"{name}: left out what is in {path}: {reason}", stacklevel=5)
+    if found.beside:
+        warnings.warn(
+            f"{name}: left out {len(found.beside)} that lie beside the pictures they are of, such as {min(found.beside).name}: masks or "
+            "results, no pictures; name one itself to have it taken for one",
+            stacklevel=5,
+        )
+    shown = [path for path in found.pictures if os.path.isfile(path) or (os.path.islink(path) and not os.path.exists(path))]
+    return replace(found, pictures=shown)
 
 
 def files_in(folder: str, *, recursive: bool = False) -> tuple[list[str], list[OSError]]:
@@ -116,9 +138,8 @@ def files_in(folder: str, *, recursive: bool = False) -> tuple[list[str], list[O
     return paths, errors
 
 
-def pictures_among(name: str, paths: Iterable[str], errors: Sequence[OSError]) -> Found:
-    """Those of a folder's or pattern's files that are pictures, which may be none; links that lead nowhere among them: reading them
-    tells so."""
+def by_name(paths: Iterable[str], errors: Sequence[OSError] = ()) -> Found:
+    """Which files are pictures by their names alone, sorted; `errors` are of subfolders that cannot be opened."""
     unread, named = list[tuple[Path, str]](), list[tuple[str, str, str]]()
     for path in paths:
         folder, file = os.path.split(path)
@@ -129,27 +150,14 @@ def pictures_among(name: str, paths: Iterable[str], errors: Sequence[OSError]) -
             unread.append((Path(path), kind))
         elif kind in SUFFIXES:
             named.append((folder, stem, path))
-    if unread:
-        counts = ", ".join(f"{count} {kind}" for kind, count in sorted(Counter(kind for _, kind in unread).items()))
-        warnings.warn(f"{name}: left out {counts}: {FORMATS} is read; save them as PNG", stacklevel=5)
-    for error in errors:
-        warnings.warn(f"{name}: left out what is in a folder that cannot be read: {error}; check its permissions", stacklevel=5)
     left_out = [(path, f"expected a {FORMATS} file, got a {kind}, which is not read; save it as PNG") for path, kind in sorted(unread)]
     left_out += [(Path(error.filename), f"expected a folder that can be read, got {error}; check its permissions") for error in errors]
-    of_others = set[str]()
+    beside = set[str]()
     if any(stem.endswith(ENDINGS) for _, stem, _ in named):
         owners = {owner for folder, stem, path in named for owner in (os.path.join(folder, stem), path)}
-        of_others = {path for folder, stem, path in named if stem.endswith(ENDINGS) and not owners.isdisjoint(_owners_of(folder, stem))}
-    if of_others:
-        first = min(map(Path, of_others)).name
-        warnings.warn(
-            f"{name}: left out {len(of_others)} that lie beside the pictures they are of, such as {first}: masks or results, "
-            "no pictures; name one itself to have it taken for one",
-            stacklevel=5,
-        )
-    found = (path for _, _, path in named if path not in of_others)
-    pictures = (Path(path) for path in found if os.path.isfile(path) or (os.path.islink(path) and not os.path.exists(path)))
-    return Found(sorted(pictures, key=lambda path: path.parts), left_out)
+        beside = {path for folder, stem, path in named if stem.endswith(ENDINGS) and not owners.isdisjoint(_owners_of(folder, stem))}
+    pictures = (Path(path) for _, _, path in named if path not in beside)
+    return Found(sorted(pictures, key=lambda path: path.parts), left_out, sorted(map(Path, beside)))
 
 
 def _owners_of(folder: str, stem: str) -> list[str]:

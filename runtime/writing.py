@@ -24,9 +24,11 @@ def write_whole(path: Path, data: bytes | memoryview) -> None:
         with open(temporary, "xb") as file:
             file.write(data)
         os.replace(temporary, path)
-    except OSError as error:
+    except BaseException as error:  # Ctrl-C, too
         with suppress(OSError):
             temporary.unlink()
+        if not isinstance(error, OSError):
+            raise
         if error.errno == errno.ENAMETOOLONG:
             raise RequestError(
                 f"{path}: expected a name that the file system takes, got one of {len(os.fsencode(path.name))} bytes; rename the picture"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from runtime.cli.records import output_stems
 from runtime.errors import OutputError
 from runtime.picture_files import KINDS
 from runtime.segmentation import Segmentation
+from runtime.writing import write_whole
 
 
 def test_masks_and_overlays_are_written_under_the_pictures_stem(run_segment: Any, photos: Path, tmp_path: Path) -> None:
@@ -126,6 +128,39 @@ def test_a_picture_whose_results_could_not_all_be_written_has_none(
     code, lines, errors = run_segment(photos, "--output", tmp_path / "out", "--overlay")
     assert (code, lines) == (2, []) and "disk full" in errors
     assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize("end", [KeyboardInterrupt, MemoryError])
+def test_no_overlay_of_another_picture_stands_beside_a_mask(
+    end: type[BaseException], run_segment: Any, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = (photos / "one.png", "--output", tmp_path / "out", "--overlay", "--threshold", "0.01")
+    run_segment(*asked)
+    shutil.copy(photos / "two.png", photos / "one.png")
+    real = segmentation.write_whole
+
+    def ends(path: Path, data: Any) -> None:
+        if "overlay" in path.name:
+            raise end
+        real(path, data)
+
+    monkeypatch.setattr(segmentation, "write_whole", ends)
+    code, lines, _ = run_segment(*asked)
+    left = sorted(path.name for path in (tmp_path / "out").iterdir())
+    if end is KeyboardInterrupt:
+        assert (code, lines, left) == (130, [], ["one_mask.png"])
+    else:
+        assert code == 1 and lines[0].startswith("??") and left == []
+
+
+def test_a_file_that_ctrl_c_cut_is_not_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_whole(tmp_path / "mask.png", b"mask")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_answer_that_the_limit_cut_is_not_verified_and_says_so(run_segment: Any, photos: Path) -> None:

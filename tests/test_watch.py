@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -19,7 +20,7 @@ from PIL import Image
 
 from runtime.cli import segment, watch
 from runtime.cli.watch import Watch
-from runtime.picture_files import Found, pictures_among
+from runtime.picture_files import Found, by_name
 
 ROOT = Path(__file__).parents[1]
 AMPLE = 120.0
@@ -67,7 +68,7 @@ def test_a_file_is_taken_once_when_it_has_not_changed_for_a_while(tmp_path: Path
     assert looked(watching) == []
     clock(0.2)
     assert looked(watching) == ["a.png"]
-    clock(10)
+    clock(5)
     assert looked(watching) == []
 
 
@@ -98,23 +99,119 @@ def test_what_changes_while_it_is_judged_is_taken_again(tmp_path: Path) -> None:
         next(given)
 
 
-def test_names_are_judged_once_and_anew_when_one_comes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    judged: list[int] = []
+def test_names_are_told_apart_once_and_anew_when_one_comes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told_apart, said = list[int](), list[str]()
 
-    def judge(folder: str, files: list[str], errors: list[OSError]) -> Found:
-        judged.append(len(files))
-        return pictures_among(folder, files, errors)
+    def tell_apart(files: list[str], errors: list[OSError]) -> Found:
+        told_apart.append(len(files))
+        return by_name(files, errors)
 
-    monkeypatch.setattr(watch, "pictures_among", judge)
-    watching = Watch([str(tmp_path)], settled=0)
+    monkeypatch.setattr(watch, "by_name", tell_apart)
+    watching = Watch([str(tmp_path)], settled=0, say=said.append)
     put(tmp_path / "a.png")
     assert looked(watching) == ["a.png"]
     put(tmp_path / "a.png", b"another", at=1)
-    assert looked(watching) == ["a.png"] and judged == [1]
+    assert looked(watching) == ["a.png"] and told_apart == [1]
     put(tmp_path / "b.png")
     put(tmp_path / "b_mask.png")
-    with pytest.warns(UserWarning, match="1 that lie beside"):
-        assert looked(watching) == ["b.png"] and judged == [1, 3]
+    assert looked(watching) == ["b.png"] and told_apart == [1, 3]
+    put(tmp_path / "c_map.png")
+    put(tmp_path / "c.png")
+    assert looked(watching) == ["c.png"]
+    assert len(said) == 1 and "left out what lies beside" in said[0], "once, or a line's log fills"
+
+
+def test_kinds_that_are_not_read_are_told_once(tmp_path: Path) -> None:
+    said: list[str] = []
+    watching = Watch([str(tmp_path)], settled=0, say=said.append)
+    for number in range(3):
+        put(tmp_path / f"{number}.gif")
+        assert looked(watching) == []
+    assert len(said) == 1 and "left out .gif" in said[0]
+
+
+@pytest.mark.parametrize("kind", ["empty", "link", "pipe"])
+def test_what_never_gets_content_is_a_picture_that_failed(kind: str, tmp_path: Path, clock: Callable[[float], None]) -> None:
+    watching = Watch([str(tmp_path)], settled=0.5)
+    if kind == "link":
+        (tmp_path / "a.png").symlink_to(tmp_path / "nowhere.png")
+    elif kind == "pipe":
+        os.mkfifo(tmp_path / "a.png")
+    else:
+        put(tmp_path / "a.png", b"")
+    assert looked(watching) == []
+    clock(9)
+    assert looked(watching) == [], "a sender may have begun"
+    clock(1)
+    assert looked(watching) == ["a.png"]
+    clock(100)
+    assert looked(watching) == []
+    if kind == "empty":
+        put(tmp_path / "a.png", b"a picture", at=1)
+        looked(watching)
+        clock(0.5)
+        assert looked(watching) == ["a.png"]
+
+
+def test_what_cannot_be_looked_at_for_a_while_is_not_taken_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    watching = Watch([str(tmp_path)], settled=0, say=said.append)
+    put(tmp_path / "a.png")
+    assert looked(watching) == ["a.png"]
+
+    def stale(path: str) -> os.stat_result:
+        raise OSError(errno.ESTALE, "Stale file handle", path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(watch, "_status", stale)
+        put(tmp_path / "b.png")
+        assert looked(watching) == looked(watching) == []
+    assert looked(watching) == ["b.png"]
+    assert [line.count("a.png") and "waiting for it (told once)" in line for line in said if "a.png" in line] == [True]
+
+
+def test_a_subfolder_that_cannot_be_opened_for_a_while_is_not_taken_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    watching = Watch([str(tmp_path)], recursive=True, settled=0, say=lambda line: None)
+    put(tmp_path / "deep" / "a.png")
+    put(tmp_path / "b.png")
+    assert looked(watching) == ["a.png", "b.png"]
+    real = os.scandir
+
+    def closed(name: str) -> Any:
+        if Path(name).name == "deep":
+            raise PermissionError(errno.EACCES, "Permission denied", name)
+        return real(name)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "scandir", closed)
+        assert looked(watching) == []
+    assert looked(watching) == []
+
+
+def test_a_picture_that_met_a_lost_folder_is_taken_when_the_folder_is_back(tmp_path: Path) -> None:
+    rests: list[float] = []
+
+    def back(_: float) -> None:
+        rests.append(_)
+        if len(rests) == 3:
+            (tmp_path / "away").rename(tmp_path / "in")
+
+    put(tmp_path / "in" / "a.png", at=0)
+    put(tmp_path / "in" / "b.png", at=1)
+    watching = Watch([str(tmp_path / "in")], settled=0, say=lambda line: None, sleep=back)
+    given = iter(watching)
+    assert next(given)[1].name == "a.png" and watching.waiting == 2
+    assert next(given)[1].name == "b.png" and watching.waiting == 1
+    (tmp_path / "in").rename(tmp_path / "away")  # before b could be read
+    assert next(given)[1].name == "b.png" and len(rests) == 3
+
+
+def test_a_picture_that_may_be_read_now_is_taken_again(tmp_path: Path) -> None:
+    watching = Watch([str(tmp_path)], settled=0)
+    put(tmp_path / "a.png").chmod(0)
+    assert looked(watching) == ["a.png"]
+    (tmp_path / "a.png").chmod(0o644)
+    assert looked(watching) == ["a.png"]
 
 
 def test_a_long_look_is_followed_by_as_long_a_rest(clock: Callable[[float], None], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -233,6 +330,38 @@ def test_folders_of_two_stations_keep_their_results_apart(tmp_path: Path, runnin
     one.end(signal.SIGTERM)
 
 
+def test_two_watchers_do_not_write_to_one_folder(tmp_path: Path, running: Callable[..., Running], tiny_bundle: Path) -> None:
+    for name in ("left", "right"):
+        save_whole(tmp_path / name / "part.png", 0)
+    first = running(tmp_path / "left", "--output", tmp_path / "out", "--settle", "0")
+    first.record()
+    second = running(tmp_path / "right", "--output", tmp_path / "out", "--settle", "0")
+    out, errors = second.process.communicate(timeout=AMPLE)
+    assert (second.process.returncode, out) == (2, "") and "expected no other --watch that writes there, got one" in errors
+    save_whole(tmp_path / "left" / "next.png", 1)
+    assert "mask" in first.record()
+    first.end(signal.SIGTERM)
+    third = running(tmp_path / "right", "--output", tmp_path / "out", "--settle", "0")
+    assert "mask" in third.record()
+    third.end(signal.SIGTERM)
+
+
+def test_a_service_stopped_while_its_model_is_opened_ends_as_always(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+
+    def opened(*given: Any, **settings: Any) -> Any:
+        handler = signal.getsignal(signal.SIGTERM)
+        assert callable(handler)
+        handler(signal.SIGTERM, None)
+
+    monkeypatch.setattr(segment, "Segmenter", opened)
+    assert segment.main([str(tmp_path), "--watch", "--bundle", "any", "--engine", "onnxruntime"]) == 0
+    assert "stopped; what was written so far is whole and stays" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -244,7 +373,9 @@ def test_folders_of_two_stations_keep_their_results_apart(tmp_path: Path, runnin
         (["in", "--watch", "--settle", "-1"], "--settle: expected seconds, 0 or more, got -1.0"),
         (["in", "--watch", "--settle", "nan"], "--settle: expected seconds, 0 or more, got nan"),
         (["in", "more/in", "--watch", "--output", "out"], "expected folders of different names"),
+        (["in", "in", "--watch"], "expected each folder once"),
         (["in", "--watch", "--output", "in"], "expected a folder outside the pictures' own"),
+        (["in", "more", "--watch", "--output", "."], "expected a folder outside the pictures' own"),
     ],
 )
 def test_what_cannot_be_watched_is_refused_at_once(

@@ -97,12 +97,12 @@ def records_of(
             if not result.anchors_found:  # an empty mask would say OK
                 _forget(output, stem + ending)
             elif output is not None:
-                _forget(output, stem + ending, [kind for kind, asked in asked_for.items() if not asked])
+                _forget(output, stem + ending, [kind for kind in asked_for if kind != "mask"])  # or they would outlive their mask
                 try:
                     saved = result.save(output, stem + ending, overlay=asked_for["overlay"], anomaly_map=asked_for["map"])
-                except RequestError as error:  # a name too long, the next one's need not be
+                except _OF_ONE_PICTURE as error:  # a name too long, say; the next one's need not be
                     _forget(output, stem + ending)
-                    yield {**failed, "error": str(error), **model, **made()}
+                    yield {**failed, "error": str(error) or type(error).__name__, **model, **made()}
                     continue
                 except OutputError:
                     _forget(output, stem + ending)  # of a verdict that is not told
@@ -137,7 +137,7 @@ def _forget(output: str | os.PathLike[str] | None, stem: str, kinds: Sequence[st
         try:
             path.unlink(missing_ok=True)
         except OSError as error:
-            if error.errno != errno.ENAMETOOLONG:  # where no file can have that name, there is none
+            if error.errno not in (errno.ENAMETOOLONG, errno.ENOTDIR):  # where no file can have that name, there is none
                 raise OutputError(
                     f"{path}: expected to remove an earlier run's result, got {error}; remove it, or choose another folder"
                 ) from error

@@ -12,6 +12,7 @@ Exit codes: 0 every picture has a verdict, 1 some have none, 2 nothing could be 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import fnmatch
 import glob
 import os
@@ -28,6 +29,7 @@ from typing import Any
 import numpy as np
 
 from engines import EngineError
+from engines.cache import locked
 from runtime.cli.common import AUTO, Progress, add_engine_arguments, close_stdout, describe, engine_options, json_line, open_streams, say
 from runtime.cli.records import endings_of, made, output_stems, records_of, segment_pictures, spare_inputs
 from runtime.cli.watch import SETTLED, Watch
@@ -48,12 +50,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if arguments.bundle is None and arguments.recipe is None:
         parser.error("one of the arguments --bundle --recipe is required")
+    before = _end_as_ctrl_c() if arguments.watch else None
     try:
         if not heard and arguments.output is None:
             raise RequestError("stdout: expected somewhere for the verdicts to go, got a closed one; redirect it, or give --output DIR")
         recipe = None if arguments.recipe is None else _follow(arguments, argv)
-        with warnings.catch_warnings():  # _run shows them as notes
-            return _run(arguments, recipe)
+        with warnings.catch_warnings(), contextlib.ExitStack() as held:  # _run shows them as notes
+            return _run(arguments, recipe, held)
     except KeyboardInterrupt:
         how = "stopped" if arguments.watch else "interrupted"
         print(f"agvas-segment: {how}; what was written so far is whole and stays", file=sys.stderr)
@@ -64,6 +67,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (AgvasError, EngineError, OSError) as error:
         print(f"agvas-segment: {error}", file=sys.stderr)
         return 2
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _end_as_ctrl_c() -> Any:
+    """Take SIGTERM, by which a service is stopped, for Ctrl-C; gives what took it before, None in a thread that may not set it."""
+    if threading.current_thread() is not threading.main_thread():
+        return None
+    return signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -170,7 +183,7 @@ def _to_save(arguments: argparse.Namespace) -> Recipe | None:
     return Recipe(**settings | {"instruction": instructions[0]})
 
 
-def _run(arguments: argparse.Namespace, recipe: Recipe | None) -> int:
+def _run(arguments: argparse.Namespace, recipe: Recipe | None, held: contextlib.ExitStack) -> int:
     options = engine_options(arguments)
     _check(arguments)
     to_save = _to_save(arguments)
@@ -178,8 +191,9 @@ def _run(arguments: argparse.Namespace, recipe: Recipe | None) -> int:
     warnings.simplefilter("once", UserWarning)
     warnings.showwarning = lambda message, *_: print(f"agvas-segment: warning: {message}", file=sys.stderr)
     if arguments.output is not None:
-        _refuse_own_results(arguments.inputs, arguments.output, arguments.recursive)
-    found, failed = (Found([], []), []) if arguments.watch else _find(arguments.inputs, arguments.recursive)
+        for place in _places(arguments):
+            _refuse_own_results(arguments.inputs, place, arguments.recursive)
+    found, failed = (Found([], [], []), []) if arguments.watch else _find(arguments.inputs, arguments.recursive)
     pictures = found.pictures
     if arguments.strict:
         failed += [{"image": str(path), "error": reason, **made()} for path, reason in found.left_out]
@@ -195,6 +209,8 @@ def _run(arguments: argparse.Namespace, recipe: Recipe | None) -> int:
         warnings.warn(f"--region {arguments.region}: white throughout, so that nothing is left out", stacklevel=2)
     if arguments.output is not None:
         _prepare(arguments.output)  # before the model is opened, which can take minutes
+        if arguments.watch:
+            held.enter_context(_alone_in(arguments.output))
     if arguments.engine == AUTO:
         note(f"opening {arguments.bundle}; on a new machine, engine auto first measures the engines that are installed")
     segmenter = Segmenter(
@@ -225,16 +241,21 @@ def _run(arguments: argparse.Namespace, recipe: Recipe | None) -> int:
         to_save.write(arguments.save_recipe)
         note(f"saved {arguments.save_recipe}")
     warnings.simplefilter("ignore", PictureWarning)  # _warn tells them, with the first picture's name
+    watch = Watch(
+        arguments.inputs,
+        recursive=arguments.recursive,
+        settled=SETTLED if arguments.settle is None else arguments.settle,
+        say=lambda line: print(f"agvas-segment: {line}", file=sys.stderr),
+    )
     if arguments.watch:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, signal.default_int_handler)  # a service is stopped so
+        held.callback(lambda: watch.waiting and note(f"{watch.waiting} pictures have come that were not judged"))
         note(f"watching {', '.join(arguments.inputs)}; Ctrl-C ends it")
     with Progress(quiet=arguments.quiet or arguments.watch) as progress:
         asked = {"mode": arguments.mode, "normal_state": arguments.normal_state, "max_new_tokens": arguments.max_new_tokens}
         if arguments.watch:
             requests = [segmenter.request(text, **asked) for text in instructions]
             kinds = {"mask": True, "overlay": arguments.overlay, "map": arguments.map}
-            records = records_of(segmenter, _as_they_come(arguments), requests, kinds, arguments.polygons)
+            records = records_of(segmenter, _as_they_come(watch, arguments), requests, kinds, arguments.polygons)
         else:
             records = segment_pictures(
                 segmenter,
@@ -298,28 +319,44 @@ def _check_watch(arguments: argparse.Namespace) -> None:
             raise RequestError(f"{option}: expected no --watch beside it, whose exit code comes when it is stopped; read each line instead")
     if arguments.settle is not None and not 0 <= arguments.settle < float("inf"):
         raise RequestError(f"--settle: expected seconds, 0 or more, got {arguments.settle}")
-    names = [str(_own_name(name)).casefold() for name in arguments.inputs]
+    if len({os.path.realpath(name) for name in arguments.inputs}) < len(arguments.inputs):
+        raise RequestError("--watch: expected each folder once, got one twice; name it once")
+    names = [_own_name(name).casefold() for name in arguments.inputs]
     if arguments.output is not None and len({*names}) < len(names):
         raise RequestError("--watch: expected folders of different names, whose results have folders of these names; got one twice")
 
 
-def _as_they_come(arguments: argparse.Namespace) -> Iterator[tuple[Path, Path | None, str]]:
+def _as_they_come(watch: Watch, arguments: argparse.Namespace) -> Iterator[tuple[Path, Path | None, str]]:
     """--watch's pictures, with folder and stem of their results, which do not depend on what else has come, or is going to."""
-    settled = SETTLED if arguments.settle is None else arguments.settle
-    output = None if arguments.output is None else Path(arguments.output)
-
-    def say_so(line: str) -> None:
-        print(f"agvas-segment: {line}", file=sys.stderr)
-
-    for folder, path in Watch(arguments.inputs, recursive=arguments.recursive, settled=settled, say=say_so):
-        below = path.parent.relative_to(folder)
-        if len(arguments.inputs) > 1:
-            below = _own_name(folder) / below
-        yield path, None if output is None else output / below, path.name
+    places = {} if arguments.output is None else dict(zip(arguments.inputs, _places(arguments), strict=True))
+    for folder, path in watch:
+        yield path, Path(places[folder]) / path.parent.relative_to(folder) if places else None, path.name
 
 
-def _own_name(folder: str) -> Path:
-    return Path(os.path.basename(os.path.abspath(folder)))
+def _places(arguments: argparse.Namespace) -> list[str]:
+    """Where results go: of several folders that are watched, in a folder of each one's name."""
+    if not arguments.watch or len(arguments.inputs) == 1:
+        return [arguments.output]
+    return [os.path.join(arguments.output, _own_name(name)) for name in arguments.inputs]
+
+
+def _own_name(folder: str) -> str:
+    return os.path.basename(os.path.abspath(folder))
+
+
+@contextlib.contextmanager
+def _alone_in(output: str) -> Iterator[None]:
+    """While this runs, no other --watch writes there: pictures of one name would overwrite each other's results.
+
+    Raises:
+        RequestError: one does already.
+    """
+
+    def refuse() -> None:
+        raise RequestError(f"--output {output}: expected no other --watch that writes there, got one; give each a folder of its own")
+
+    with locked(Path(output, ".agvas-watch.lock"), refuse):
+        yield
 
 
 def _read_region(path: str) -> np.ndarray:
@@ -339,7 +376,7 @@ def _find(inputs: Sequence[str], recursive: bool) -> tuple[Found, list[dict[str,
             failed.append({"image": name, "error": str(error), **made()})
         else:
             good.append(name)
-    return (search(good, recursive=recursive) if good else Found([], [])), failed
+    return (search(good, recursive=recursive) if good else Found([], [], [])), failed
 
 
 def _refuse_own_results(inputs: Sequence[str], output: str, recursive: bool) -> None:
@@ -428,6 +465,8 @@ def _in_words(record: dict[str, Any], several: bool) -> str:
     if not record["anchors_found"]:
         lacks = "was cut at the length limit before its anchors" if record["truncated"] else "lacks [NOR], [ANO] or [SEG]"
         line += f"  (no verdict: the answer {lacks})"
+    if record["warnings"]:
+        line += "  (warned of: --json has the words)"
     if record["anchor_groups"] > 1:
         line += f"  (the first of {record['anchor_groups']} masks in the answer)"
     if several:

@@ -6,6 +6,7 @@ whole when it has not changed for a while; one that changes after it was taken (
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import sys
@@ -14,12 +15,13 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from runtime.errors import ImageError
-from runtime.picture_files import Found, files_in, pictures_among
+from runtime.picture_files import Found, by_name, files_in
 
 EVERY = 0.1  # seconds between two looks
 SETTLED = 0.5
+EMPTY_FOR = 10  # times as long, and as many seconds at least, until a file without content is taken for a picture that failed
 
-_State = tuple[int, int, int]
+_State = tuple[int, int, int]  # times of content and of all else, both in ns, and size
 
 
 class Watch:
@@ -29,8 +31,11 @@ class Watch:
         folders: none needs to hold pictures yet.
         recursive: look into subfolders, too.
         settled: seconds for which a file must not have changed.
-        say: told in words when a folder cannot be read any longer, and when it can be again.
+        say: told in words, once, what cannot be read any longer, or can be again, and what is left out.
         sleep: waits for some seconds; for tests.
+
+    Attributes:
+        waiting: pictures seen that have not been given yet.
     """
 
     def __init__(
@@ -46,7 +51,9 @@ class Watch:
         self._taken: dict[str, _State] = {}
         self._waiting: dict[str, tuple[_State, float]] = {}
         self._lost: set[str] = set()
+        self._told: set[tuple[str, str]] = set()
         self._found: dict[str, tuple[list[str], list[str], Found]] = {}
+        self.waiting = 0
 
     def __iter__(self) -> Iterator[tuple[str, Path]]:
         """(folder of those watched, picture)."""
@@ -57,6 +64,9 @@ class Watch:
             for state, path, folder in whole:
                 self._taken[path] = state  # of before it is read: what changes meanwhile is taken again
                 yield folder, Path(path)
+                self.waiting -= 1
+                if not os.path.exists(os.path.dirname(path)):  # it may not have been read: it is judged when its folder is there again
+                    self._taken.pop(path, None)
 
     def look(self) -> list[tuple[_State, str, str]]:
         """(state, picture, folder) of those that are whole and not taken yet, oldest first."""
@@ -65,16 +75,16 @@ class Watch:
             for path, state in self._states(folder, unseen):
                 found.setdefault(path, (state, folder))
         # What is gone is forgotten, else a line's months would not fit into memory; not what merely cannot be seen now.
-        self._taken = {path: state for path, state in self._taken.items() if path in found or not unseen.isdisjoint(Path(path).parents)}
+        self._taken = {path: state for path, state in self._taken.items() if path in found or _within(path, unseen)}
         waiting, whole = dict[str, tuple[_State, float]](), []
         for path, (state, folder) in found.items():
             if self._taken.get(path) == state:
                 continue
             before, since = self._waiting.get(path, (None, now))
             waiting[path] = state, since if before == state else now
-            if now - waiting[path][1] >= self._settled:
+            if now - waiting[path][1] >= (self._settled if state[-1] else max(EMPTY_FOR * self._settled, EMPTY_FOR)):
                 whole.append((state, path, folder))
-        self._waiting = waiting
+        self._waiting, self.waiting = waiting, len(waiting)
         return sorted(whole)
 
     def _states(self, folder: str, unseen: set[Path]) -> Iterator[tuple[str, _State]]:
@@ -90,19 +100,46 @@ class Watch:
             self._say(f"{folder}: can be read again")
             self._lost.remove(folder)
         found = self._pictures_of(folder, files, errors)
-        unseen.update(path for path, _ in found.left_out)
+        unseen.update(Path(error.filename) for error in errors)
         for path in map(str, found.pictures):
             try:
-                told = os.stat(path)
-            except OSError:  # moved away since
+                told = _status(path)
+            except OSError as error:
+                if error.errno != errno.ENOENT:  # not moved away since
+                    self._tell(path, f"expected a file that can be looked at, got {error}; waiting for it")
+                    unseen.add(Path(path))
                 continue
-            if told.st_size and stat.S_ISREG(told.st_mode):  # an empty one is only begun
-                yield path, (told.st_mtime_ns, told.st_size, told.st_ino)
+            if not stat.S_ISDIR(told.st_mode):  # folders may be called as pictures are
+                yield path, (told.st_mtime_ns, told.st_ctime_ns, told.st_size if stat.S_ISREG(told.st_mode) else 0)
 
     def _pictures_of(self, folder: str, files: list[str], errors: list[OSError]) -> Found:
         """Told apart from masks and other files once for as long as the names stay, which takes most of a look's time."""
         reasons = [str(error) for error in errors]
         before = self._found.get(folder)
         if before is None or before[:2] != (files, reasons):
-            before = self._found[folder] = files, reasons, pictures_among(folder, files, errors)
+            found = by_name(files, errors)
+            before = self._found[folder] = files, reasons, found
+            for path, reason in found.left_out:
+                self._tell(folder, f"left out {path.suffix.lower() or path}: {reason}")
+            if found.beside:
+                self._tell(folder, "left out what lies beside the pictures it is of, called _mask, _overlay or _map: masks or results")
         return before[2]
+
+    def _tell(self, name: str, words: str) -> None:
+        """Once: a line's log does not fill."""
+        if (name, words) not in self._told:
+            self._told.add((name, words))
+            self._say(f"{name}: {words} (told once)")
+
+
+def _status(path: str) -> os.stat_result:
+    """Of the file, or of a link that leads nowhere."""
+    try:
+        return os.stat(path)
+    except FileNotFoundError:
+        return os.lstat(path)
+
+
+def _within(path: str, places: set[Path]) -> bool:
+    """Whether a file is one of these or lies in one."""
+    return bool(places) and not places.isdisjoint((Path(path), *Path(path).parents))
