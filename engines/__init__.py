@@ -23,6 +23,7 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 ENGINES = ("onnxruntime", "openvino", "tensorrt", "tensorrt-rtx")
 INFERENCE_PRECISIONS = ("graph", "bf16", "int8")
+THREADS_PER_PROCESSOR = 64  # more is a slip, which engines would try until memory is gone
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,8 @@ class EngineOptions:
             raise ValueError(f"device: expected cpu or cuda:N (cuda:0 is the first GPU), got {self.device!r}")
         if self.threads < 0:
             raise ValueError(f"threads: expected 0 (the engine's choice) or more, got {self.threads}")
+        if self.threads > (most := THREADS_PER_PROCESSOR * (os.cpu_count() or 1)):
+            raise ValueError(f"threads: expected {most} at most, {THREADS_PER_PROCESSOR} a processor, got {self.threads}; 0 is usual")
         if self.inference_precision not in INFERENCE_PRECISIONS:
             raise ValueError(f"inference_precision: expected one of {INFERENCE_PRECISIONS}, got {self.inference_precision!r}")
 

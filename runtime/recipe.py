@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import json
 import os
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,11 +85,14 @@ class Recipe:
         path = Path(path)
         try:
             content = path.read_bytes()
-            fields = json.loads(content)
-        except (OSError, ValueError) as error:
+            fields = json.loads(content, object_pairs_hook=_each_once)
+        except (OSError, ValueError, RecursionError) as error:
             raise RequestError(f"{path}: expected a recipe (agvas-segment --save-recipe writes one), got {error}") from error
-        if not isinstance(fields, dict) or fields.pop("recipe", None) != SCHEMA:
-            raise RequestError(f'{path}: expected a recipe, JSON with "recipe": {SCHEMA}, got none; agvas-segment --save-recipe writes one')
+        schema = fields.pop("recipe", None) if isinstance(fields, dict) else None
+        if schema != SCHEMA:
+            got = "none" if schema is None else f'"recipe": {schema!r}'
+            wanted = f'JSON with "recipe": {SCHEMA}'
+            raise RequestError(f"{path}: expected a recipe, {wanted}, got {got}; agvas-segment --save-recipe writes one")
         known = {field.name: str(field.type).split(" | ") for field in dataclasses.fields(cls) if field.name != "sha256"}
         for name, value in fields.items():
             choose(str(path), name, known)
@@ -98,8 +102,14 @@ class Recipe:
         if not fields.get("bundle"):
             raise RequestError(f"{path}: bundle: expected the bundle's folder, told from the recipe's own, got none")
         for name in _PATHS:
+            hashed = "manifest_sha256" if name == "bundle" else "region_sha256"
+            if hashed not in fields and fields.get(name) is not None:
+                raise RequestError(f"{path}: {hashed}: expected the sha256 of its {name}, got none; write null where any {name} will do")
+            if fields.get(hashed) is not None and fields.get(name) is None:
+                raise RequestError(f"{path}: {name}: expected the one of this {hashed}, got none; name it, or write null for both")
             if fields.get(name) is not None:
-                fields[name] = os.path.join(path.parent, fields[name])  # ".." is for the system to follow, through links too
+                folder = os.path.dirname(os.path.realpath(path))  # the file's own, where a link was given
+                fields[name] = os.path.join(folder, fields[name])  # ".." is for the system to follow, through links too
         return cls(**fields, sha256=hashlib.sha256(content).hexdigest())
 
     def write(self, path: str | os.PathLike[str]) -> None:
@@ -108,11 +118,11 @@ class Recipe:
         Raises:
             OutputError: the file cannot be written.
             BundleError: no bundle there.
+            ImageError: no region there.
         """
         path = Path(path)
-        told = dataclasses.asdict(self) | {"manifest_sha256": Bundle(Path(self.bundle), check_hashes=False).id}
+        told = dataclasses.asdict(self) | {"manifest_sha256": self._bundle_id(), "region_sha256": self._region_id()}
         del told["sha256"]
-        told["region_sha256"] = None if self.region is None else sha256_of(Path(self.region))
         for name in _PATHS:
             if told[name] is not None:
                 told[name] = _from(path.parent, told[name])
@@ -122,11 +132,13 @@ class Recipe:
         """The segmenter of these settings.
 
         Raises:
-            RequestError: as check; a setting out of range.
+            RequestError: as check; a setting out of range; a mode or an instruction that the model does not take.
             BundleError, EngineError, ImageError: see Segmenter.
         """
         self.check()
-        return Segmenter(self.bundle, **{name: getattr(self, name) for name in OF_SEGMENTER})
+        segmenter = Segmenter(self.bundle, **{name: getattr(self, name) for name in OF_SEGMENTER})
+        segmenter.request(**self.request)  # or it would be found out with the first part
+        return segmenter
 
     def check(self) -> None:
         """Whether bundle and region are those that the recipe was made for.
@@ -136,24 +148,29 @@ class Recipe:
             BundleError: no bundle there.
             ImageError: no region there.
         """
-        if self.manifest_sha256 is not None:
-            found = Bundle(Path(self.bundle), check_hashes=False).id
-            if found != self.manifest_sha256:
-                raise RequestError(
-                    f"recipe: expected the bundle it was made for (manifest {self.manifest_sha256[:12]}…) at {self.bundle}, got another "
-                    f"({found[:12]}…), whose scores its threshold says nothing about; put that one back, or choose the threshold anew and "
-                    "save the recipe again"
-                )
-        if self.region is not None and self.region_sha256 is not None:
-            try:
-                found = sha256_of(Path(self.region))
-            except OSError as error:
-                raise ImageError(f"recipe: expected its region at {self.region}, got {error}; put it back") from error
-            if found != self.region_sha256:
-                raise RequestError(
-                    f"recipe: expected the region it was made for (sha256 {self.region_sha256[:12]}…) at {self.region}, got another "
-                    f"({found[:12]}…); put that one back, or save the recipe again"
-                )
+        bundle, region = self._bundle_id(), self._region_id()
+        if self.manifest_sha256 is not None and bundle != self.manifest_sha256.lower():
+            raise RequestError(
+                f"recipe: expected the bundle it was made for (manifest {self.manifest_sha256[:12]}…) at {self.bundle}, got another "
+                f"({bundle[:12]}…), whose scores its threshold says nothing about; put that one back, or choose the threshold anew and "
+                "save the recipe again"
+            )
+        if self.region_sha256 is not None and region != self.region_sha256.lower():
+            raise RequestError(
+                f"recipe: expected the region it was made for (sha256 {self.region_sha256[:12]}…) at {self.region}, got "
+                f"{'none' if region is None else f'another ({region[:12]}…)'}; put that one back, or save the recipe again"
+            )
+
+    def _bundle_id(self) -> str:
+        return Bundle(Path(self.bundle), check_hashes=False).id
+
+    def _region_id(self) -> str | None:
+        if self.region is None:
+            return None
+        try:
+            return sha256_of(Path(self.region))
+        except OSError as error:
+            raise ImageError(f"recipe: expected its region at {self.region}, got {error}; put it back") from error
 
     @property
     def request(self) -> dict[str, Any]:
@@ -161,9 +178,17 @@ class Recipe:
         return {name: getattr(self, name) for name in OF_REQUEST}
 
 
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A setting given twice would be the last one's, and the first would look as if it held."""
+    if twice := [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]:
+        raise ValueError(f"{twice[0]!r} twice; leave one of them")
+    return dict(pairs)
+
+
 def _from(folder: Path, path: str) -> str:
     """A path told from a folder, or whole where no way leads there (another drive). A link at its end stays one: it may be set anew."""
-    whole = os.path.join(os.path.realpath(os.path.dirname(os.path.abspath(path))), os.path.basename(os.path.abspath(path)))
+    before, name = os.path.split(path.rstrip("/") or path)
+    whole = os.path.realpath(path) if name in ("", ".", "..") else os.path.join(os.path.realpath(before), name)
     try:
         return Path(os.path.relpath(whole, os.path.realpath(folder))).as_posix()
     except ValueError:

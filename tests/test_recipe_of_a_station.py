@@ -94,9 +94,44 @@ def test_a_recipe_is_for_its_own_bundle_and_region(station: Path, copy_of_bundle
     (station / "other.json").write_text(json.dumps(other | {"manifest_sha256": None}))
     assert Recipe.read(station / "other.json").open().region is not None, "null: any bundle and region"
     shutil.rmtree(station / "bundle")
-    with pytest.raises(BundleMissing):
-        Recipe.read(station / "other.json").check()
+    for name in ("other.json", "three.json"):
+        with pytest.raises(BundleMissing):
+            Recipe.read(station / name).check()
+
+
+def test_a_recipe_by_a_link_and_a_bundle_by_dots_are_found(station: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (station / "deep" / "folder").mkdir(parents=True)
+    (station / "elsewhere").mkdir()
+    (station / "elsewhere" / "link").symlink_to(station / "deep" / "folder")
+    dotted = station / "elsewhere" / "link" / ".." / ".." / "bundle"  # of the folder behind the link
+    for bundle in (str(dotted), f"{station / 'bundle'}/", str(station / "bundle" / ".")):
+        Recipe(bundle, engine="onnxruntime").write(station / "three.json")
         Recipe.read(station / "three.json").check()
+    (station / "elsewhere" / "current.json").symlink_to(station / "three.json")
+    Recipe.read(station / "elsewhere" / "current.json").check()
+    told = json.loads((station / "three.json").read_text())
+    (station / "upper.json").write_text(json.dumps(told | {"manifest_sha256": told["manifest_sha256"].upper()}))
+    Recipe.read(station / "upper.json").check()
+    monkeypatch.chdir(station / "bundle")
+    Recipe(".", engine="onnxruntime").write(station / "three.json")
+    assert json.loads((station / "three.json").read_text())["bundle"] == "bundle"
+
+
+def test_a_station_that_no_part_could_be_judged_by_does_not_open(station: Path, run: Any) -> None:
+    recipe_of(station).write(station / "three.json")
+    told = json.loads((station / "three.json").read_text())
+    (station / "three.json").write_text(json.dumps(told | {"mode": "direkt"}))
+    with pytest.raises(RequestError, match="did you mean 'direct'"):
+        Recipe.read(station / "three.json").open()
+    (station / "three.json").write_text(json.dumps(told | {"threshold": 2}))
+    code, lines, errors = run(station / "part.png", "--recipe", station / "three.json")
+    assert (code, lines) == (2, [])
+    assert errors.startswith(f"agvas-segment: {station / 'three.json'}: threshold: expected a number in 0..1, got 2")
+    (station / "three.json").write_text(json.dumps(told | {"threads": 1_000_000}))
+    with pytest.raises(RequestError, match="threads: expected .* at most, 64 a processor, got 1000000"):
+        Recipe.read(station / "three.json").open()
+    with pytest.raises(ImageError, match="expected its region at"):
+        recipe_of(station, region=str(station / "nowhere.png")).write(station / "four.json")
 
 
 def test_a_bundle_by_a_link_may_be_set_anew(station: Path) -> None:
@@ -116,7 +151,12 @@ def test_a_bundle_by_a_link_may_be_set_anew(station: Path) -> None:
         ("not json", "expected a recipe"),
         ("[]", 'JSON with "recipe": 1, got none'),
         ('{"bundle": "b"}', 'JSON with "recipe": 1, got none'),
-        ('{"recipe": 2, "bundle": "b"}', 'JSON with "recipe": 1, got none'),
+        ('{"recipe": 2, "bundle": "b"}', 'JSON with "recipe": 1, got "recipe": 2'),
+        ("[" * 100_000, "expected a recipe"),
+        ('{"recipe": 1, "bundle": "b", "threshold": 0.93, "threshold": 0.99}', "'threshold' twice"),
+        ('{"recipe": 1, "bundle": "b"}', "manifest_sha256: expected the sha256 of its bundle, got none; write null"),
+        ('{"recipe": 1, "bundle": "b", "manifest_sha256": null, "region": "r.png"}', "region_sha256: expected the sha256 of its region"),
+        ('{"recipe": 1, "bundle": "b", "manifest_sha256": null, "region_sha256": "0"}', "region: expected the one of this region_sha256"),
         ('{"recipe": 1}', "bundle: expected the bundle's folder"),
         ('{"recipe": 1, "bundle": ""}', "bundle: expected the bundle's folder"),
         ('{"recipe": 1, "bundle": "b", "treshold": 0.5}', "got 'treshold'; did you mean 'threshold'?"),

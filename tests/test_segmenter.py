@@ -573,8 +573,9 @@ def test_onnxruntime_calls_nobody(tmp_path: Path) -> None:
 
 
 def test_more_threads_than_processors_are_warned_of(tiny_bundle: Path) -> None:
-    with pytest.warns(UserWarning, match=r"threads: 4000 on \d+ processors wait for one another"), pytest.raises(EngineUnavailable):
-        Segmenter(tiny_bundle, "tensorrt", threads=4000)
+    threads = 40 * (os.cpu_count() or 1)
+    with pytest.warns(UserWarning, match=rf"threads: {threads} on \d+ processors wait for one another"), pytest.raises(EngineUnavailable):
+        Segmenter(tiny_bundle, "tensorrt", threads=threads)
 
 
 # What may have spoiled a verdict

@@ -16,6 +16,7 @@ import contextlib
 import fnmatch
 import glob
 import os
+import re
 import signal
 import sys
 import threading
@@ -50,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if arguments.bundle is None and arguments.recipe is None:
         parser.error("one of the arguments --bundle --recipe is required")
-    before = _end_as_ctrl_c() if arguments.watch else None
+    before, recipe = _end_as_ctrl_c() if arguments.watch else None, None
     try:
         if not heard and arguments.output is None:
             raise RequestError("stdout: expected somewhere for the verdicts to go, got a closed one; redirect it, or give --output DIR")
@@ -65,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         close_stdout()
         return 2
     except (AgvasError, EngineError, OSError) as error:
-        print(f"agvas-segment: {error}", file=sys.stderr)
+        print(f"agvas-segment: {str(error) if recipe is None else _as_asked(str(error), arguments.recipe)}", file=sys.stderr)
         return 2
     finally:
         if before is not None:
@@ -163,6 +164,14 @@ def _follow(arguments: argparse.Namespace, argv: Sequence[str] | None) -> Recipe
     if recipe.instruction is not None:
         arguments.instruction = [recipe.instruction]
     return recipe
+
+
+def _as_asked(message: str, recipe: str) -> str:
+    """Words on an option in words on the recipe's setting, where that is where it stands."""
+    option = re.match(r"--([a-z-]+)", message)
+    if option is None or option[1].replace("-", "_") not in ("bundle", *OF_SEGMENTER, *OF_REQUEST):
+        return message
+    return f"{recipe}: {message.removeprefix('--')}"
 
 
 def _to_save(arguments: argparse.Namespace) -> Recipe | None:
