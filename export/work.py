@@ -52,9 +52,9 @@ class Work:
         self.stages: dict[str, dict[str, int]] = {}
         try:
             found = json.loads((folder / UNFINISHED).read_text())
-        except (OSError, ValueError):
-            found = {}
-        known, stages = found.get("key"), found.get("stages")
+            known, stages = found["key"], dict(found["stages"])
+        except (OSError, ValueError, KeyError, TypeError):  # none, or not as it is written below
+            known, stages = None, {}
         if key is not None and known == asdict(key):
             self.stages = stages
         else:
@@ -162,21 +162,24 @@ def whole_or_nothing(output: Path, key: Key | None, note: Callable[[str], object
             vanishes = False  # under its name; of this one there may be another export's by now
     except FolderInUse as error:
         raise OutputError(str(error)) from error
-    except AgvasError as error:
-        if key is not None and work is not None and work.stages:
-            raise type(error)(f"{error}. {work.kept()}") from error
-        raise
     except KeyboardInterrupt as interruption:
         if interruption.args:  # written all the same
             vanishes = False
             raise
         kept = work.kept() if key is not None and work is not None else "nothing of it was kept (--resume keeps finished stages)"
         raise KeyboardInterrupt(f"no bundle was written, an older one is untouched; {kept}") from None
-    except OSError as error:
-        kept = f"; {work.kept()}" if key is not None and work is not None else ""
-        if error.errno == errno.ENOSPC:
-            raise OutputError(f"the disk of {output} is full; free some space or choose another --output{kept}") from error
-        raise OutputError(f"{output}: export stopped by {error}; check the path, or choose another --output{kept}") from error
+    except Exception as error:
+        kept = work.kept() if key is not None and work is not None else ""
+        if isinstance(error, OSError) and not isinstance(error, AgvasError):
+            stopped = f"{output}: export stopped by {error}; check the path, or choose another --output"
+            if error.errno == errno.ENOSPC:
+                stopped = f"the disk of {output} is full; free some space or choose another --output"
+            raise OutputError("; ".join(filter(None, (stopped, kept)))) from error
+        if kept:
+            error.args = (". ".join(filter(None, (str(error), kept))), *error.args[1:])
+            if kept not in str(error):  # of one that makes its words of something else than its arguments
+                note(kept)
+        raise
     finally:
         if vanishes:
             shutil.rmtree(partial, ignore_errors=True)

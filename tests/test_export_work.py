@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import signal
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from agvas.checkpoint import CheckpointError
+from engines import EngineFailed
 from export.work import Key, kept_folder, whole_or_nothing
 from runtime.bundle import UNFINISHED
 
@@ -125,3 +128,26 @@ def test_ctrl_c_twice_once_the_new_bundle_is_in_place_says_so(older: Path, monke
     with pytest.warns(UserWarning, match="remove .*old-"), pytest.raises(KeyboardInterrupt, match="bundle was written all the same"):
         export(older)
     assert names(older) == ["a", "b"]
+
+
+@pytest.mark.parametrize("content", ["[]", "null", "{}", '{"key": 1, "stages": 2}', "{"])
+def test_a_record_of_stages_that_is_none_begins_anew(content: str, output: Path) -> None:
+    kept_folder(output).mkdir()
+    (kept_folder(output) / UNFINISHED).write_text(content)
+    assert export(output) == ["a", "b"]
+
+
+@pytest.mark.parametrize("fault", [CheckpointError("damaged"), EngineFailed("damaged"), RuntimeError("damaged"), MemoryError()])
+def test_whatever_ends_an_export_says_what_is_kept(fault: Exception, output: Path) -> None:
+    with pytest.raises(type(fault), match=KEPT) as raised:
+        export(output, fault=fault)
+    assert raised.value is fault and str(fault).startswith("damaged. 2" if fault.args[0].startswith("damaged") else "2")
+    assert export(output) == []
+
+
+def test_an_error_whose_words_are_its_own_lets_a_note_say_what_is_kept(output: Path) -> None:
+    notes: list[str] = []
+    with pytest.raises(UnicodeDecodeError):
+        export(output, fault=UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte"), notes=notes)
+    assert len(notes) == 1 and notes[0].startswith("2 finished stages stay in ")
+    assert json.loads((kept_folder(output) / UNFINISHED).read_text())["stages"].keys() == {"a", "b"}
