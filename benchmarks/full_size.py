@@ -11,7 +11,10 @@ behind it a model has its full widths and two layers of everything. Parity of ma
     python -m benchmarks.full_size --size 7b --work DIR --parts checkpoint calibrate export-plan stages-plan --output FILE.json
 
 calibrates the language model with agvas-calibrate instead, on a few pictures (an hour on two cores; stopped, it goes on where it was),
-and exports and compares what the plan says.
+and exports and compares what the plan says; --again makes the plan anew.
+
+What went on where an earlier run had stopped says "resumed": its seconds and its memory are of the rest alone. An output is of one size,
+precision, head and number of pictures, a random checkpoint of one size: others are refused.
 """
 
 from __future__ import annotations
@@ -62,6 +65,16 @@ class Work:
     def plan(self) -> Path:
         return self.folder / "plan"
 
+    @property
+    def unfinished_plan(self) -> Path:
+        """Where agvas-calibrate keeps what it goes on with."""
+        return self.folder / "plan.partial"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What an output is of."""
+        return {"size": self.size, "precision": self.precision, "head": self.head, "pictures": self.pictures}
+
     def calibration(self, kind: str) -> Path:
         """Where the 4-bit codes of an export come from."""
         from export.quantisation import RTN
@@ -91,19 +104,28 @@ def checkpoint(work: Work) -> dict[str, Any]:
 
 
 def calibrate(work: Work) -> dict[str, Any]:
-    """agvas-calibrate as a user calls it, in a process of its own."""
+    """agvas-calibrate as a user calls it, in a process of its own. resumed: it went on with what an earlier one had left, a whole plan
+    for instance, so that its seconds and memory are of the rest alone."""
+    resumed, before = (work.unfinished_plan / "state.json").exists(), _written(work.plan / "plan.json")
     command = [sys.executable, "-m", "calibration.cli", "--checkpoint", work.checkpoint, "--output", work.plan, "--dtype", "bf16"]
     command += ["--samples", str(work.pictures), "--json"]
     finished = subprocess.run([*map(str, command)], stdout=subprocess.PIPE, text=True, check=True)
     told = json.loads(finished.stdout.splitlines()[-1])
     del told["plan"]
-    return told | {"dtype": "bf16", "plan_bytes": sum(file.stat().st_size for file in work.plan.iterdir())}
+    resumed |= before == _written(work.plan / "plan.json")
+    return told | {"resumed": resumed, "dtype": "bf16", "plan_bytes": sum(file.stat().st_size for file in work.plan.iterdir())}
+
+
+def _written(file: Path) -> int | None:
+    """When, in nanoseconds; None where there is no such file."""
+    return file.stat().st_mtime_ns if file.exists() else None
 
 
 def export(work: Work, kind: str) -> dict[str, Any]:
-    """One export without its comparison, step by step."""
+    """One export without its comparison, step by step. resumed: stages of an earlier one, which was stopped, were not made again."""
     from export.bundle import ExportSettings, export_bundle
     from export.progress import Progress
+    from runtime.contract import STAGES
     from runtime.verify import peak_rss_bytes as peak
 
     steps: list[dict[str, Any]] = []
@@ -126,6 +148,7 @@ def export(work: Work, kind: str) -> dict[str, Any]:
         "precision": precision,
         "lmm": settings.lmm,
         "head": settings.head,
+        "resumed": sum(step["step"].startswith("export ") for step in steps) < len(STAGES),
         "seconds": round(time.monotonic() - started, 1),
         "peak_rss_bytes": peak(),
         "disk_bytes": bundle.bytes,
@@ -306,6 +329,25 @@ def _write(output: Path, result: dict[str, Any]) -> bool:
     return all(result["held"].values())
 
 
+def refusal(work: Work, found: dict[str, Any]) -> str | None:
+    """Why parts cannot be added to what an output holds, with what to do; None where they can.
+
+    Args:
+        found: the output's content; a setting that an older one does not tell is taken as what is asked for.
+    """
+    differing = [name for name, value in work.settings.items() if found.get(name, value) != value]
+    if differing:
+        expected, got = (", ".join(f"--{name} {of[name]}" for name in differing) for of in (found, work.settings))
+        return f"--output: expected {expected}, which it was measured with, got {got}; give those, or choose another output"
+    config, (model, _, depth) = work.folder / "checkpoint" / "config.json", work.size.partition("-")
+    if work.checkpoint != config.parent or not config.exists():
+        return None
+    expected, name = MODELS[model] + ("_reduced" if depth else ""), json.loads(config.read_text())["name"]
+    if name != expected:
+        return f"--work: expected {expected}, the model of --size {work.size}, in {config.parent}, got {name}; take another or remove it"
+    return None
+
+
 def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
@@ -331,13 +373,19 @@ def main(arguments: list[str] | None = None) -> int:
         print(json.dumps(do(options.part, work)))
         return 0
     work.folder.mkdir(parents=True, exist_ok=True)
-    result: dict[str, Any] = {"size": options.size, "targets": TARGETS, "tolerance": TOLERANCE, "parts": {}}
-    if options.output.exists():
-        result["parts"] = json.loads(options.output.read_text())["parts"]
+    found = json.loads(options.output.read_text()) if options.output.exists() else {}
+    if why := refusal(work, found):
+        parser.error(why)
+    result: dict[str, Any] = work.settings | {"targets": TARGETS, "tolerance": TOLERANCE, "parts": found.get("parts", {})}
     for part in options.parts:
         if part in result["parts"] and not options.again:
             continue
         _say(part)
+        if part == "calibrate" and options.again:
+            result["parts"].pop(part, None)  # of the plan that goes; stopped, the same command without --again goes on with the new one
+            _write(options.output, result)
+            for folder in filter(Path.exists, (work.plan, work.unfinished_plan)):
+                shutil.rmtree(folder)
         own = ["--size", work.size, "--work", work.folder, "--checkpoint", work.checkpoint, "--precision", work.precision]
         own += ["--head", work.head, "--pictures", work.pictures, "--output", options.output, "--part", part]
         command = [sys.executable, "-m", "benchmarks.full_size", *map(str, own)]

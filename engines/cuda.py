@@ -7,6 +7,7 @@ Nothing else of CUDA is used, and no framework.
 from __future__ import annotations
 
 import re
+import sys
 from typing import Any
 
 import numpy as np
@@ -23,10 +24,11 @@ def runtime() -> Any:
     Raises:
         EngineUnavailable: not installed.
     """
+    handled = sys.exc_info()[1]
     try:
         from cuda.bindings import runtime as bindings
     except (ImportError, OSError) as error:
-        let_interrupt_pass(error)
+        let_interrupt_pass(error, handled)
         raise EngineUnavailable(f'CUDA\'s Python bindings are not installed ({error}); pip install "agvas[cuda]"') from error
     return bindings
 

@@ -6,11 +6,15 @@ The tree stands here and not in runtime/ because engines depend on nothing of ou
 from __future__ import annotations
 
 
-def let_interrupt_pass(error: BaseException) -> None:
+def let_interrupt_pass(error: BaseException, handled: BaseException | None) -> None:
     """Raises KeyboardInterrupt where one stands behind an error of importing: an extension that is being initialised makes an ImportError
-    of a Ctrl-C, which would pass for an engine that is not installed."""
+    of a Ctrl-C, which would pass for an engine that is not installed.
+
+    Args:
+        handled: what was being handled already when the import began (sys.exc_info()[1] before it), which the import has not met.
+    """
     behind: BaseException | None = error
-    while behind is not None:
+    while behind is not None and behind is not handled:
         if isinstance(behind, KeyboardInterrupt):
             raise KeyboardInterrupt from error
         behind = behind.__cause__ or behind.__context__

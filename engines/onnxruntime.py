@@ -13,6 +13,7 @@ import contextlib
 import functools
 import io
 import math
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,11 @@ from engines import EngineOptions
 from engines.errors import EngineFailed, EngineUnavailable, let_interrupt_pass
 from engines.spec import StageSpec
 
+_handled = sys.exc_info()[1]
 try:
     import onnxruntime
 except (ImportError, OSError) as error:  # it may be there, and a library that it needs may not
-    let_interrupt_pass(error)
+    let_interrupt_pass(error, _handled)
     raise EngineUnavailable(f'engine onnxruntime is not installed ({error}); pip install "agvas[cpu]", or "agvas[gpu]" for CUDA') from error
 
 

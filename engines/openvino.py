@@ -11,6 +11,7 @@ here: a graph with convolutions before it is cut in two, the first part compiled
 from __future__ import annotations
 
 import functools
+import sys
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,11 +22,12 @@ from engines import EngineOptions
 from engines.errors import EngineFailed, EngineUnavailable, let_interrupt_pass
 from engines.spec import StageSpec
 
+_handled = sys.exc_info()[1]
 try:
     import openvino
     from openvino import opset13
 except (ImportError, OSError) as error:  # it may be there, and a library that it needs may not
-    let_interrupt_pass(error)
+    let_interrupt_pass(error, _handled)
     raise EngineUnavailable(f'engine openvino is not installed ({error}); pip install "agvas[openvino]"') from error
 
 

@@ -7,6 +7,7 @@ until it is asked for: loading the library takes a third of a second and hundred
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from engines.errors import EngineUnavailable, let_interrupt_pass
@@ -23,13 +24,14 @@ def library(engine: str) -> Any:
     Raises:
         EngineUnavailable: not installed, its shared libraries do not load, or it is too old; says what to install.
     """
+    handled = sys.exc_info()[1]
     try:
         if engine == TENSORRT:
             import tensorrt as trt
         else:
             import tensorrt_rtx as trt
     except (ImportError, OSError) as error:  # OSError: the package is there, its shared library is not
-        let_interrupt_pass(error)
+        let_interrupt_pass(error, handled)
         on_a_jetson = "; on a Jetson it comes with JetPack (engines/jetson/setup.sh)" if engine == TENSORRT else ""
         raise EngineUnavailable(f'engine {engine} is not installed ({error}); pip install "agvas[{engine}]"{on_a_jetson}') from error
     found = tuple(int(part) for part in trt.__version__.split(".")[:2])

@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import uuid
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -51,9 +52,9 @@ class Work:
         self.stages: dict[str, dict[str, int]] = {}
         try:
             found = json.loads((folder / UNFINISHED).read_text())
-        except (OSError, ValueError):
-            found = {}
-        known, stages = found.get("key"), found.get("stages")
+            known, stages = found["key"], dict(found["stages"])
+        except (OSError, ValueError, KeyError, TypeError):  # none, or not as it is written below
+            known, stages = None, {}
         if key is not None and known == asdict(key):
             self.stages = stages
         else:
@@ -101,40 +102,51 @@ def kept_folder(output: Path) -> Path:
     return output.parent / f".{output.name}.partial"
 
 
-def _replace(partial: Path, output: Path) -> None:
+def _replace(work: Work, output: Path) -> None:
     """Give the new bundle its name; an older one there goes only after that has worked.
 
     Raises:
-        KeyboardInterrupt: with words, where one came meanwhile: the bundle is there all the same.
+        OSError: it could not take it: its folder says again that it is not whole, with the stages that are, and an older one is as it was.
+        KeyboardInterrupt: likewise; with words, where the bundle is there all the same.
     """
     try:
         with held_back("the bundle has taken its place"):
-            _rename(partial, output)
-    except KeyboardInterrupt:
-        if partial.exists():
-            raise
-        raise KeyboardInterrupt(f"{output} was written all the same") from None
+            (work.folder / UNFINISHED).unlink()
+            _rename(work.folder, output)
+    except (OSError, KeyboardInterrupt) as error:
+        if work.folder.exists():
+            work._write()
+        elif isinstance(error, KeyboardInterrupt):
+            raise KeyboardInterrupt(f"{output} was written all the same") from None
+        raise
 
 
 def _rename(partial: Path, output: Path) -> None:
+    """Whatever ends it, an interruption too, either the new bundle or an older one has the name. What cannot be removed of an older one
+    is warned of: the new one is in its place."""
     if not output.exists():
         os.rename(partial, output)
         return
-    old = output.parent / f".{output.name}.old-{uuid.uuid4().hex[:8]}"
-    os.rename(output, old)
+    older = output.parent / f".{output.name}.old-{uuid.uuid4().hex[:8]}"
     try:
+        os.rename(output, older)
         os.rename(partial, output)
-    except OSError:
-        os.rename(old, output)
-        raise
-    shutil.rmtree(old)
+        shutil.rmtree(older, ignore_errors=True)
+    finally:
+        if older.exists() and not output.exists():
+            os.rename(older, output)
+        elif older.exists():
+            warnings.warn(f"{output} was written, but the older bundle could not be removed whole; remove {older}", stacklevel=2)
 
 
 @contextlib.contextmanager
 def whole_or_nothing(output: Path, key: Key | None, note: Callable[[str], object] = lambda line: None) -> Iterator[Work]:
     """A folder beside `output` that takes its name when the block ends well, and vanishes otherwise.
 
-    With a key, whatever ends the block otherwise leaves what is finished, and the next export with the same key goes on with it.
+    With a key, whatever ends the block otherwise leaves what is finished, and says so; the next export with that key goes on with it.
+
+    Args:
+        note: as Work; also told what is kept where the error has no message that could say it.
 
     Raises:
         OutputError: as Work; another export is at work in the folder; the disk is full, or cannot be written to.
@@ -146,26 +158,28 @@ def whole_or_nothing(output: Path, key: Key | None, note: Callable[[str], object
         with alone_in(partial, "export"):
             work = Work(partial, key, note)
             yield work
-            (partial / UNFINISHED).unlink()
-            _replace(partial, output)
+            _replace(work, output)
             vanishes = False  # under its name; of this one there may be another export's by now
     except FolderInUse as error:
         raise OutputError(str(error)) from error
-    except AgvasError as error:
-        if key is not None and work is not None and work.stages:
-            raise type(error)(f"{error}. {work.kept()}") from error
-        raise
     except KeyboardInterrupt as interruption:
         if interruption.args:  # written all the same
             vanishes = False
             raise
         kept = work.kept() if key is not None and work is not None else "nothing of it was kept (--resume keeps finished stages)"
         raise KeyboardInterrupt(f"no bundle was written, an older one is untouched; {kept}") from None
-    except OSError as error:
-        kept = f"; {work.kept()}" if key is not None and work is not None else ""
-        if error.errno == errno.ENOSPC:
-            raise OutputError(f"the disk of {output} is full; free some space or choose another --output{kept}") from error
-        raise OutputError(f"{output}: export stopped by {error}; check the path, or choose another --output{kept}") from error
+    except Exception as error:
+        kept = work.kept() if key is not None and work is not None else ""
+        if isinstance(error, OSError) and not isinstance(error, AgvasError):
+            stopped = f"{output}: export stopped by {error}; check the path, or choose another --output"
+            if error.errno == errno.ENOSPC:
+                stopped = f"the disk of {output} is full; free some space or choose another --output"
+            raise OutputError("; ".join(filter(None, (stopped, kept)))) from error
+        if kept:
+            error.args = (". ".join(filter(None, (str(error), kept))), *error.args[1:])
+            if kept not in str(error):  # of one that makes its words of something else than its arguments
+                note(kept)
+        raise
     finally:
         if vanishes:
             shutil.rmtree(partial, ignore_errors=True)

@@ -18,7 +18,7 @@ from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as package_version
 from pathlib import Path
 
-from engines import EngineError, EngineOptions, EngineUnavailable
+from engines import INFERENCE_PRECISIONS, EngineError, EngineOptions, EngineUnavailable
 from engines.cache import cache_folder, write_whole
 from engines.tensorrt_cache import engines_folder
 from runtime.bundle import Bundle
@@ -192,10 +192,14 @@ def _installed(package: str) -> str:
 
 
 def _read(path: Path) -> Choice | None:
+    """None where it is absent or not as we write it: measuring again is always right."""
     try:
-        return Choice(**json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError):
-        return None  # absent or not ours: measuring again is always right
+        choice = Choice(**json.loads(path.read_text()))
+        words = [choice.engine, *choice.rejected, *choice.rejected.values()]
+    except (OSError, ValueError, TypeError, AttributeError):
+        return None
+    ours = all(isinstance(word, str) for word in words) and isinstance(choice.milliseconds, float)
+    return choice if ours and choice.inference_precision in INFERENCE_PRECISIONS else None
 
 
 def _write(path: Path, choice: Choice) -> None:

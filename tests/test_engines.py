@@ -17,8 +17,10 @@ import pytest
 from agvas import AGVAS
 from engines import Engine, EngineFailed, EngineOptions, EngineUnavailable, TensorMismatch, open_engine
 from engines import onnxruntime as onnxruntime_engine
+from engines.cuda import runtime
 from engines.openvino import cut_before_products, natively_bf16
 from engines.spec import StageSpec, TensorSpec
+from engines.tensorrt_library import library
 from export.adapters import example_inputs
 from export.onnx_writer import write
 from export.parity import torch_stages
@@ -182,6 +184,32 @@ def test_ctrl_c_while_an_engine_is_imported_is_no_engine_that_is_missing(
     monkeypatch.setattr(sys, "meta_path", [Interrupted(), *sys.meta_path])
     with pytest.raises(KeyboardInterrupt):
         opened(tiny_bundle, SPAM, engine)
+
+
+@pytest.mark.parametrize("engine", HERE)
+def test_a_package_that_is_missed_while_ctrl_c_is_being_handled_is_missing(
+    engine: str, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in sys.modules if name == engine or name.startswith((f"{engine}.", f"engines.{engine}"))]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, engine, None)
+    try:
+        raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        with pytest.raises(EngineUnavailable, match=f"engine {engine} is not installed"):
+            opened(tiny_bundle, SPAM, engine)
+
+
+def test_so_is_one_that_is_imported_when_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("tensorrt", "cuda.bindings"):
+        monkeypatch.setitem(sys.modules, module, None)
+    try:
+        raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        with pytest.raises(EngineUnavailable, match="engine tensorrt is not installed"):
+            library("tensorrt")
+        with pytest.raises(EngineUnavailable, match="CUDA's Python bindings are not installed"):
+            runtime()
 
 
 @pytest.mark.parametrize("engine", ["tensorrt", "tensorrt-rtx"])

@@ -652,6 +652,26 @@ def test_where_nothing_ever_answered_the_run_ends_and_later_silence_is_one_sampl
             endpoint.ask({})
 
 
+def test_a_first_answer_that_is_on_its_way_to_another_worker_keeps_the_run_going(server: Server, waits: list[float]) -> None:
+    arrived, answer = threading.Event(), threading.Event()
+
+    def play(number: int, body: dict[str, Any]) -> tuple[int, dict[str, Any], dict[str, str]]:
+        arrived.set()
+        answer.wait(10)
+        return 200, completion(ANSWER), {}
+
+    server.play = play
+    endpoint = Endpoint(server.url, None, Pace(), tries=1)
+    worker = threading.Thread(target=endpoint.ask, args=({},))
+    worker.start()
+    assert arrived.wait(10)
+    endpoint.url = "http://127.0.0.1:1/v1/chat/completions"  # where the second one finds no slot
+    with pytest.raises(RequestFailed, match="no reply.*1 tries"):
+        endpoint.ask({})
+    answer.set()
+    worker.join(10)
+
+
 def test_a_retry_after_may_be_a_date(server: Server) -> None:
     server.play = lambda number, body: (503, "", {"Retry-After": "Wed, 21 Oct 2099 07:28:00 GMT"})
     with pytest.raises(EndpointClosed, match="asks to wait"):

@@ -416,6 +416,10 @@ def test_a_choice_on_a_gpu_is_of_that_gpu_and_driver(tiny_bundle: Path, tmp_path
         "{",
         '{"engine": "openvino"}',
         '{"engine": "gone", "inference_precision": "graph", "milliseconds": 1.0, "rejected": {}}',
+        '{"engine": "onnxruntime", "inference_precision": "graph", "milliseconds": "fast", "rejected": {}}',
+        '{"engine": "onnxruntime", "inference_precision": "fast", "milliseconds": 1.0, "rejected": {}}',
+        '{"engine": "onnxruntime", "inference_precision": "graph", "milliseconds": 1.0, "rejected": {"openvino/graph": 1}}',
+        '{"engine": "onnxruntime", "inference_precision": "graph", "milliseconds": 1.0, "rejected": []}',
     ],
 )
 def test_a_remembered_choice_that_is_damaged_or_gone_is_made_again(

@@ -138,6 +138,7 @@ class Endpoint:
         self._opener = urllib.request.build_opener(_NoRedirect)
         self._lock = threading.Lock()
         self.requests_sent = 0
+        self._on_their_way = 0  # requests whose answer may still come
         self._heard = False  # whether anything has ever answered there
 
     def ask(self, body: dict[str, Any]) -> Reply:
@@ -147,7 +148,7 @@ class Endpoint:
 
         Raises:
             EndpointClosed: 401, 403, 404, a redirect, a Retry-After of more than a quarter of an hour, or no reply after all tries where
-                none has ever come.
+                none has ever come and no other thread waits for one.
             RequestFailed: any other refusal at once, a fault that can pass after all tries.
             Stopped: the run was interrupted.
         """
@@ -156,10 +157,16 @@ class Endpoint:
             self._pace.wait()
             with self._lock:
                 self.requests_sent += 1
+                self._on_their_way += 1
             try:
-                return self._post(data)
+                try:
+                    return self._post(data)
+                finally:
+                    with self._lock:
+                        self._on_their_way -= 1
             except _Passing as fault:
-                if attempt == self._tries and not self._heard:
+                # In this order: who is no longer on the way has been heard by then.
+                if attempt == self._tries and not self._on_their_way and not self._heard:
                     raise EndpointClosed(
                         f"{self.url}: {fault} ({attempt} tries), and nothing has answered there yet; start the endpoint or correct its "
                         "address, then run the same command again"
