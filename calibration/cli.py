@@ -75,8 +75,6 @@ def _calibrate(options: argparse.Namespace, started: float) -> int:
         raise RequestError(f"--answer-share: expected between 0 and 1, got {options.answer_share}")
     if options.samples < 1:
         raise RequestError(f"--samples: expected at least 1, got {options.samples}")
-    if options.output.exists() and not (options.output / "plan.json").is_file() and any(options.output.iterdir()):
-        raise RequestError(f"--output: expected a new folder or an older plan, got {options.output} with other files; choose another")
     import shutil
     from dataclasses import replace
 
@@ -85,10 +83,12 @@ def _calibrate(options: argparse.Namespace, started: float) -> int:
     from calibration.gptq import GPTQSettings
     from calibration.gptq_checkpoint import check_writable, write_gptq_checkpoint
     from calibration.pictures import calibration_pictures
-    from calibration.plan import PLAN, model_sha256, read_records, write_plan
+    from calibration.plan import PLAN, model_sha256, read_records, takes_plan, write_plan
     from calibration.weights import Reading
     from engines.memory import available_memory
 
+    if not takes_plan(options.output):
+        raise RequestError(f"--output: expected a new folder or an older plan, got {options.output} with other files; choose another")
     asked = GPTQSettings(bits=options.bits, group=options.group or 0, damping=options.damping)  # wrong values are told before the work
     device = _device(options.device)
     pictures = calibration_pictures(options.images, options.samples)

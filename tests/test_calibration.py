@@ -410,6 +410,24 @@ def test_a_finished_plan_is_not_made_again_and_its_gptq_checkpoint_can_be_writte
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint", "plan", "gptq"}
 
 
+def test_a_plan_that_was_interrupted_while_it_was_written_is_written_by_the_same_command(
+    model: AGVAS, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(path: Path, *_: Any) -> None:
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    save(model, tmp_path / "checkpoint")
+    arguments = ["--checkpoint", tmp_path / "checkpoint", "--output", tmp_path / "plan", "--samples", "1"]
+    with monkeypatch.context() as patched:
+        patched.setattr("calibration.plan.write_tensors", interrupted)
+        assert run(*arguments) == 130
+    assert "no plan was written, the same command goes on where it was" in capsys.readouterr().err
+    assert run(*arguments) == 0
+    read_plan(tmp_path / "plan", model)
+    assert {path.name for path in tmp_path.rglob("plan*")} == {"plan", "plan.json"}
+
+
 def test_a_gptq_checkpoint_that_was_interrupted_is_written_by_the_same_command(
     model: AGVAS, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
