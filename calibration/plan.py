@@ -75,6 +75,8 @@ class QuantPlan:
         linears: one record for each quantised weight, in the model's order.
         versions: of the packages that took part.
         dtype: what encoders and embeddings computed in (fp32, bf16, fp16); decoder layers always compute in fp32.
+        conversations: sha256 of what was asked and answered around the pictures, in tokens; None in plans from before it was recorded.
+        config: the parts of the checkpoint's config that were computed with, preprocessing among them; None as above.
     """
 
     model: str
@@ -87,6 +89,13 @@ class QuantPlan:
     linears: tuple[LinearRecord, ...]
     versions: dict[str, str | None] = dataclasses.field(default_factory=dict)
     dtype: str = "fp32"
+    conversations: str | None = None
+    config: dict[str, Any] | None = None
+
+    def inputs(self) -> dict[str, Any]:
+        """Every field but the results, as JSON holds it: what is made of the same is the same."""
+        fields: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
+        return {name: value for name, value in fields.items() if name not in ("tokens", "linears")}
 
     def check(self, model: nn.Module | LazyTensors) -> None:
         """Raises PlanError when the plan was made for other weights than this model's, or this checkpoint's."""
