@@ -51,6 +51,7 @@ SHARING = (
     ("mlp.gate_proj", "mlp.up_proj"),
     ("mlp.down_proj",),
 )
+STATE = "state.json"  # of a work folder: which calibration's it is
 GROUPS = (128, 64, 32)
 COMPUTED = ("pixel", "semantic", "spam", "language", "preprocessing")  # parts of the config; its prompts are in the conversations
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -248,24 +249,20 @@ class _Run:
 
     def _claim(self) -> None:
         """Take an empty work folder, or one that the same calibration left."""
-        state = self.planned.inputs()
-        path = self.work / "state.json"
+        state, path = self.planned.inputs(), self.work / STATE
         if path.exists():
-            try:
-                found = json.loads(path.read_text())
-            except ValueError:
-                found = {}
+            found = _state(self.work)
             if differing := [name for name in state if found.get(name) != state[name]]:
                 raise PlanError(
                     f"{self.work}: expected the beginnings of this calibration, got another's ({', '.join(differing)} differ); "
                     "remove the folder, or give the same checkpoint, pictures, settings and versions to go on"
                 )
-            return
-        if any(self.work.iterdir()):
+        elif {file.name for file in self.work.iterdir()} - {f"{STATE}.partial"}:
             raise PlanError(f"{self.work}: expected an empty work folder, got one with other files; choose another or remove it")
+        else:
+            _write(path, lambda file: file.write_text(json.dumps(state)))
         for name in ("hidden", "layers"):
-            (self.work / name).mkdir()
-        _write(path, lambda file: file.write_text(json.dumps(state)))
+            (self.work / name).mkdir(exist_ok=True)
 
     def _look(self) -> dict[str, np.ndarray]:
         """Encode the pictures and lay down what the first decoder layer reads; the encoders' ranges."""
@@ -408,6 +405,15 @@ def quantize_layer(
             records.append(LinearRecord(whole, quantized.bits, quantized.group, prepared.damping, error, rounding_error))
             put_weight(layer, name, quantized)
     return weights, records
+
+
+def _state(work: Path) -> dict[str, Any]:
+    """Which calibration's a work folder is, as its state.json says; nothing where there is none or it is damaged."""
+    try:
+        found = json.loads((work / STATE).read_text())
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import errno
 import json
 import os
 import subprocess
@@ -297,6 +298,31 @@ def test_another_calibrations_work_folder_is_refused(model: AGVAS, tmp_path: Pat
     (tmp_path / "other" / "thesis.tex").write_text("years of work")
     with pytest.raises(PlanError, match="other files"):
         calibrate(model, PICTURES[:2], SETTINGS, work=tmp_path / "other")
+
+
+@pytest.mark.parametrize("full_at", ["state.json.partial", "layers"])
+def test_a_disk_that_is_full_from_the_start_leaves_a_work_folder_to_go_on_in(
+    model: AGVAS, full_at: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Path.mkdir
+
+    def write_text(path: Path, *_: Any) -> None:
+        path.touch()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def mkdir(path: Path, *arguments: Any, **named: Any) -> None:
+        if path.name == full_at:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(path, *arguments, **named)
+
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="No space left"):
+        if full_at == "layers":
+            patched.setattr(Path, "mkdir", mkdir)
+        else:
+            patched.setattr(Path, "write_text", write_text)
+        calibrate(model, PICTURES[:1], SETTINGS, work=tmp_path / "work")
+    assert any((tmp_path / "work").iterdir())
+    calibrate(model, PICTURES[:1], SETTINGS, work=tmp_path / "work")
 
 
 def test_a_work_folder_that_another_process_works_in_is_refused(model: AGVAS, tmp_path: Path) -> None:
