@@ -154,6 +154,19 @@ def plan_to_make(model: AGVAS, images: Sequence[np.ndarray], settings: Calibrati
     )
 
 
+def remove_work(work: Path, plan: QuantPlan) -> None:
+    """Remove the work folder of a plan that is written; another calibration's stays.
+
+    state.json goes last, so that the folder is still known where this is interrupted.
+    """
+    if _state(work) != plan.inputs():
+        return
+    for path in work.iterdir():
+        if path.name != STATE:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    shutil.rmtree(work)
+
+
 def memory_needed(tensors: LazyTensors, dtype: torch.dtype, device: str = "cpu") -> int:
     """Bytes that a calibration takes at most with decoder layers read in their turn, roughly: of shapes alone.
 

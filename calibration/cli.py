@@ -72,11 +72,20 @@ def _calibrate(options: argparse.Namespace, started: float) -> int:
         raise RequestError(f"--answer-share: expected between 0 and 1, got {options.answer_share}")
     if options.samples < 1:
         raise RequestError(f"--samples: expected at least 1, got {options.samples}")
-    import shutil
     from dataclasses import replace
 
     from agvas.checkpoint import load, open_checkpoint
-    from calibration.calibrate import DTYPES, LAYERS, CalibrationSettings, calibrate, common_group, disk_needed, memory_needed, plan_to_make
+    from calibration.calibrate import (
+        DTYPES,
+        LAYERS,
+        CalibrationSettings,
+        calibrate,
+        common_group,
+        disk_needed,
+        memory_needed,
+        plan_to_make,
+        remove_work,
+    )
     from calibration.gptq import GPTQSettings
     from calibration.gptq_checkpoint import check_writable, write_gptq_checkpoint
     from calibration.pictures import calibration_pictures
@@ -108,7 +117,7 @@ def _calibrate(options: argparse.Namespace, started: float) -> int:
     settings = CalibrationSettings(replace(asked, group=group), options.answer_share, device)
     work = options.output.with_name(f"{options.output.name}.partial")
     planned = plan_to_make(model, pictures, settings, weights_sha256)
-    found = _finished(options.output, planned) if (options.output / PLAN).is_file() else None
+    found = _finished(options.output, planned, work) if (options.output / PLAN).is_file() else None
     plan: QuantPlan
     weights: Mapping[str, QuantizedWeight]
     if found is not None:
@@ -120,8 +129,11 @@ def _calibrate(options: argparse.Namespace, started: float) -> int:
         with Progress() as progress:
             plan, weights, ranges = calibrate(model, pictures, settings, progress, work, planned, opened.tensors)
         write_plan(options.output, plan, weights, ranges)
-        weights = Reading(read_records(options.output)[1])  # those before are read from the work folder
-        shutil.rmtree(work)
+        try:
+            weights = Reading(read_records(options.output)[1])  # those before are read from the work folder
+            remove_work(work, plan)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"{options.output} was written; the same command does what is left") from None
     if options.gptq_checkpoint:
         try:
             write_gptq_checkpoint(model, weights, options.gptq_checkpoint, floats=opened.tensors)
@@ -155,8 +167,12 @@ def _say(line: str) -> None:
     print(f"agvas-calibrate: {line}", file=sys.stderr, flush=True)
 
 
-def _finished(folder: Path, planned: QuantPlan) -> tuple[QuantPlan, Mapping[str, QuantizedWeight]] | None:
-    """The plan of an earlier run, where this one would only make it once more; says what the folder holds."""
+def _finished(folder: Path, planned: QuantPlan, work: Path) -> tuple[QuantPlan, Mapping[str, QuantizedWeight]] | None:
+    """The plan of an earlier run, where this one would only make it once more; says what the folder holds.
+
+    The work folder goes where it is that plan's: the earlier run was stopped before it had removed it.
+    """
+    from calibration.calibrate import remove_work
     from calibration.plan import PlanError, read_records
     from calibration.weights import Reading
 
@@ -165,6 +181,7 @@ def _finished(folder: Path, planned: QuantPlan) -> tuple[QuantPlan, Mapping[str,
     except PlanError as error:
         _say(f"{folder} holds a plan that cannot be read, which the new one will replace once it is whole: {error}")
         return None
+    remove_work(work, plan)
     found, wanted = plan.inputs(), planned.inputs()
     if differing := [name for name in wanted if found[name] != wanted[name]]:
         _say(f"{folder} holds another plan, which the new one will replace once it is whole ({', '.join(differing)} differ)")

@@ -7,6 +7,7 @@ import dataclasses
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -494,6 +495,30 @@ def test_a_plan_that_was_interrupted_while_it_was_written_is_written_by_the_same
     assert run(*arguments) == 0
     read_plan(tmp_path / "plan", model)
     assert {path.name for path in tmp_path.rglob("plan*")} == {"plan", "plan.json"}
+
+
+@pytest.mark.parametrize("following", [[], ["--bits", "8"]])
+def test_an_interruption_after_the_plan_says_that_it_is_there_and_the_next_command_removes_the_work_folder(
+    model: AGVAS, following: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work, real = tmp_path / "plan.partial", shutil.rmtree
+
+    def interrupted(path: Path, *arguments: Any, **named: Any) -> None:
+        real(path, *arguments, **named)
+        if path == work / "layers":
+            raise KeyboardInterrupt
+
+    save(model, tmp_path / "checkpoint")
+    arguments = ["--checkpoint", tmp_path / "checkpoint", "--output", tmp_path / "plan", "--samples", "1"]
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "rmtree", interrupted)
+        assert run(*arguments) == 130
+    told = capsys.readouterr().err
+    assert f"interrupted; {tmp_path / 'plan'} was written" in told and "no plan was written" not in told
+    read_plan(tmp_path / "plan", model)
+    assert work.exists()
+    assert run(*arguments, *following) == 0 and not work.exists()
+    assert ("this plan already" if not following else "settings differ") in capsys.readouterr().err
 
 
 def test_a_gptq_checkpoint_that_was_interrupted_is_written_by_the_same_command(
