@@ -158,14 +158,18 @@ def test_weights_that_are_not_the_records_are_not_written(tmp_path: Path) -> Non
     assert not (tmp_path / "plan").exists()
 
 
-def test_an_interrupted_writing_leaves_the_older_plan_as_it_was_until_all_is_written(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("stop", "told"),
+    [(KeyboardInterrupt(), None), (OSError("No space left"), "plan.json.partial: expected to be written whole, got.*free some space")],
+)
+def test_an_interruption_or_a_full_disk_leaves_the_older_plan_as_it_was_until_all_is_written(
+    stop: BaseException, told: str | None, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(self: Path, *_: object, **__: object) -> int:
-        raise KeyboardInterrupt
+        raise stop
 
     before, other = read_plan(folder)[0], network(1)
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patched, pytest.raises(type(stop), match=told):
         patched.setattr(Path, "write_text", fail)
         write_plan(folder, plan_of(other), weights_of(other), {})
     assert read_plan(folder)[0] == before
