@@ -34,7 +34,7 @@ from agvas.config import AGVASConfig
 from agvas.model import AGVAS
 from agvas.weights import LazyTensors, check_finite
 from agvas.writing import alone_in, disk_errors
-from calibration.conversations import conversation, modes_in_turn
+from calibration.conversations import Conversation, conversation, modes_in_turn
 from calibration.gptq import GPTQSettings, curvature, gptq, output_error, round_to_nearest
 from calibration.observers import HessianSum, Ranges, input_of
 from calibration.plan import CODES, RANGE, SCALES, LinearRecord, PlanError, QuantPlan, image_sha256, model_sha256, versions
@@ -51,7 +51,9 @@ SHARING = (
     ("mlp.gate_proj", "mlp.up_proj"),
     ("mlp.down_proj",),
 )
+STATE = "state.json"  # of a work folder: which calibration's it is
 GROUPS = (128, 64, 32)
+COMPUTED = ("pixel", "semantic", "spam", "language", "preprocessing")  # parts of the config; its prompts are in the conversations
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LIBRARIES = 1_400_000_000  # bytes of Python with torch and transformers, before any weight
 TEXT_TOKENS = 100  # of question and answer, about
@@ -94,18 +96,19 @@ def calibrate(
     settings: CalibrationSettings,
     progress: Report | None = None,
     work: Path | None = None,
-    weights_sha256: str | None = None,
+    planned: QuantPlan | None = None,
     tensors: LazyTensors | None = None,
 ) -> Calibration:
     """Quantise the language model on pictures. The model stays as it is.
 
     Args:
         model: its decoder layers may be on the meta device (agvas.checkpoint.load with `left`) where `tensors` are given.
-        images: uint8 RGB [H, W, 3] each; read twice in order, first for their hashes, so let a large folder's be read when asked for.
+        images: uint8 RGB [H, W, 3] each; read in order, first for their hashes if not `planned`; let a large folder's be read on demand.
         progress: told (what, steps done, steps in all).
         work: where embeddings and finished layers are kept, to go on with after an interruption; about two times pictures × tokens ×
             width × 4 bytes. Left behind at the end, and the weights are read from it when asked for. None for a temporary folder.
-        weights_sha256: model_sha256 of the checkpoint, where the model was rounded when it was loaded, or is not whole; None: of the model.
+        planned: `plan_to_make` of these, with the checkpoint's hash where the model was rounded when it was loaded, or is not whole; None:
+            with the model's.
         tensors: the checkpoint's, which decoder layers are read from when their turn comes.
 
     Raises:
@@ -120,11 +123,48 @@ def calibrate(
             settings.gptq.group_of(linear_of(layer, name).in_features, f"{LAYERS}.{index}.{name}")
     if work is None:
         with tempfile.TemporaryDirectory() as folder:
-            made = calibrate(model, images, settings, progress, Path(folder), weights_sha256, tensors)
+            made = calibrate(model, images, settings, progress, Path(folder), planned, tensors)
             return made._replace(weights=dict(made.weights))
     with alone_in(work, "calibration"), torch.inference_mode():
-        run = _Run(model, images, settings, progress or (lambda *_: None), work, weights_sha256 or model_sha256(model), tensors)
-        return run.finished()
+        planned = planned or plan_to_make(model, images, settings, model_sha256(model))
+        return _Run(model, images, settings, progress or (lambda *_: None), work, planned, tensors).finished()
+
+
+def plan_to_make(model: AGVAS, images: Sequence[np.ndarray], settings: CalibrationSettings, weights_sha256: str) -> QuantPlan:
+    """The plan of a calibration without its results: it says what they depend on. Every picture is read for its hash.
+
+    Args:
+        weights_sha256: model_sha256 of the checkpoint.
+    """
+    conversations = _conversations(model, len(images))
+    config = json.loads(model.config.to_json())
+    return QuantPlan(
+        model=model.config.name,
+        weights_sha256=weights_sha256,
+        settings=settings.gptq,
+        answer_share=settings.answer_share,
+        modes=tuple(dict.fromkeys(each.mode for each in conversations)),
+        images=tuple(image_sha256(image) for image in images),
+        tokens=0,
+        linears=(),
+        versions=versions(),
+        dtype=next(name for name, dtype in DTYPES.items() if dtype == next(model.pixel_encoder.parameters()).dtype),
+        conversations=hashlib.sha256(repr(conversations).encode()).hexdigest(),
+        config={part: config[part] for part in COMPUTED},
+    )
+
+
+def remove_work(work: Path, plan: QuantPlan) -> None:
+    """Remove the work folder of a plan that is written; another calibration's stays.
+
+    state.json goes last, so that the folder is still known where this is interrupted.
+    """
+    if _state(work) != plan.inputs():
+        return
+    for path in work.iterdir():
+        if path.name != STATE:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    shutil.rmtree(work)
 
 
 def memory_needed(tensors: LazyTensors, dtype: torch.dtype, device: str = "cpu") -> int:
@@ -168,6 +208,11 @@ def common_group(model: AGVAS) -> int:
     return next((group for group in GROUPS if not any(width % group for width in inputs)), GROUPS[0])
 
 
+def _conversations(model: AGVAS, pictures: int) -> list[Conversation]:
+    encoder = model.prompt_encoder
+    return [conversation(encoder, mode, number) for number, mode in enumerate(modes_in_turn(encoder, pictures))]
+
+
 class _Run:
     """One calibration and its work folder: state.json says which, hidden/ holds embeddings by layer, layers/ what is finished."""
 
@@ -178,18 +223,14 @@ class _Run:
         settings: CalibrationSettings,
         progress: Report,
         work: Path,
-        weights_sha256: str,
+        planned: QuantPlan,
         tensors: LazyTensors | None,
     ) -> None:
-        self.model, self.images, self.settings, self.work, self.tensors = model, images, settings, work, tensors
+        self.model, self.images, self.settings, self.work, self.planned, self.tensors = model, images, settings, work, planned, tensors
         self.device = torch.device(settings.device)
         self.layers: Sequence[nn.Module] = model.language.model.layers
-        self.modes = modes_in_turn(model.prompt_encoder, len(images))
-        self.conversations = [conversation(model.prompt_encoder, mode, number) for number, mode in enumerate(self.modes)]
+        self.conversations = _conversations(model, len(images))
         self._progress = progress
-        self.hashes = tuple(image_sha256(image) for image in images)
-        self.weights_sha256 = weights_sha256
-        self.dtype = next(name for name, dtype in DTYPES.items() if dtype == next(model.pixel_encoder.parameters()).dtype)
         self._claim()
 
     def step(self, done: int) -> None:
@@ -212,47 +253,29 @@ class _Run:
             linears, seen = _read_layer(path)
             places |= {record.name: (path, record) for record in linears}
             ranges |= seen
-        plan = QuantPlan(
-            model=self.model.config.name,
-            weights_sha256=self.weights_sha256,
-            settings=self.settings.gptq,
-            answer_share=self.settings.answer_share,
-            modes=tuple(dict.fromkeys(self.modes)),
-            images=self.hashes,
+        plan = dataclasses.replace(
+            self.planned,
             tokens=sum(len(self._hidden(len(self.layers), number, mmap=True)) for number in range(len(self.images))),
             linears=tuple(record for _, record in places.values()),
-            versions=versions(),
-            dtype=self.dtype,
         )
         return Calibration(plan, _LayerFiles(places), ranges)
 
     def _claim(self) -> None:
         """Take an empty work folder, or one that the same calibration left."""
-        answers = hashlib.sha256(repr(self.conversations).encode()).hexdigest()
-        state = {
-            "weights_sha256": self.weights_sha256,
-            "images": list(self.hashes),
-            "settings": dataclasses.asdict(self.settings.gptq) | {"answer_share": self.settings.answer_share},
-            "conversations": answers,
-            "dtype": self.dtype,
-        }
-        path = self.work / "state.json"
+        state, path = self.planned.inputs(), self.work / STATE
         if path.exists():
-            try:
-                found = json.loads(path.read_text())
-            except ValueError:
-                found = {}
+            found = _state(self.work)
             if differing := [name for name in state if found.get(name) != state[name]]:
                 raise PlanError(
                     f"{self.work}: expected the beginnings of this calibration, got another's ({', '.join(differing)} differ); "
-                    "remove the folder, or give the same pictures and settings to go on"
+                    "remove the folder, or give the same checkpoint, pictures, settings and versions to go on"
                 )
-            return
-        if any(self.work.iterdir()):
+        elif {file.name for file in self.work.iterdir()} - {f"{STATE}.partial"}:
             raise PlanError(f"{self.work}: expected an empty work folder, got one with other files; choose another or remove it")
+        else:
+            _write(path, lambda file: file.write_text(json.dumps(state)))
         for name in ("hidden", "layers"):
-            (self.work / name).mkdir()
-        _write(path, lambda file: file.write_text(json.dumps(state)))
+            (self.work / name).mkdir(exist_ok=True)
 
     def _look(self) -> dict[str, np.ndarray]:
         """Encode the pictures and lay down what the first decoder layer reads; the encoders' ranges."""
@@ -395,6 +418,15 @@ def quantize_layer(
             records.append(LinearRecord(whole, quantized.bits, quantized.group, prepared.damping, error, rounding_error))
             put_weight(layer, name, quantized)
     return weights, records
+
+
+def _state(work: Path) -> dict[str, Any]:
+    """Which calibration's a work folder is, as its state.json says; nothing where there is none or it is damaged."""
+    try:
+        found = json.loads((work / STATE).read_text())
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 @contextmanager

@@ -11,11 +11,8 @@ from typing import TYPE_CHECKING
 from agvas.interruption import terminated_as_interrupted
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
 
-    import numpy as np
-
-    from calibration.calibrate import CalibrationSettings
     from calibration.plan import QuantPlan
     from calibration.weights import QuantizedWeight
 
@@ -75,20 +72,29 @@ def _calibrate(options: argparse.Namespace, started: float) -> int:
         raise RequestError(f"--answer-share: expected between 0 and 1, got {options.answer_share}")
     if options.samples < 1:
         raise RequestError(f"--samples: expected at least 1, got {options.samples}")
-    if options.output.exists() and not (options.output / "plan.json").is_file() and any(options.output.iterdir()):
-        raise RequestError(f"--output: expected a new folder or an older plan, got {options.output} with other files; choose another")
-    import shutil
     from dataclasses import replace
 
     from agvas.checkpoint import load, open_checkpoint
-    from calibration.calibrate import DTYPES, LAYERS, CalibrationSettings, calibrate, common_group, disk_needed, memory_needed
+    from calibration.calibrate import (
+        DTYPES,
+        LAYERS,
+        CalibrationSettings,
+        calibrate,
+        common_group,
+        disk_needed,
+        memory_needed,
+        plan_to_make,
+        remove_work,
+    )
     from calibration.gptq import GPTQSettings
     from calibration.gptq_checkpoint import check_writable, write_gptq_checkpoint
     from calibration.pictures import calibration_pictures
-    from calibration.plan import PLAN, model_sha256, read_records, write_plan
+    from calibration.plan import PLAN, model_sha256, read_records, takes_plan, write_plan
     from calibration.weights import Reading
     from engines.memory import available_memory
 
+    if not takes_plan(options.output):
+        raise RequestError(f"--output: expected a new folder or an older plan, got {options.output} with other files; choose another")
     asked = GPTQSettings(bits=options.bits, group=options.group or 0, damping=options.damping)  # wrong values are told before the work
     device = _device(options.device)
     pictures = calibration_pictures(options.images, options.samples)
@@ -110,11 +116,8 @@ def _calibrate(options: argparse.Namespace, started: float) -> int:
     weights_sha256 = model_sha256(opened.tensors)  # as stored, which export has: --dtype may have rounded them
     settings = CalibrationSettings(replace(asked, group=group), options.answer_share, device)
     work = options.output.with_name(f"{options.output.name}.partial")
-    found = None
-    if (options.output / PLAN).is_file():
-        found = _finished(options.output, weights_sha256, settings, options.dtype, pictures)
-        what = "this plan already" if found is not None else "another plan, which the new one will replace once it is whole"
-        _say(f"{options.output} holds {what}")
+    planned = plan_to_make(model, pictures, settings, weights_sha256)
+    found = _finished(options.output, planned, work) if (options.output / PLAN).is_file() else None
     plan: QuantPlan
     weights: Mapping[str, QuantizedWeight]
     if found is not None:
@@ -124,10 +127,13 @@ def _calibrate(options: argparse.Namespace, started: float) -> int:
         if short > 0:
             _say(f"this takes {short >> 20} MiB more disk than {work.parent} has: it may stop halfway; what is done by then is kept")
         with Progress() as progress:
-            plan, weights, ranges = calibrate(model, pictures, settings, progress, work, weights_sha256, opened.tensors)
+            plan, weights, ranges = calibrate(model, pictures, settings, progress, work, planned, opened.tensors)
         write_plan(options.output, plan, weights, ranges)
-        weights = Reading(read_records(options.output)[1])  # those before are read from the work folder
-        shutil.rmtree(work)
+        try:
+            weights = Reading(read_records(options.output)[1])  # those before are read from the work folder
+            remove_work(work, plan)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"{options.output} was written; the same command does what is left") from None
     if options.gptq_checkpoint:
         try:
             write_gptq_checkpoint(model, weights, options.gptq_checkpoint, floats=opened.tensors)
@@ -161,22 +167,26 @@ def _say(line: str) -> None:
     print(f"agvas-calibrate: {line}", file=sys.stderr, flush=True)
 
 
-def _finished(
-    folder: Path, weights_sha256: str, settings: CalibrationSettings, dtype: str, pictures: Sequence[np.ndarray]
-) -> tuple[QuantPlan, Mapping[str, QuantizedWeight]] | None:
-    """The plan of an earlier run, where this one would only make it once more."""
-    from calibration.plan import PlanError, image_sha256, read_records, versions
+def _finished(folder: Path, planned: QuantPlan, work: Path) -> tuple[QuantPlan, Mapping[str, QuantizedWeight]] | None:
+    """The plan of an earlier run, where this one would only make it once more; says what the folder holds.
+
+    The work folder goes where it is that plan's: the earlier run was stopped before it had removed it.
+    """
+    from calibration.calibrate import remove_work
+    from calibration.plan import PlanError, read_records
     from calibration.weights import Reading
 
     try:
         plan, weights = read_records(folder)
-    except PlanError:
+    except PlanError as error:
+        _say(f"{folder} holds a plan that cannot be read, which the new one will replace once it is whole: {error}")
         return None
-    asked = (weights_sha256, settings.gptq, settings.answer_share, dtype, versions())
-    if asked != (plan.weights_sha256, plan.settings, plan.answer_share, plan.dtype, plan.versions) or len(pictures) != len(plan.images):
+    remove_work(work, plan)
+    found, wanted = plan.inputs(), planned.inputs()
+    if differing := [name for name in wanted if found[name] != wanted[name]]:
+        _say(f"{folder} holds another plan, which the new one will replace once it is whole ({', '.join(differing)} differ)")
         return None
-    if any(image_sha256(picture) != known for picture, known in zip(pictures, plan.images, strict=True)):
-        return None
+    _say(f"{folder} holds this plan already")
     return plan, Reading(weights)
 
 

@@ -22,13 +22,16 @@ from safetensors import safe_open
 from agvas.interruption import held_back
 from agvas.model import AGVAS
 from agvas.weights import LazyTensor, LazyTensors, in_type, index_of, shard_of
-from agvas.writing import write_tensors
+from agvas.writing import disk_errors, write_tensors
 from calibration.truth import linear_of
 from calibration.weights import LazyQuantizedWeight, QuantizedWeight
 
 FORMATS = {"gptq": 1, "gptq_v2": 0}  # what was taken from a zero point before it was stored
-CONFIGS = ("config.json", "quantize_config.json", "quant_config.json")
 FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
+QUANTIZATION = "quantize_config.json"
+# What is written, in the order in which it takes its names: a folder with the first is a GPTQ checkpoint's, whole or not.
+WRITTEN = (QUANTIZATION, FILE, "tokenizer.json", "tokenizer_config.json", "config.json")
+CONFIGS = ("config.json", QUANTIZATION, "quant_config.json")
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
 PREFIX = "language."
 # A 4-bit weight is about a tenth off its float one; another model's weight is as far off as it is large, 1.4 in this measure.
@@ -116,15 +119,21 @@ def check_writable(folder: Path, model: AGVAS, bits: int) -> None:
     """Refuse before the work what `write_gptq_checkpoint` could not write, or would write over.
 
     Raises:
-        GPTQCheckpointError: the folder holds something else than a GPTQ checkpoint; a layer's width does not fill whole words.
+        GPTQCheckpointError: the folder holds something else than a GPTQ checkpoint, or one whose weights would be read instead or beside;
+            a layer's width does not fill whole words.
         OSError: the folder cannot be made or written to.
     """
-    begun = {f"{FILE}.partial"}  # what a run that was killed left
-    if folder.exists() and not (folder / "quantize_config.json").is_file():
+    begun = {f"{name}.partial" for name in WRITTEN}  # what a run that was stopped left
+    if folder.exists() and not (folder / QUANTIZATION).is_file():
         if not folder.is_dir() or {path.name for path in folder.iterdir()} - begun:
             raise GPTQCheckpointError(
                 f"{folder}: expected a new folder or an older GPTQ checkpoint, got one with other files; choose another"
             )
+    if others := sorted(path.name for path in (*folder.glob("*.safetensors"), *folder.glob(INDEX)) if path.name != FILE):
+        raise GPTQCheckpointError(
+            f"{folder}: expected a new folder or an older GPTQ checkpoint in {FILE} alone, got one with {', '.join(others[:5])}, which "
+            "readers would take for the new one's weights; choose another, or remove the old checkpoint"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK | os.X_OK):
         raise PermissionError(f"{folder}: expected to write a GPTQ checkpoint there, got no permission; choose another folder")
@@ -146,6 +155,7 @@ def write_gptq_checkpoint(
 
     Raises:
         GPTQCheckpointError: weights of several kinds, or of a layer that is no linear of the language model; a layer left out.
+        OSError: the disk is full; an older checkpoint is as it was.
     """
     shapes = {name: (weight.shape, weight.bits, weight.group) for name, weight in weights.items()}
     kinds = {(bits, group) for _, bits, group in shapes.values()}
@@ -191,16 +201,22 @@ def write_gptq_checkpoint(
     named = str(dtype).removeprefix("torch.")
     config |= {"architectures": [type(model.language).__name__], "dtype": named, "quantization_config": quantization}
     folder.mkdir(parents=True, exist_ok=True)
-    partial_file = folder / f"{FILE}.partial"
-    write_tensors(partial_file, tensors, {"format": "pt"})
     end = model.config.prompts.end
     tokens = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end, "pad_token": end}
+    texts = {
+        QUANTIZATION: json.dumps(quantization, indent=2) + "\n",
+        "tokenizer.json": model.tokenizer.to_str(pretty=True),
+        "tokenizer_config.json": json.dumps(tokens, indent=2) + "\n",
+        "config.json": json.dumps(config, indent=2) + "\n",
+    }
+    for name, text in texts.items():
+        file = folder / f"{name}.partial"
+        with disk_errors(file):
+            file.write_text(text, encoding="utf-8")
+    write_tensors(folder / f"{FILE}.partial", tensors, {"format": "pt"})
     with held_back():  # half of these would pass for another program's files
-        os.replace(partial_file, folder / FILE)
-        model.tokenizer.save(str(folder / "tokenizer.json"))
-        (folder / "tokenizer_config.json").write_text(json.dumps(tokens, indent=2) + "\n")
-        (folder / "quantize_config.json").write_text(json.dumps(quantization, indent=2) + "\n")
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        for name in WRITTEN:
+            os.replace(folder / f"{name}.partial", folder / name)
 
 
 def _part(weights: Mapping[str, QuantizedWeight], name: str, version: str, part: str) -> torch.Tensor:

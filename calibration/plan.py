@@ -1,7 +1,7 @@
 """QuantPlan: what was quantised, how, and on what: a folder with plan.json and weights.safetensors.
 
 Integer weights and activation ranges stand in the tensors file, everything a reader must know to trust them in the JSON beside it, which
-is written last: a folder with a plan.json is whole. A plan belongs to the weights it was made from and says so by their sha256. Reading
+takes its name last: a folder with a plan.json is whole. A plan belongs to the weights it was made from and says so by their sha256. Reading
 is strict; nothing is computed here but hashes.
 """
 
@@ -24,7 +24,7 @@ from safetensors import safe_open
 from torch import nn
 
 from agvas.weights import LazyTensor, LazyTensors
-from agvas.writing import write_tensors
+from agvas.writing import disk_errors, write_tensors
 from calibration.gptq import GPTQSettings
 from calibration.weights import LazyQuantizedWeight, QuantizedWeight
 from runtime.bundle import sha256_of
@@ -75,6 +75,8 @@ class QuantPlan:
         linears: one record for each quantised weight, in the model's order.
         versions: of the packages that took part.
         dtype: what encoders and embeddings computed in (fp32, bf16, fp16); decoder layers always compute in fp32.
+        conversations: sha256 of what was asked and answered around the pictures, in tokens; None in plans from before it was recorded.
+        config: the parts of the checkpoint's config that were computed with, preprocessing among them; None as above.
     """
 
     model: str
@@ -87,6 +89,13 @@ class QuantPlan:
     linears: tuple[LinearRecord, ...]
     versions: dict[str, str | None] = dataclasses.field(default_factory=dict)
     dtype: str = "fp32"
+    conversations: str | None = None
+    config: dict[str, Any] | None = None
+
+    def inputs(self) -> dict[str, Any]:
+        """Every field but the results, as JSON holds it: what is made of the same is the same."""
+        fields: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
+        return {name: value for name, value in fields.items() if name not in ("tokens", "linears")}
 
     def check(self, model: nn.Module | LazyTensors) -> None:
         """Raises PlanError when the plan was made for other weights than this model's, or this checkpoint's."""
@@ -130,8 +139,17 @@ def versions() -> dict[str, str | None]:
     return {package: of(package) for package in PACKAGES}
 
 
+def takes_plan(folder: Path) -> bool:
+    """Whether `write_plan` may write there: no folder yet, an empty one, an older plan, or what an interrupted writing left."""
+    if not folder.exists() or (folder / PLAN).is_file():
+        return True
+    found = {path.name for path in folder.iterdir()}
+    begun = {f"{WEIGHTS}.partial", f"{PLAN}.partial"}  # one of these is there until the plan is whole
+    return not found or (bool(found & begun) and found <= begun | {WEIGHTS})
+
+
 def write_plan(folder: Path, plan: QuantPlan, weights: Mapping[str, QuantizedWeight], ranges: Mapping[str, np.ndarray]) -> None:
-    """Write the folder; plan.json last, so that an interrupted writing leaves none or the old one's.
+    """Write the folder; an interrupted writing leaves an older plan as it was until all is written, and then none for a moment.
 
     Args:
         weights: by linear layer, those of the plan's records; asked for one after the other, twice.
@@ -139,21 +157,22 @@ def write_plan(folder: Path, plan: QuantPlan, weights: Mapping[str, QuantizedWei
 
     Raises:
         PlanError: weights that are not those of the records.
+        OSError: the disk is full.
     """
     tensors = _check_records(folder, plan, weights)
     for name, channels in ranges.items():
         values = torch.from_numpy(np.ascontiguousarray(channels, np.float32))
         tensors[name + RANGE] = LazyTensor(tuple(values.shape), values.dtype, partial(torch.Tensor.clone, values))
     folder.mkdir(parents=True, exist_ok=True)
-    partial_file = folder / f"{WEIGHTS}.partial"
-    write_tensors(partial_file, tensors)
+    new_weights, new_plan = folder / f"{WEIGHTS}.partial", folder / f"{PLAN}.partial"
+    write_tensors(new_weights, tensors)
+    content = {"schema": SCHEMA, "tensors_sha256": sha256_of(new_weights)} | dataclasses.asdict(plan)
+    with disk_errors(new_plan):
+        new_plan.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     # An old plan.json must not vouch for new tensors, not even for a moment.
     (folder / PLAN).unlink(missing_ok=True)
-    os.replace(partial_file, folder / WEIGHTS)
-    content = {"schema": SCHEMA, "tensors_sha256": sha256_of(folder / WEIGHTS)} | dataclasses.asdict(plan)
-    partial_file = folder / f"{PLAN}.partial"
-    partial_file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial_file, folder / PLAN)
+    os.replace(new_weights, folder / WEIGHTS)
+    os.replace(new_plan, folder / PLAN)
 
 
 def read_plan(folder: str | Path, model: nn.Module | None = None) -> tuple[QuantPlan, dict[str, QuantizedWeight]]:

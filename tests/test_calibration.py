@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -26,7 +28,18 @@ from agvas.tokenizer import train_tokenizer
 from agvas.training.instructions import all_instructions
 from agvas.weights import LazyTensor
 from agvas.writing import FolderInUse
-from calibration.calibrate import HEAD, LAYERS, SHARING, Calibration, CalibrationSettings, _Run, calibrate, disk_needed, memory_needed
+from calibration.calibrate import (
+    HEAD,
+    LAYERS,
+    SHARING,
+    Calibration,
+    CalibrationSettings,
+    _Run,
+    calibrate,
+    disk_needed,
+    memory_needed,
+    plan_to_make,
+)
 from calibration.cli import main
 from calibration.conversations import conversation, modes_in_turn
 from calibration.gptq import GPTQSettings
@@ -215,8 +228,8 @@ def test_decoder_layers_that_stay_in_the_file_until_their_turn_come_out_the_same
         return layer
 
     monkeypatch.setattr(_Run, "_layer", counted)
-    weights_sha256 = model_sha256(opened.tensors)
-    made = calibrate(partly, PICTURES, SETTINGS, work=tmp_path / "work", weights_sha256=weights_sha256, tensors=opened.tensors)
+    planned = plan_to_make(partly, PICTURES, SETTINGS, model_sha256(opened.tensors))
+    made = calibrate(partly, PICTURES, SETTINGS, work=tmp_path / "work", planned=planned, tensors=opened.tensors)
     assert most == 1 and all(parameter.is_meta for parameter in partly.language.model.layers.parameters())
     assert made.plan == calibrated.plan and made.weights.keys() == calibrated.weights.keys()
     for name, weight in made.weights.items():
@@ -233,7 +246,7 @@ def test_what_is_left_in_the_file_needs_the_file(model: AGVAS, tmp_path: Path) -
     save(model, tmp_path / "checkpoint")
     partly = load(tmp_path / "checkpoint", left=LAYERS)
     with pytest.raises(ValueError, match="language.model.layers.0 is on the meta device: expected the checkpoint's tensors, got none"):
-        calibrate(partly, PICTURES[:1], SETTINGS, weights_sha256="of the checkpoint")
+        calibrate(partly, PICTURES[:1], SETTINGS, planned=plan_to_make(partly, PICTURES[:1], SETTINGS, "of the checkpoint"))
 
 
 def test_a_layer_in_the_file_that_is_no_number_is_named(model: AGVAS, tmp_path: Path) -> None:
@@ -242,8 +255,9 @@ def test_a_layer_in_the_file_that_is_no_number_is_named(model: AGVAS, tmp_path: 
     state[name][0, 0] = float("nan")
     save_file(state, tmp_path / "checkpoint" / "model.safetensors")
     opened, partly = open_checkpoint(tmp_path / "checkpoint"), load(tmp_path / "checkpoint", left=LAYERS)
+    planned = plan_to_make(partly, PICTURES[:1], SETTINGS, "of the checkpoint")
     with pytest.raises(ValueError, match=f"{name} holds 1 NaN or infinite values of"):
-        calibrate(partly, PICTURES[:1], SETTINGS, weights_sha256="of the checkpoint", tensors=opened.tensors)
+        calibrate(partly, PICTURES[:1], SETTINGS, planned=planned, tensors=opened.tensors)
 
 
 def test_the_memory_of_the_papers_model_is_what_one_layer_and_the_encoders_take() -> None:
@@ -266,16 +280,50 @@ def test_too_little_memory_is_told_before_the_work(
     assert "MiB of memory and 500 MiB are available: it may be killed" in capsys.readouterr().err
 
 
-def test_another_calibrations_work_folder_is_refused(model: AGVAS, tmp_path: Path) -> None:
+def test_another_calibrations_work_folder_is_refused(model: AGVAS, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calibrate(model, PICTURES[:2], SETTINGS, work=tmp_path / "work")
     with pytest.raises(PlanError, match=r"work.*settings differ.*remove"):
         calibrate(model, PICTURES[:2], CalibrationSettings(GPTQSettings(group=32, damping=0.1), None), work=tmp_path / "work")
     with pytest.raises(PlanError, match="images"):
         calibrate(model, PICTURES[1:3], SETTINGS, work=tmp_path / "work")
+    monkeypatch.setattr("calibration.calibrate.versions", lambda: {"torch": "1.0"})
+    with pytest.raises(PlanError, match=r"work.*\(versions differ\)"):
+        calibrate(model, PICTURES[:2], SETTINGS, work=tmp_path / "work")
+    monkeypatch.undo()
+    preprocessing = dataclasses.replace(model.config.preprocessing, pixel_mean=(1.0, 2.0, 3.0))
+    other = AGVAS(dataclasses.replace(model.config, preprocessing=preprocessing), model.tokenizer).eval()
+    other.load_state_dict(model.state_dict())
+    with pytest.raises(PlanError, match=r"work.*\(config differ\)"):
+        calibrate(other, PICTURES[:2], SETTINGS, work=tmp_path / "work")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").write_text("years of work")
     with pytest.raises(PlanError, match="other files"):
         calibrate(model, PICTURES[:2], SETTINGS, work=tmp_path / "other")
+
+
+@pytest.mark.parametrize("full_at", ["state.json.partial", "layers"])
+def test_a_disk_that_is_full_from_the_start_leaves_a_work_folder_to_go_on_in(
+    model: AGVAS, full_at: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Path.mkdir
+
+    def write_text(path: Path, *_: Any) -> None:
+        path.touch()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def mkdir(path: Path, *arguments: Any, **named: Any) -> None:
+        if path.name == full_at:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(path, *arguments, **named)
+
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="No space left"):
+        if full_at == "layers":
+            patched.setattr(Path, "mkdir", mkdir)
+        else:
+            patched.setattr(Path, "write_text", write_text)
+        calibrate(model, PICTURES[:1], SETTINGS, work=tmp_path / "work")
+    assert any((tmp_path / "work").iterdir())
+    calibrate(model, PICTURES[:1], SETTINGS, work=tmp_path / "work")
 
 
 def test_a_work_folder_that_another_process_works_in_is_refused(model: AGVAS, tmp_path: Path) -> None:
@@ -410,6 +458,69 @@ def test_a_finished_plan_is_not_made_again_and_its_gptq_checkpoint_can_be_writte
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint", "plan", "gptq"}
 
 
+def test_a_plan_of_other_prompts_or_preprocessing_or_from_before_they_were_recorded_is_made_again(
+    model: AGVAS, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save(model, tmp_path / "checkpoint")
+    arguments = ["--checkpoint", tmp_path / "checkpoint", "--output", tmp_path / "plan", "--samples", "1"]
+    assert run(*arguments) == 0
+    config = json.loads((tmp_path / "checkpoint" / "config.json").read_text())
+    config["prompts"]["instructions"]["direct"] = "Something else entirely."
+    (tmp_path / "checkpoint" / "config.json").write_text(json.dumps(config))
+    assert run(*arguments) == 0 and "once it is whole (conversations differ)" in capsys.readouterr().err
+    config["preprocessing"]["pixel_mean"] = [1, 2, 3]
+    (tmp_path / "checkpoint" / "config.json").write_text(json.dumps(config))
+    assert run(*arguments) == 0 and "once it is whole (config differ)" in capsys.readouterr().err
+    assert run(*arguments) == 0 and "holds this plan already" in capsys.readouterr().err
+    old = json.loads((tmp_path / "plan" / "plan.json").read_text())
+    del old["conversations"], old["config"]
+    (tmp_path / "plan" / "plan.json").write_text(json.dumps(old))
+    read_plan(tmp_path / "plan", model)
+    assert run(*arguments) == 0 and "once it is whole (conversations, config differ)" in capsys.readouterr().err
+
+
+def test_a_plan_that_was_interrupted_while_it_was_written_is_written_by_the_same_command(
+    model: AGVAS, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(path: Path, *_: Any) -> None:
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    save(model, tmp_path / "checkpoint")
+    arguments = ["--checkpoint", tmp_path / "checkpoint", "--output", tmp_path / "plan", "--samples", "1"]
+    with monkeypatch.context() as patched:
+        patched.setattr("calibration.plan.write_tensors", interrupted)
+        assert run(*arguments) == 130
+    assert "no plan was written, the same command goes on where it was" in capsys.readouterr().err
+    assert run(*arguments) == 0
+    read_plan(tmp_path / "plan", model)
+    assert {path.name for path in tmp_path.rglob("plan*")} == {"plan", "plan.json"}
+
+
+@pytest.mark.parametrize("following", [[], ["--bits", "8"]])
+def test_an_interruption_after_the_plan_says_that_it_is_there_and_the_next_command_removes_the_work_folder(
+    model: AGVAS, following: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work, real = tmp_path / "plan.partial", shutil.rmtree
+
+    def interrupted(path: Path, *arguments: Any, **named: Any) -> None:
+        real(path, *arguments, **named)
+        if path == work / "layers":
+            raise KeyboardInterrupt
+
+    save(model, tmp_path / "checkpoint")
+    arguments = ["--checkpoint", tmp_path / "checkpoint", "--output", tmp_path / "plan", "--samples", "1"]
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "rmtree", interrupted)
+        assert run(*arguments) == 130
+    told = capsys.readouterr().err
+    assert f"interrupted; {tmp_path / 'plan'} was written" in told and "no plan was written" not in told
+    read_plan(tmp_path / "plan", model)
+    assert work.exists()
+    assert run(*arguments, *following) == 0 and not work.exists()
+    assert ("this plan already" if not following else "settings differ") in capsys.readouterr().err
+
+
 def test_a_gptq_checkpoint_that_was_interrupted_is_written_by_the_same_command(
     model: AGVAS, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -434,8 +545,9 @@ def test_a_gptq_checkpoint_that_was_interrupted_is_written_by_the_same_command(
 
 def test_a_calibration_goes_on_in_its_own_type_alone(model: AGVAS, tmp_path: Path) -> None:
     calibrate(model, PICTURES[:1], SETTINGS, work=tmp_path)
+    coarse = copy.deepcopy(model).bfloat16()
     with pytest.raises(PlanError, match="dtype differ"):
-        calibrate(copy.deepcopy(model).bfloat16(), PICTURES[:1], SETTINGS, work=tmp_path, weights_sha256=model_sha256(model))
+        calibrate(coarse, PICTURES[:1], SETTINGS, work=tmp_path, planned=plan_to_make(coarse, PICTURES[:1], SETTINGS, model_sha256(model)))
 
 
 def test_a_disk_that_will_not_do_is_told_before_the_work(

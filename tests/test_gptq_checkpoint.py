@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +22,7 @@ from agvas.training.instructions import all_instructions
 from calibration.gptq import GPTQSettings, round_to_nearest
 from calibration.gptq_checkpoint import (
     GPTQCheckpointError,
+    check_writable,
     layer_tensors,
     layer_weight,
     pack,
@@ -280,6 +284,62 @@ def test_weights_that_this_layout_cannot_hold_are_not_written(model: AGVAS, weig
     with pytest.raises(GPTQCheckpointError, match=r"one \(bits, group\)"):
         write_gptq_checkpoint(model, weights | {name: eight}, tmp_path / "gptq")
     assert not (tmp_path / "gptq").exists()
+
+
+@pytest.mark.parametrize("full_at", ["quantize_config.json.partial", "config.json.partial", "model.safetensors.partial"])
+def test_a_full_disk_leaves_an_older_checkpoint_as_it_was_and_a_new_folder_that_takes_the_same_command(
+    model: AGVAS, weights: dict[str, QuantizedWeight], folder: Path, full_at: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = open
+
+    def full(file: Path, *arguments: Any, **named: Any) -> Any:
+        opened = real(file, *arguments, **named)
+        if Path(file).name == full_at:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return opened
+
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    for target in (folder, tmp_path / "new"):
+        with monkeypatch.context() as patched, pytest.raises(OSError, match=f"{full_at}: expected to be written whole.*free some space"):
+            patched.setattr("builtins.open", full)
+            patched.setattr("io.open", full)
+            write_gptq_checkpoint(model, weights, target)
+    assert before == {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix != ".partial"}
+    check_writable(tmp_path / "new", model, 4)
+    write_gptq_checkpoint(model, weights, tmp_path / "new")
+    assert {path.name for path in (tmp_path / "new").iterdir()} == before.keys()
+
+
+@pytest.mark.parametrize("renamed", range(5))
+def test_a_kill_while_the_files_take_their_names_leaves_a_folder_that_takes_the_same_command(
+    model: AGVAS, weights: dict[str, QuantizedWeight], renamed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, done = os.replace, list[Path]()
+
+    def replace(source: Path, target: Path) -> None:
+        if len(done) == renamed:
+            raise SystemExit
+        done.append(target)
+        real(source, target)
+
+    with monkeypatch.context() as patched, pytest.raises(SystemExit):
+        patched.setattr(os, "replace", replace)
+        write_gptq_checkpoint(model, weights, tmp_path)
+    check_writable(tmp_path, model, 4)
+    write_gptq_checkpoint(model, weights, tmp_path)
+    assert read_gptq_checkpoint(tmp_path, model).keys() == weights.keys() and not list(tmp_path.glob("*.partial"))
+
+
+def test_an_older_checkpoint_whose_weights_would_be_read_in_place_of_the_new_ones_is_not_written_over(folder: Path, model: AGVAS) -> None:
+    """Sharded ones, and those of auto-gptq, whose one file has a name of its own."""
+    check_writable(folder, model, 4)
+    (folder / "model.safetensors").rename(folder / "gptq_model-4bit-128g.safetensors")
+    with pytest.raises(GPTQCheckpointError, match=r"in model.safetensors alone, got one with gptq_model-4bit-128g.safetensors, which"):
+        check_writable(folder, model, 4)
+    (folder / "gptq_model-4bit-128g.safetensors").rename(folder / "model.safetensors")
+    (folder / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(GPTQCheckpointError, match=r"got one with model.safetensors.index.json, .*choose another, or remove the old"):
+        check_writable(folder, model, 4)
 
 
 def test_the_truth_holds_the_integers_values_in_a_copy(model: AGVAS, weights: dict[str, QuantizedWeight]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,17 @@ from safetensors.numpy import load_file, save_file
 from torch import nn
 
 from calibration.gptq import GPTQSettings, round_to_nearest
-from calibration.plan import LinearRecord, PlanError, QuantPlan, image_sha256, model_sha256, read_plan, read_ranges, write_plan
+from calibration.plan import (
+    LinearRecord,
+    PlanError,
+    QuantPlan,
+    image_sha256,
+    model_sha256,
+    read_plan,
+    read_ranges,
+    takes_plan,
+    write_plan,
+)
 from calibration.weights import QuantizedWeight
 from runtime.bundle import sha256_of
 
@@ -147,14 +158,53 @@ def test_weights_that_are_not_the_records_are_not_written(tmp_path: Path) -> Non
     assert not (tmp_path / "plan").exists()
 
 
-def test_an_interrupted_writing_leaves_no_plan_that_vouches_for_other_tensors(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("stop", "told"),
+    [(KeyboardInterrupt(), None), (OSError("No space left"), "plan.json.partial: expected to be written whole, got.*free some space")],
+)
+def test_an_interruption_or_a_full_disk_leaves_the_older_plan_as_it_was_until_all_is_written(
+    stop: BaseException, told: str | None, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(self: Path, *_: object, **__: object) -> int:
-        raise KeyboardInterrupt
+        raise stop
 
-    monkeypatch.setattr(Path, "write_text", fail)
-    other = network(1)
-    with pytest.raises(KeyboardInterrupt):
+    before, other = read_plan(folder)[0], network(1)
+    with monkeypatch.context() as patched, pytest.raises(type(stop), match=told):
+        patched.setattr(Path, "write_text", fail)
         write_plan(folder, plan_of(other), weights_of(other), {})
-    monkeypatch.undo()
+    assert read_plan(folder)[0] == before
+
+
+@pytest.mark.parametrize("renamed", [0, 1])
+def test_an_interruption_while_a_plan_takes_the_place_of_another_leaves_a_folder_that_takes_it(
+    folder: Path, renamed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is no plan then: the old plan.json must not vouch for the new tensors."""
+    real, done = os.replace, list[str]()
+
+    def replace(source: Path, target: Path) -> None:
+        if len(done) == renamed:
+            raise KeyboardInterrupt
+        done.append(target.name)
+        real(source, target)
+
+    other = network(1)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(os, "replace", replace)
+        write_plan(folder, plan_of(other), weights_of(other), {})
     with pytest.raises(PlanError, match="half of one"):
         read_plan(folder)
+    assert takes_plan(folder)
+    write_plan(folder, plan_of(other), weights_of(other), {})
+    assert read_plan(folder, other)[0] == plan_of(other)
+    assert {path.name for path in folder.iterdir()} == {"plan.json", "weights.safetensors"}
+
+
+def test_a_folder_of_other_files_takes_no_plan_though_they_be_named_alike(tmp_path: Path) -> None:
+    assert takes_plan(tmp_path / "new") and takes_plan(tmp_path)
+    (tmp_path / "weights.safetensors").write_bytes(b"another program's")
+    assert not takes_plan(tmp_path)
+    (tmp_path / "plan.json.partial").write_text("{}")
+    assert takes_plan(tmp_path)
+    (tmp_path / "thesis.tex").write_text("years of work")
+    assert not takes_plan(tmp_path)
