@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -62,6 +63,10 @@ class Work:
     pictures: int
 
     @property
+    def random_checkpoint(self) -> Path:
+        return self.folder / "checkpoint"
+
+    @property
     def plan(self) -> Path:
         return self.folder / "plan"
 
@@ -86,21 +91,22 @@ class Work:
 
 
 def checkpoint(work: Work) -> dict[str, Any]:
-    """A random checkpoint, bf16 as published ones are."""
+    """A random one, bf16 as published ones are, where none of yours is given."""
     import torch
 
+    from agvas.checkpoint import open_checkpoint, weight_files
     from agvas.config import NAMED
     from benchmarks.random_checkpoint import reduced, write_random_checkpoint
 
     started, (model, _, depth) = time.monotonic(), work.size.partition("-")
     config = NAMED[MODELS[model]]()
     config = reduced(config) if depth else config
-    file = work.checkpoint / "model.safetensors"
-    made = not file.exists()
+    made = work.checkpoint == work.random_checkpoint and not (work.checkpoint / "model.safetensors").exists()
     if made:
         write_random_checkpoint(config, work.checkpoint, torch.bfloat16)
     seconds = round(time.monotonic() - started, 1) if made else None
-    return {"bytes": file.stat().st_size, "parameters": file.stat().st_size // 2, "seconds": seconds}
+    parameters = sum(math.prod(tensor.shape) for tensor in open_checkpoint(work.checkpoint).tensors.values())
+    return {"bytes": sum(file.stat().st_size for file in weight_files(work.checkpoint)), "parameters": parameters, "seconds": seconds}
 
 
 def calibrate(work: Work) -> dict[str, Any]:
@@ -339,7 +345,7 @@ def refusal(work: Work, found: dict[str, Any]) -> str | None:
     if differing:
         expected, got = (", ".join(f"--{name} {of[name]}" for name in differing) for of in (found, work.settings))
         return f"--output: expected {expected}, which it was measured with, got {got}; give those, or choose another output"
-    config, (model, _, depth) = work.folder / "checkpoint" / "config.json", work.size.partition("-")
+    config, (model, _, depth) = work.random_checkpoint / "config.json", work.size.partition("-")
     if work.checkpoint != config.parent or not config.exists():
         return None
     expected, name = MODELS[model] + ("_reduced" if depth else ""), json.loads(config.read_text())["name"]

@@ -13,8 +13,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from agvas import AGVAS, save
+from agvas.checkpoint import CheckpointError
 from agvas.config import NAMED, tiny
 from benchmarks import full_size
 from benchmarks.full_size import MODELS, SIZES, TARGETS, Work, do, main, verdicts
@@ -159,3 +161,13 @@ def test_a_checkpoint_of_another_size_in_the_work_folder_is_refused(tmp_path: Pa
         assert f"the model of --size {size}, in {tmp_path / 'checkpoint'}, got ov_7b_reduced; take another or remove it" in told
     assert full_size.refusal(Work(tmp_path, tmp_path / "checkpoint", "7b-reduced", "fp16", "float", 2), {}) is None
     assert full_size.refusal(Work(tmp_path, tmp_path / "given", "7b", "fp16", "float", 2), {}) is None
+
+
+def test_a_checkpoint_of_yours_is_read_and_never_written(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    found = full_size.checkpoint(Work(tmp_path, tiny_checkpoint, "7b", "fp16", "float", 1))
+    with safe_open(tiny_checkpoint / "model.safetensors", "pt") as file:
+        parameters = sum(file.get_tensor(name).numel() for name in file.keys())
+    assert found == {"bytes": (tiny_checkpoint / "model.safetensors").stat().st_size, "parameters": parameters, "seconds": None}
+    with pytest.raises(CheckpointError, match="nowhere is not a folder"):
+        full_size.checkpoint(Work(tmp_path, tmp_path / "nowhere", "7b", "fp16", "float", 1))
+    assert not list(tmp_path.iterdir())
