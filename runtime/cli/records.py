@@ -11,7 +11,8 @@ from typing import Any
 
 from engines import EngineError
 from runtime import __version__
-from runtime.errors import OutputError, RequestError
+from runtime.cli.output import spare_inputs
+from runtime.errors import OutputError
 from runtime.picture_files import KINDS
 from runtime.prompts import DIRECT, Prompt
 from runtime.segmenter import Segmenter
@@ -185,16 +186,3 @@ def _with_folders(paths: Sequence[Path]) -> list[str]:
     # a.png and A.PNG in one folder stay alike at any depth, which is no reason to name all the folders above.
     alternatives = [at_depth(depth) for depth in range(max(map(len, folders)) + 1)]
     return max(alternatives, key=lambda names: (len({name.casefold() for name in names}), len({*names})))  # of equals the shallowest
-
-
-def spare_inputs(pictures: Sequence[Path], stems: Sequence[str], endings: Sequence[str], output: Path) -> None:
-    """Refuse to overwrite or remove a picture as a result: x.png and x_mask.png side by side, segmented into their own folder."""
-    given = {Path(os.path.realpath(path.parent)) / path.name: path for path in pictures}
-    folder = Path(os.path.realpath(output))
-    for stem in stems:
-        for name in (f"{stem}{ending}_{kind}.png" for ending in endings for kind in KINDS):
-            if (path := given.get(folder / name)) is not None:
-                raise RequestError(
-                    f"--output {output}: expected a folder of its own, got one where the picture {path} would be "
-                    "overwritten; choose another"
-                )

@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import fnmatch
-import glob
 import os
 import re
 import signal
@@ -30,11 +28,11 @@ from typing import Any
 import numpy as np
 
 from engines import EngineError
-from engines.cache import locked
 from runtime.cli.common import AUTO, Progress, add_engine_arguments, close_stdout, describe, engine_options, json_line, open_streams, say
-from runtime.cli.records import endings_of, made, output_stems, records_of, segment_pictures, spare_inputs
+from runtime.cli.output import alone_in, prepare, refuse_own_folder, refuse_own_results, spare_inputs
+from runtime.cli.records import endings_of, made, output_stems, records_of, segment_pictures
 from runtime.cli.watch import SETTLED, Watch
-from runtime.errors import AgvasError, ImageError, OutputError, RequestError, choose
+from runtime.errors import AgvasError, ImageError, RequestError, choose
 from runtime.images import PIXEL_LIMIT, PictureWarning
 from runtime.picture_files import Found, search
 from runtime.prompts import DIRECT, MODES, PLUS
@@ -201,14 +199,14 @@ def _run(arguments: argparse.Namespace, recipe: Recipe | None, held: contextlib.
     warnings.showwarning = lambda message, *_: print(f"agvas-segment: warning: {message}", file=sys.stderr)
     if arguments.output is not None:
         for place in _places(arguments):
-            _refuse_own_results(arguments.inputs, place, arguments.recursive)
+            refuse_own_results(arguments.inputs, place, arguments.recursive)
     found, failed = (Found([], [], []), []) if arguments.watch else _find(arguments.inputs, arguments.recursive)
     pictures = found.pictures
     if arguments.strict:
         failed += [{"image": str(path), "error": reason, **made()} for path, reason in found.left_out]
     if arguments.output is not None:
         spare_inputs(pictures, output_stems(pictures), endings_of(len(arguments.instruction or [None])), Path(arguments.output))
-        _refuse_own_folder(arguments.inputs, arguments.output)
+        refuse_own_folder(arguments.inputs, arguments.output)
     for record in failed:
         _report(record, arguments.json, False)
     if not pictures and not arguments.watch:
@@ -217,9 +215,9 @@ def _run(arguments: argparse.Namespace, recipe: Recipe | None, held: contextlib.
     if region is not None and region.all():
         warnings.warn(f"--region {arguments.region}: white throughout, so that nothing is left out", stacklevel=2)
     if arguments.output is not None:
-        _prepare(arguments.output)  # before the model is opened, which can take minutes
+        prepare(arguments.output)  # before the model is opened, which can take minutes
         if arguments.watch:
-            held.enter_context(_alone_in(arguments.output))
+            held.enter_context(alone_in(arguments.output))
     if arguments.engine == AUTO:
         note(f"opening {arguments.bundle}; on a new machine, engine auto first measures the engines that are installed")
     segmenter = Segmenter(
@@ -353,21 +351,6 @@ def _own_name(folder: str) -> str:
     return os.path.basename(os.path.abspath(folder))
 
 
-@contextlib.contextmanager
-def _alone_in(output: str) -> Iterator[None]:
-    """While this runs, no other --watch writes there: pictures of one name would overwrite each other's results.
-
-    Raises:
-        RequestError: one does already.
-    """
-
-    def refuse() -> None:
-        raise RequestError(f"--output {output}: expected no other --watch that writes there, got one; give each a folder of its own")
-
-    with locked(Path(output, ".agvas-watch.lock"), refuse):
-        yield
-
-
 def _read_region(path: str) -> np.ndarray:
     try:
         return read_region(path)
@@ -386,64 +369,6 @@ def _find(inputs: Sequence[str], recursive: bool) -> tuple[Found, list[dict[str,
         else:
             good.append(name)
     return (search(good, recursive=recursive) if good else Found([], [], [])), failed
-
-
-def _refuse_own_results(inputs: Sequence[str], output: str, recursive: bool) -> None:
-    """Refuse an output folder among those looked through, by name or pattern: the next run would take this one's masks for pictures."""
-    place = Path(os.path.realpath(output))
-    for name in inputs:
-        if os.path.isdir(name):
-            folder = Path(os.path.realpath(name))
-            looked_through = place == folder or (recursive and folder in place.parents)
-        else:
-            looked_through = not os.path.lexists(name) and _matches_in(name, place)
-        if looked_through:
-            raise RequestError(
-                f"--output {output}: expected a folder outside the pictures' own, got one in {name}, where the next run would take masks "
-                "for pictures; choose another"
-            )
-
-
-def _matches_in(pattern: str, folder: Path) -> bool:
-    """Whether a glob pattern may match files that lie right in a folder, which need not exist."""
-    parts = Path(pattern).parts
-    folders = parts if parts[-1:] == ("**",) else parts[:-1]
-    plain = next((index for index, part in enumerate(folders) if glob.has_magic(part)), len(folders))
-    base = Path(os.path.realpath(Path(*folders[:plain])))
-    return base in (folder, *folder.parents) and _parts_match(folders[plain:], folder.relative_to(base).parts)
-
-
-def _parts_match(pattern: Sequence[str], folders: Sequence[str]) -> bool:
-    """Names of folders, one below the other, against those of a pattern; `**` stands for any number of them."""
-    if not pattern:
-        return not folders
-    if pattern[0] == "**" and _parts_match(pattern[1:], folders):
-        return True
-    rest = pattern if pattern[0] == "**" else pattern[1:]
-    return bool(folders) and fnmatch.fnmatch(folders[0], pattern[0]) and _parts_match(rest, folders[1:])
-
-
-def _refuse_own_folder(inputs: Sequence[str], output: str) -> None:
-    """The same of files named in the output folder itself, as a shell expands a pattern; a single one is no pattern's."""
-    place = os.path.realpath(output)
-    inside = [name for name in inputs if os.path.isfile(name) and os.path.realpath(os.path.dirname(name)) == place]
-    if len(inside) > 1:
-        raise RequestError(
-            f"--output {output}: expected a folder outside the pictures' own, got the one of {inside[0]} and {len(inside) - 1} more that "
-            "were named, where the next run of such a pattern would take masks for pictures; choose another"
-        )
-
-
-def _prepare(output: str) -> None:
-    try:
-        os.makedirs(output, exist_ok=True)
-        writable = os.access(output, os.W_OK | os.X_OK)
-    except OSError as error:
-        raise OutputError(
-            f"--output {output}: expected a folder to write to, got {error}; choose another or change its permissions"
-        ) from error
-    if not writable:
-        raise OutputError(f"--output {output}: expected a writable folder, got one that is not; choose another or change permissions")
 
 
 def _warn(record: dict[str, Any], warned: set[str]) -> None:
