@@ -171,8 +171,9 @@ def memory_needed(tensors: LazyTensors, dtype: torch.dtype, device: str = "cpu")
     """Bytes that a calibration takes at most with decoder layers read in their turn, roughly: of shapes alone.
 
     One full-width layer of Qwen2-7B took 7.7 GB on the CPU (benchmarks/results/gptq_layer.json), of which the Hessian of down_proj's
-    18,944 inputs and what is factored of it are four of 1.4. A whole AG-VAS-7B in bf16 peaked at 13.8 GB over its first two layers (a
-    throw-away measurement: benchmarks.full_size --parts calibrate, stopped), the pages of its file that a layer is read from among them.
+    18,944 inputs and what is factored of it are four of 1.4. A whole AG-VAS-7B in bf16 peaked at 9.6 GB on a busy machine
+    (benchmarks/results/full_size_plan.json), at 13.8 over its first two layers on another (a throw-away measurement), the pages of its
+    file that a layer is read from among them, which the system takes back where it needs them.
     """
     layers: dict[str, int] = {}
     stored: dict[str, int] = {}
