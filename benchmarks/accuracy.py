@@ -281,7 +281,7 @@ def _asked(arguments: argparse.Namespace) -> tuple[Source, Question]:
             )
         recipe = Recipe.read(arguments.recipe)
         recipe.check()
-        return Source.of_recipe(recipe), Question(recipe.mode, recipe.instruction, recipe.normal_state, recipe.max_new_tokens)
+        return Source.of_recipe(recipe), Question()
     source = Source(
         arguments.bundle,
         arguments.checkpoint,
@@ -332,6 +332,8 @@ def _run(arguments: argparse.Namespace, stack: ExitStack, tables: list[PerImageT
     results = evaluate_datasets(datasets, _telling(predict), _tqdm, per_image, arguments.overlays, predict.region)
     settings: dict[str, Any] = {"mode": None if source.bundle is None and source.checkpoint is None else question.mode}
     settings |= {"instruction": question.instruction, "normal_text": question.normal_text}
+    if source.recipe is not None:
+        settings |= {"mode": source.recipe.mode, "instruction": source.recipe.instruction, "normal_text": source.recipe.normal_state}
     settings |= {"threshold": source.threshold, "relative_threshold": source.relative_threshold, "fusion_weight": source.fusion_weight}
     settings |= {"tile": source.tile, "tile_overlap": source.tile_overlap}
     settings |= {"region_share": None if predict.region is None else float(predict.region.mean())}

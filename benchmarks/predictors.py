@@ -41,7 +41,7 @@ class Source:
         tile, tile_overlap: for a bundle, in pixels: see large pictures in tiles (runtime.tiling); None sees them whole.
         region: for a bundle, the file of a region that pictures are judged in alone (runtime.region).
         fusion_weight: for a checkpoint, the weight of the absolute map (eq. 8), in 0..1; None means its own. In a bundle it is built in.
-        recipe: for a bundle, all of its settings, of which this has a part (see of_recipe).
+        recipe: for a bundle, all of its settings, of which this has a part (see of_recipe), and what is asked in place of a Question.
     """
 
     bundle: Path | None = None
@@ -105,7 +105,6 @@ class Question:
     Attributes:
         mode: one of runtime.prompts.MODES; a mode that the model was not trained for is its own error.
         instruction: None for the mode's default.
-        max_new_tokens: of a bundle's answers; None means its own limit.
         normal_text: describe-then-segment-plus only, and there required: a sentence on what a normal object looks like, for all categories
             or by category. It is put before the instruction (paper §4.3, table 4).
     """
@@ -113,7 +112,6 @@ class Question:
     mode: str = DIRECT
     instruction: str | None = None
     normal_text: str | Mapping[str, str] | None = None
-    max_new_tokens: int | None = None
 
     def __post_init__(self) -> None:
         choose("--mode", self.mode, MODES)
@@ -212,8 +210,9 @@ def _bundle_predictor(source: Source, question: Question) -> Predictor:
     defaults = segmenter.bundle.manifest.prompts.instructions
 
     def predict(item: Judged) -> Prediction:
-        text = question.text(item.category, defaults)
-        return _prediction(segmenter(item.image, text, question.mode, max_new_tokens=question.max_new_tokens))
+        if source.recipe is not None:
+            return _prediction(segmenter(item.image, **source.recipe.request))
+        return _prediction(segmenter(item.image, question.text(item.category, defaults), question.mode))
 
     manifest = segmenter.bundle.manifest
     judged = {

@@ -2,18 +2,19 @@
 
 An engine at work cannot be broken off. A call with a deadline therefore runs in a thread of its own, always the same one (an engine may
 keep a context and memory for each thread), and its caller waits no longer than was agreed. What comes later is dropped; a call whose
-caller has gone ends before its next stage (`go_on`), so that late ones do not pile up. A process that ends waits for the stage that runs:
-an engine that came back to an interpreter half gone would abort.
+caller has gone ends before its next stage (`computing`), so that late ones do not pile up. A process that ends waits for the stage that
+runs: an engine that came back to an interpreter half gone would abort.
 """
 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import queue
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any, TypeVar
@@ -59,8 +60,23 @@ class _Job:
         self.ended.set()
 
 
+@contextlib.contextmanager
+def computing() -> Iterator[None]:
+    """Around each stage: in a thread of ours `go_on`, and a process that ends waits for it."""
+    thread = threading.current_thread()
+    if not isinstance(thread, _Thread):
+        yield
+        return
+    thread.computing = True
+    try:
+        go_on()
+        yield
+    finally:
+        thread.computing = False
+
+
 def go_on() -> None:
-    """Ends the call that this thread is at where nobody waits for it any longer; asked before each stage. Elsewhere nothing happens."""
+    """Ends the call that this thread is at where nobody waits for it any longer. Elsewhere nothing happens."""
     job: _Job | None = getattr(_here, "job", None)
     if job is not None and (job.gone.is_set() or _leaving.is_set()):
         raise _CallerGone
@@ -68,7 +84,7 @@ def go_on() -> None:
 
 def check_deadline(seconds: object) -> float:
     """Raises RequestError where it is no time above 0, in seconds."""
-    if isinstance(seconds, bool) or not isinstance(seconds, Real) or not 0 < float(seconds) <= threading.TIMEOUT_MAX:
+    if isinstance(seconds, bool) or not isinstance(seconds, Real) or not 0 < seconds <= threading.TIMEOUT_MAX:  # type: ignore[operator]
         raise RequestError(
             f"deadline: expected a number of seconds, above 0 and up to {threading.TIMEOUT_MAX:.0e}, got {seconds!r}; 0.1 is a tenth of a "
             "second, None waits as long as it takes"
@@ -82,6 +98,7 @@ class _Thread(threading.Thread):
     def __init__(self) -> None:
         super().__init__(name="agvas-deadline", daemon=True)
         self.jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self.computing = False
         self.start()
         _threads.add(self)
 
@@ -96,7 +113,8 @@ def _leave() -> None:
     _leaving.set()
     for thread in list(_threads):
         thread.jobs.put(None)
-        thread.join()
+        while thread.computing and thread.is_alive():  # not for a callback, which may wait for the main thread
+            thread.join(0.01)
 
 
 class Worker:

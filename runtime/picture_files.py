@@ -102,12 +102,12 @@ def _expand(name: str, recursive: bool) -> Found:
 
 def _told(name: str, found: Found) -> Found:
     """Without folders that are called as pictures are; links that lead nowhere stay: reading them tells so. Warns of what is left out."""
-    if unread := Counter(path.suffix.lower() for path, _ in found.left_out if path.suffix.lower() in UNREAD_SUFFIXES):
+    closed = {path: reason for path, reason in found.left_out if os.path.isdir(path)}
+    if unread := Counter(path.suffix.lower() for path, _ in found.left_out if path not in closed):
         counts = ", ".join(f"{count} {kind}" for kind, count in sorted(unread.items()))
         warnings.warn(f"{name}: left out {counts}: {FORMATS} is read; save them as PNG", stacklevel=5)
-    for path, reason in found.left_out:
-        if path.suffix.lower() not in UNREAD_SUFFIXES:
-            warnings.warn(f"{name}: left out what is in {path}: {reason}", stacklevel=5)
+    for path, reason in closed.items():
+        warnings.warn(f"{name}: left out what is in {path}: {reason}", stacklevel=5)
     if found.beside:
         warnings.warn(
             f"{name}: left out {len(found.beside)} that lie beside the pictures they are of, such as {min(found.beside).name}: masks or "

@@ -23,7 +23,7 @@ import numpy as np
 from engines import EngineFailed, Resident
 from runtime import preprocess
 from runtime.contract import STAGES
-from runtime.deadline import go_on
+from runtime.deadline import computing
 from runtime.preprocess import Frame, Preprocessing
 from runtime.prompts import Prompt, PromptEncoder
 from runtime.text_stream import TextStream
@@ -221,8 +221,7 @@ class Pipeline:
         return trace
 
     def _stage(self, trace: Trace, name: str, **feeds: np.ndarray) -> dict[str, np.ndarray]:
-        go_on()
-        with trace.timed(name):
+        with computing(), trace.timed(name):
             outputs = self.stages[name].run(feeds)
         for key, value in outputs.items():
             trace.tensors.setdefault(key, value)

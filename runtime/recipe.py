@@ -89,7 +89,7 @@ class Recipe:
         except (OSError, ValueError, RecursionError) as error:
             raise RequestError(f"{path}: expected a recipe (agvas-segment --save-recipe writes one), got {error}") from error
         schema = fields.pop("recipe", None) if isinstance(fields, dict) else None
-        if schema != SCHEMA:
+        if schema != SCHEMA or schema is True:
             got = "none" if schema is None else f'"recipe": {schema!r}'
             wanted = f'JSON with "recipe": {SCHEMA}'
             raise RequestError(f"{path}: expected a recipe, {wanted}, got {got}; agvas-segment --save-recipe writes one")

@@ -324,6 +324,8 @@ class Segmenter:
         def own(image: Picture) -> Picture:
             if isinstance(image, np.ndarray):
                 return image.copy()
+            if isinstance(image, Image.Image) and image.readonly:  # it looks into a buffer of somebody's
+                return image.copy()
             return bytes(image) if isinstance(image, (bytearray, memoryview)) else image
 
         def results() -> Iterator[Streamed]:

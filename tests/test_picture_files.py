@@ -146,5 +146,10 @@ def test_a_folder_that_cannot_be_opened_is_refused_and_one_below_is_told(folder,
             find_images(folder, recursive=recursive)
     shut = "deep"
     assert names(find_images(folder)) == ["a.JPG", "b.png", "c.tiff"]
+    (folder / "old.gif").mkdir()
+    shut = "old.gif"
+    with pytest.warns(UserWarning, match="left out what is in .*old.gif: expected a folder that can be read"):
+        find_images(folder, recursive=True)
+    shut = "deep"
     with pytest.warns(UserWarning, match="left out what is in .*deep: expected a folder that can be read, got .*Permission denied"):
         assert names(find_images(folder, recursive=True)) == ["a.JPG", "b.png", "c.tiff"]

@@ -81,7 +81,7 @@ class FakeModel:
         mask = image[..., 0] == 255
         return SimpleNamespace(anomaly_map=mask.astype(np.float32) + self.overshoot, mask=mask, score=np.float32(0.25), text="said")
 
-    def __call__(self, path: Path, *asked: Any, max_new_tokens: int | None = None) -> SimpleNamespace:
+    def __call__(self, path: Path, *asked: Any) -> SimpleNamespace:
         with Image.open(path) as opened:
             return self.segment(np.asarray(opened), *asked)
 

@@ -127,6 +127,9 @@ def test_a_station_that_no_part_could_be_judged_by_does_not_open(station: Path, 
     code, lines, errors = run(station / "part.png", "--recipe", station / "three.json")
     assert (code, lines) == (2, [])
     assert errors.startswith(f"agvas-segment: {station / 'three.json'}: threshold: expected a number in 0..1, got 2")
+    (station / "three.json").write_text(json.dumps(told | {"tile_overlap": 8}))
+    _, _, errors = run(station / "part.png", "--recipe", station / "three.json")
+    assert errors.startswith(f"agvas-segment: {station / 'three.json'}: tile_overlap: expected tile beside it")
     (station / "three.json").write_text(json.dumps(told | {"threads": 1_000_000}))
     with pytest.raises(RequestError, match="threads: expected .* at most, 64 a processor, got 1000000"):
         Recipe.read(station / "three.json").open()
@@ -153,6 +156,7 @@ def test_a_bundle_by_a_link_may_be_set_anew(station: Path) -> None:
         ('{"bundle": "b"}', 'JSON with "recipe": 1, got none'),
         ('{"recipe": 2, "bundle": "b"}', 'JSON with "recipe": 1, got "recipe": 2'),
         ("[" * 100_000, "expected a recipe"),
+        ('{"recipe": true, "bundle": "b"}', 'JSON with "recipe": 1, got "recipe": True'),
         ('{"recipe": 1, "bundle": "b", "threshold": 0.93, "threshold": 0.99}', "'threshold' twice"),
         ('{"recipe": 1, "bundle": "b"}', "manifest_sha256: expected the sha256 of its bundle, got none; write null"),
         ('{"recipe": 1, "bundle": "b", "manifest_sha256": null, "region": "r.png"}', "region_sha256: expected the sha256 of its region"),
@@ -262,6 +266,11 @@ def test_a_station_is_evaluated_as_it_runs(station: Path, capsys: pytest.Capture
     assert (told["judged"]["threshold"], told["judged"]["engine"]) == (0.2, "onnxruntime")
     assert (told["settings"]["instruction"], told["settings"]["region_share"]) == ("Segment the dents.", 0.5)
     beside = (("--threshold", "0.2"), ("--tile", "64"), ("--instruction", "Segment the dents."), ("--mode", "segment-then-explain"))
+    recipe_of(station, threshold=0.2, max_new_tokens=2).write(station / "cut.json")
+    assert told["mean"]["found_anomalous"] == 1
+    assert accuracy.main([*asked[:5], str(station / "cut.json"), "--json"]) == 0
+    cut = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert cut["mean"]["found_anomalous"] == 0, "an answer cut before its anchors has no mask"
     for option, value in beside:
         assert accuracy.main([*asked, option, value]) == 2
         assert f"{option}: expected the recipe's settings alone" in capsys.readouterr().err

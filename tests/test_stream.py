@@ -69,6 +69,20 @@ def test_a_batch_is_streamed_picture_by_picture(segmenter: Segmenter) -> None:
         np.testing.assert_array_equal(one.get().anomaly_map, segmenter(image).anomaly_map)
 
 
+def test_a_picture_that_looks_into_a_buffer_is_judged_as_it_was_given(segmenter: Segmenter) -> None:
+    frames = [picture(seed)[..., 0].copy() for seed in range(5)]
+    buffer = np.zeros_like(frames[0])
+
+    def camera() -> Iterator[Any]:
+        for frame in frames:
+            buffer[:] = frame
+            yield Image.frombuffer("L", buffer.shape[::-1], buffer.data, "raw", "L", 0, 1)
+            buffer[:] = 0
+
+    for one, frame in zip(segmenter.stream(camera()), frames, strict=True):
+        np.testing.assert_array_equal(one.get().anomaly_map, segmenter(frame).anomaly_map)
+
+
 @pytest.mark.parametrize("form", [np.asarray, bytearray, memoryview])
 def test_a_buffer_that_is_written_again_is_judged_as_it_was_given(form: Any, segmenter: Segmenter) -> None:
     frames = [picture(seed) for seed in range(5)]

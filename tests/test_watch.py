@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -18,7 +19,7 @@ import pytest
 from conftest import picture
 from PIL import Image
 
-from runtime.cli import segment, watch
+from runtime.cli import output, segment, watch
 from runtime.cli.watch import Watch
 from runtime.picture_files import Found, by_name
 
@@ -130,11 +131,13 @@ def test_kinds_that_are_not_read_are_told_once(tmp_path: Path) -> None:
     assert len(said) == 1 and "left out .gif" in said[0]
 
 
-@pytest.mark.parametrize("kind", ["empty", "link", "pipe"])
+@pytest.mark.parametrize("kind", ["empty", "link", "loop", "pipe"])
 def test_what_never_gets_content_is_a_picture_that_failed(kind: str, tmp_path: Path, clock: Callable[[float], None]) -> None:
     watching = Watch([str(tmp_path)], settled=0.5)
     if kind == "link":
         (tmp_path / "a.png").symlink_to(tmp_path / "nowhere.png")
+    elif kind == "loop":
+        (tmp_path / "a.png").symlink_to(tmp_path / "a.png")
     elif kind == "pipe":
         os.mkfifo(tmp_path / "a.png")
     else:
@@ -172,8 +175,8 @@ def test_what_cannot_be_looked_at_for_a_while_is_not_taken_again(tmp_path: Path,
 
 def test_a_subfolder_that_cannot_be_opened_for_a_while_is_not_taken_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     watching = Watch([str(tmp_path)], recursive=True, settled=0, say=lambda line: None)
-    put(tmp_path / "deep" / "a.png")
-    put(tmp_path / "b.png")
+    put(tmp_path / "deep" / "a.png", at=0)
+    put(tmp_path / "b.png", at=1)
     assert looked(watching) == ["a.png", "b.png"]
     real = os.scandir
 
@@ -206,12 +209,59 @@ def test_a_picture_that_met_a_lost_folder_is_taken_when_the_folder_is_back(tmp_p
     assert next(given)[1].name == "b.png" and len(rests) == 3
 
 
-def test_a_picture_that_may_be_read_now_is_taken_again(tmp_path: Path) -> None:
+def test_a_picture_that_may_be_read_now_is_taken_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tests may run as root, whom no permission stops."""
     watching = Watch([str(tmp_path)], settled=0)
-    put(tmp_path / "a.png").chmod(0)
+    put(tmp_path / "a.png")
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "access", lambda path, mode: False)
+        assert looked(watching) == ["a.png"]
+        assert looked(watching) == []
     assert looked(watching) == ["a.png"]
-    (tmp_path / "a.png").chmod(0o644)
+
+
+def test_what_a_backup_changes_is_no_other_picture(tmp_path: Path) -> None:
+    watching = Watch([str(tmp_path)], settled=0)
+    picture = put(tmp_path / "a.png")
     assert looked(watching) == ["a.png"]
+    picture.chmod(0o600)
+    os.link(picture, tmp_path / "kept")
+    assert looked(watching) == []
+
+
+@pytest.mark.parametrize("folder", [".", "./", "in", "in/", "./in", ".."])
+def test_however_a_folder_is_named_each_picture_is_taken_once(folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = tmp_path / "here" / "in" if "in" in folder else tmp_path / "here"
+    (tmp_path / "here" / "in").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here" / "in" if folder == ".." else tmp_path / "here")
+    put(place / "a.png")
+    put(place / "sub" / "b.png", at=1)
+    rests: list[float] = []
+
+    def rest(seconds: float) -> None:
+        rests.append(seconds)
+        if len(rests) == 3:
+            raise InterruptedError
+
+    taken = list[str]()
+    with pytest.raises(InterruptedError):
+        for _, path in Watch([folder], recursive=True, settled=0, sleep=rest):
+            taken.append(path.name)
+    assert taken == ["a.png", "b.png"]
+
+
+@pytest.mark.parametrize("failing", [OSError(errno.ENOLCK, "No locks available"), PermissionError(errno.EACCES, "Permission denied")])
+def test_where_no_lock_can_be_had_that_is_told(failing: OSError, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    @contextlib.contextmanager
+    def locked(*_: Any) -> Iterator[None]:
+        raise failing
+        yield
+
+    monkeypatch.setattr(output, "locked", locked)
+    with pytest.warns(UserWarning, match="another --watch that writes there would not be noticed"), output.alone_in(str(tmp_path)):
+        pass
+    with pytest.warns(UserWarning, match="not be noticed"), pytest.raises(OSError, match="another"), output.alone_in(str(tmp_path)):
+        raise OSError("another")
 
 
 def test_a_long_look_is_followed_by_as_long_a_rest(clock: Callable[[float], None], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -341,8 +391,10 @@ def test_two_watchers_do_not_write_to_one_folder(tmp_path: Path, running: Callab
     save_whole(tmp_path / "left" / "next.png", 1)
     assert "mask" in first.record()
     first.end(signal.SIGTERM)
-    third = running(tmp_path / "right", "--output", tmp_path / "out", "--settle", "0")
+    third = running(tmp_path / "left", tmp_path / "right", "--output", tmp_path / "out", "--settle", "0")
     assert "mask" in third.record()
+    below = running(tmp_path / "right", "--output", tmp_path / "out" / "right")
+    assert below.process.wait(AMPLE) == 2
     third.end(signal.SIGTERM)
 
 

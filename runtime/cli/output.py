@@ -6,6 +6,7 @@ import contextlib
 import fnmatch
 import glob
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -33,7 +34,8 @@ def prepare(output: str) -> None:
 
 @contextlib.contextmanager
 def alone_in(output: str) -> Iterator[None]:
-    """While this runs, no other --watch writes there: pictures of one name would overwrite each other's results.
+    """While this runs, no other --watch writes there: pictures of one name would overwrite each other's results. Where the file system has
+    no locks, or the lock is another user's, a warning says so.
 
     Raises:
         RequestError: one does already.
@@ -42,7 +44,11 @@ def alone_in(output: str) -> Iterator[None]:
     def refuse() -> None:
         raise RequestError(f"--output {output}: expected no other --watch that writes there, got one; give each a folder of its own")
 
-    with locked(Path(output, ".agvas-watch.lock"), refuse):
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(locked(Path(output, ".agvas-watch.lock"), refuse))
+        except OSError as error:
+            warnings.warn(f"--output {output}: another --watch that writes there would not be noticed: {error}", stacklevel=2)
         yield
 
 

@@ -89,11 +89,12 @@ def records_of(
             failed = {"image": str(path), "instruction": request.instruction}
             try:
                 result = inspection.answer(request)
+                told = result.to_json(polygons=polygons)
             except _OF_ONE_PICTURE as error:
                 _forget(output, stem + ending)
                 yield {**failed, "error": str(error) or type(error).__name__, **model, **made()}
                 continue
-            record = {"image": str(path), **result.to_json(polygons=polygons), **model, **made()}
+            record = {"image": str(path), **told, **model, **made()}
             record["timings_ms"], reading = {**reading, **record["timings_ms"]}, {}
             if not result.anchors_found:  # an empty mask would say OK
                 _forget(output, stem + ending)

@@ -166,10 +166,14 @@ def _follow(arguments: argparse.Namespace, argv: Sequence[str] | None) -> Recipe
 
 def _as_asked(message: str, recipe: str) -> str:
     """Words on an option in words on the recipe's setting, where that is where it stands."""
-    option = re.match(r"--([a-z-]+)", message)
-    if option is None or option[1].replace("-", "_") not in ("bundle", *OF_SEGMENTER, *OF_REQUEST):
-        return message
-    return f"{recipe}: {message.removeprefix('--')}"
+
+    def as_set(option: re.Match[str]) -> str:
+        name = option[1].replace("-", "_")
+        return name if name in (*OF_SEGMENTER, *OF_REQUEST) else option[0]
+
+    words = re.sub(r"--([a-z-]+)", as_set, message)
+    about = re.match(r"\w+", words)
+    return f"{recipe}: {words}" if about is not None and about[0] in (*OF_SEGMENTER, *OF_REQUEST) else message
 
 
 def _to_save(arguments: argparse.Namespace) -> Recipe | None:
@@ -217,7 +221,8 @@ def _run(arguments: argparse.Namespace, recipe: Recipe | None, held: contextlib.
     if arguments.output is not None:
         prepare(arguments.output)  # before the model is opened, which can take minutes
         if arguments.watch:
-            held.enter_context(alone_in(arguments.output))
+            for place in dict.fromkeys((arguments.output, *_places(arguments))):
+                held.enter_context(alone_in(place))
     if arguments.engine == AUTO:
         note(f"opening {arguments.bundle}; on a new machine, engine auto first measures the engines that are installed")
     segmenter = Segmenter(
@@ -255,7 +260,7 @@ def _run(arguments: argparse.Namespace, recipe: Recipe | None, held: contextlib.
         say=lambda line: print(f"agvas-segment: {line}", file=sys.stderr),
     )
     if arguments.watch:
-        held.callback(lambda: watch.waiting and note(f"{watch.waiting} pictures have come that were not judged"))
+        held.callback(_tell_waiting, watch)
         note(f"watching {', '.join(arguments.inputs)}; Ctrl-C ends it")
     with Progress(quiet=arguments.quiet or arguments.watch) as progress:
         asked = {"mode": arguments.mode, "normal_state": arguments.normal_state, "max_new_tokens": arguments.max_new_tokens}
@@ -338,6 +343,11 @@ def _as_they_come(watch: Watch, arguments: argparse.Namespace) -> Iterator[tuple
     places = {} if arguments.output is None else dict(zip(arguments.inputs, _places(arguments), strict=True))
     for folder, path in watch:
         yield path, Path(places[folder]) / path.parent.relative_to(folder) if places else None, path.name
+
+
+def _tell_waiting(watch: Watch) -> None:
+    if watch.waiting:
+        print(f"agvas-segment: at least {watch.waiting} pictures have come that were not judged", file=sys.stderr)
 
 
 def _places(arguments: argparse.Namespace) -> list[str]:

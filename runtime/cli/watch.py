@@ -21,7 +21,7 @@ EVERY = 0.1  # seconds between two looks
 SETTLED = 0.5
 EMPTY_FOR = 10  # times as long, and as many seconds at least, until a file without content is taken for a picture that failed
 
-_State = tuple[int, int, int]  # times of content and of all else, both in ns, and size
+_State = tuple[int, int, bool]  # time of the content in ns, size, whether it may be read
 
 
 class Watch:
@@ -35,7 +35,7 @@ class Watch:
         sleep: waits for some seconds; for tests.
 
     Attributes:
-        waiting: pictures seen that have not been given yet.
+        waiting: pictures seen at the last look that have not been given yet; more may have come since.
     """
 
     def __init__(
@@ -65,8 +65,8 @@ class Watch:
                 self._taken[path] = state  # of before it is read: what changes meanwhile is taken again
                 yield folder, Path(path)
                 self.waiting -= 1
-                if not os.path.exists(os.path.dirname(path)):  # it may not have been read: it is judged when its folder is there again
-                    self._taken.pop(path, None)
+                if not os.path.exists(os.path.dirname(path) or "."):
+                    self._taken.pop(path, None)  # it may not have been read: it is judged when its folder is there again
 
     def look(self) -> list[tuple[_State, str, str]]:
         """(state, picture, folder) of those that are whole and not taken yet, oldest first."""
@@ -82,7 +82,7 @@ class Watch:
                 continue
             before, since = self._waiting.get(path, (None, now))
             waiting[path] = state, since if before == state else now
-            if now - waiting[path][1] >= (self._settled if state[-1] else max(EMPTY_FOR * self._settled, EMPTY_FOR)):
+            if now - waiting[path][1] >= (self._settled if state[1] else max(EMPTY_FOR * self._settled, EMPTY_FOR)):
                 whole.append((state, path, folder))
         self._waiting, self.waiting = waiting, len(waiting)
         return sorted(whole)
@@ -110,7 +110,8 @@ class Watch:
                     unseen.add(Path(path))
                 continue
             if not stat.S_ISDIR(told.st_mode):  # folders may be called as pictures are
-                yield path, (told.st_mtime_ns, told.st_ctime_ns, told.st_size if stat.S_ISREG(told.st_mode) else 0)
+                # Neither inode nor time of change: backups and chmod change these, and some shares give another with each look.
+                yield path, (told.st_mtime_ns, told.st_size if stat.S_ISREG(told.st_mode) else 0, os.access(path, os.R_OK))
 
     def _pictures_of(self, folder: str, files: list[str], errors: list[OSError]) -> Found:
         """Told apart from masks and other files once for as long as the names stay, which takes most of a look's time."""
@@ -120,7 +121,7 @@ class Watch:
             found = by_name(files, errors)
             before = self._found[folder] = files, reasons, found
             for path, reason in found.left_out:
-                self._tell(folder, f"left out {path.suffix.lower() or path}: {reason}")
+                self._tell(folder, f"left out {path if os.path.isdir(path) else path.suffix.lower()}: {reason}")
             if found.beside:
                 self._tell(folder, "left out what lies beside the pictures it is of, called _mask, _overlay or _map: masks or results")
         return before[2]
@@ -136,8 +137,10 @@ def _status(path: str) -> os.stat_result:
     """Of the file, or of a link that leads nowhere."""
     try:
         return os.stat(path)
-    except FileNotFoundError:
-        return os.lstat(path)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ELOOP, errno.ENOTDIR):
+            return os.lstat(path)
+        raise
 
 
 def _within(path: str, places: set[Path]) -> bool:
