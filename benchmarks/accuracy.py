@@ -175,7 +175,7 @@ def _parser() -> argparse.ArgumentParser:
         "--fusion-weight", type=float, metavar="A", help="of the absolute map (eq. 8), instead of the model's own; with --checkpoint"
     )
     asked = parser.add_argument_group("question")
-    asked.add_argument("--mode", default=DIRECT, help=f"one that the model was trained for of {', '.join(MODES)} (default {DIRECT})")
+    asked.add_argument("--mode", help=f"one that the model was trained for of {', '.join(MODES)} (default {DIRECT})")
     asked.add_argument("--instruction", metavar="TEXT", help="instead of the mode's default")
     asked.add_argument(
         "--normal-text",
@@ -208,6 +208,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command agvas-eval; 0, 2 with one line on stderr for bad arguments, data, bundle or engine, 130 where it was interrupted."""
     arguments = _parser().parse_args(argv)
     from engines.errors import EngineError
+    from runtime.cli.common import say
     from runtime.errors import AgvasError
 
     tables: list[PerImageTable] = []
@@ -216,15 +217,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             stack.enter_context(warnings.catch_warnings())
             warnings.showwarning = lambda message, *_: _say(f"warning: {message}")
             summary, results = _run(arguments, stack, tables)
-        print(table(results, arguments.paper))
+        say(table(results, arguments.paper))
         for result in results:
             for point in in_words(result["dataset"], result["operating_points"]):
-                print(point)
+                say(point)
         if not any(result["mean"]["normal_images"] or result["mean"]["ap"] is not None for result in results):
-            print("nothing is known of these pictures: give masks, or --dataset good for good parts alone; --csv has every picture's score")
+            say("nothing is known of these pictures: give masks, or --dataset good for good parts alone; --csv has every picture's score")
         if arguments.json:
             for line in results if len(results) == 1 else [*results, summary]:
-                print(json.dumps(line, allow_nan=False))
+                say(json.dumps(line, allow_nan=False))
         if arguments.output is not None:  # last, so that a full disk does not cost the numbers
             arguments.output.write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     except ModuleNotFoundError as error:
@@ -272,13 +273,11 @@ def _kept(tables: Sequence[PerImageTable]) -> str:
 def _asked(arguments: argparse.Namespace) -> tuple[Source, Question]:
     """Who is judged and what it is asked, by the arguments or by a recipe, beside which none of them is taken."""
     if arguments.recipe is not None:
-        of_recipe = ("engine", "device", "inference_precision", "threshold", "relative_threshold", "tile", "tile_overlap", "region")
-        beside = [name for name in (*of_recipe, "fusion_weight", "instruction", "normal_text") if getattr(arguments, name) is not None]
-        if beside or arguments.mode != DIRECT:
-            option = beside[0].replace("_", "-") if beside else "mode"
-            raise ValueError(
-                f"--{option}: expected the recipe's settings alone, got it beside --recipe; leave it out, or save another recipe"
-            )
+        settings = ("engine", "device", "inference_precision", "threshold", "relative_threshold", "tile", "tile_overlap", "region")
+        asked = ("mode", "instruction", "normal_text")
+        if given := [name for name in (*settings, "fusion_weight", *asked) if getattr(arguments, name) is not None]:
+            option = f"--{given[0].replace('_', '-')}"
+            raise ValueError(f"{option}: expected the recipe's settings alone, got it beside --recipe; leave it out, or save another recipe")
         recipe = Recipe.read(arguments.recipe)
         recipe.check()
         return Source.of_recipe(recipe), Question()
@@ -298,7 +297,7 @@ def _asked(arguments: argparse.Namespace) -> tuple[Source, Question]:
         arguments.region,
     )
     normal_text = None if arguments.normal_text is None else read_normal_text(arguments.normal_text)
-    return source, Question(arguments.mode, arguments.instruction, normal_text)
+    return source, Question(arguments.mode or DIRECT, arguments.instruction, normal_text)
 
 
 def _run(arguments: argparse.Namespace, stack: ExitStack, tables: list[PerImageTable]) -> tuple[dict[str, Any], list[dict[str, Any]]]:

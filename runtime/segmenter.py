@@ -285,9 +285,9 @@ class Segmenter:
 
         Results come in the order of the pictures, each as soon as it is there. A picture that cannot be read or segmented, or for which
         memory runs out, gives its error in its place (`Streamed.error`) and the stream goes on; an error of `images` itself is raised after
-        the results before it. Arrays and buffers are copied before the next picture is asked for: a camera may write its one buffer again.
-        Close the iterator (or use it up) to free its threads; `images` is closed with it where it is a generator, and left as it is where
-        it is an object of yours.
+        the results before it. Arrays, buffers and PIL images are copied before the next one is asked for: a camera may write its one buffer
+        again. Close the iterator (or use it up) to free its threads; `images` is closed with it where it is a generator, and left as it is
+        where it is an object of yours.
 
         Args:
             images: in any form a call takes; read ahead, in another thread.
@@ -312,8 +312,8 @@ class Segmenter:
         prompt = self.request(instruction, mode, normal_state=normal_state, max_new_tokens=max_new_tokens)
         chain = self._opened()
 
-        def read(image: Picture) -> _Read:
-            return self._read(chain, image)
+        def read(image: Picture | _Read) -> _Read:
+            return image if isinstance(image, _Read) else self._read(chain, image)
 
         def look(read: _Read) -> Inspection:
             return self._look(chain, read)
@@ -321,10 +321,10 @@ class Segmenter:
         def answer(inspection: Inspection) -> Segmentation:
             return inspection.answer(prompt)
 
-        def own(image: Picture) -> Picture:
+        def own(image: Picture) -> Picture | _Read:
+            if isinstance(image, Image.Image):  # which may be drawn into, look into a buffer, or be at its next page
+                return self._read(chain, image)
             if isinstance(image, np.ndarray):
-                return image.copy()
-            if isinstance(image, Image.Image) and image.readonly:  # it looks into a buffer of somebody's
                 return image.copy()
             return bytes(image) if isinstance(image, (bytearray, memoryview)) else image
 

@@ -219,6 +219,14 @@ def test_a_full_disk_behind_stdout_is_exit_code_2(
     assert "No space left" in capsys.readouterr().err
 
 
+def test_a_full_disk_behind_stdout_is_exit_code_2_at_the_very_end_too(tiny_bundle: Path, photos: Path) -> None:
+    """Python's own flush would fail once more, and end with 120."""
+    command = f"{sys.executable} -m runtime.cli.segment {photos} --bundle {tiny_bundle} --engine onnxruntime --quiet > /dev/full"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    run = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=Path(__file__).parents[1], env=environment)
+    assert run.returncode == 2 and "No space left" in run.stderr and "Exception ignored" not in run.stderr
+
+
 def test_a_reader_that_goes_away_ends_the_run_quietly(tiny_bundle: Path, photos: Path) -> None:
     command = [sys.executable, "-m", "runtime.cli.segment", str(photos), "--bundle", str(tiny_bundle), "--quiet"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as running:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,29 @@ def test_a_picture_that_looks_into_a_buffer_is_judged_as_it_was_given(segmenter:
 
     for one, frame in zip(segmenter.stream(camera()), frames, strict=True):
         np.testing.assert_array_equal(one.get().anomaly_map, segmenter(frame).anomaly_map)
+
+
+def test_a_picture_that_is_drawn_into_or_turns_its_pages_is_judged_as_it_was_given(segmenter: Segmenter, tmp_path: Path) -> None:
+    frames = [Image.fromarray(picture(seed)) for seed in range(5)]
+    frames[0].save(tmp_path / "pages.tif", save_all=True, append_images=frames[1:])
+
+    def drawn() -> Iterator[Image.Image]:
+        one = Image.new("RGB", frames[0].size)
+        for frame in frames:
+            one.paste(frame)
+            yield one
+
+    def turned() -> Iterator[Image.Image]:
+        with Image.open(tmp_path / "pages.tif") as pages:
+            for page in range(len(frames)):
+                pages.seek(page)
+                yield pages
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PictureWarning)
+        for given in (drawn(), turned()):
+            for one, frame in zip(segmenter.stream(given), frames, strict=True):
+                np.testing.assert_array_equal(one.get().anomaly_map, segmenter(frame).anomaly_map)
 
 
 @pytest.mark.parametrize("form", [np.asarray, bytearray, memoryview])

@@ -221,6 +221,15 @@ def test_a_picture_that_may_be_read_now_is_taken_again(tmp_path: Path, monkeypat
     assert looked(watching) == ["a.png"]
 
 
+def test_what_took_the_name_with_size_and_time_is_another_picture(tmp_path: Path) -> None:
+    watching = Watch([str(tmp_path)], settled=0)
+    put(tmp_path / "latest.bmp", b"one")
+    assert looked(watching) == ["latest.bmp"]
+    time.sleep(0.05)  # the system's own times are coarse
+    put(tmp_path / ".part", b"two").rename(tmp_path / "latest.bmp")
+    assert looked(watching) == ["latest.bmp"]
+
+
 def test_what_a_backup_changes_is_no_other_picture(tmp_path: Path) -> None:
     watching = Watch([str(tmp_path)], settled=0)
     picture = put(tmp_path / "a.png")

@@ -103,6 +103,7 @@ def say(line: str) -> None:
     except BrokenPipeError:
         raise
     except OSError as error:
+        close_stdout()  # what waits in its buffer would be tried again at the end, and change the exit code
         raise OutputError(f"stdout: expected to write a line, got {error}; free some space or redirect it") from error
 
 

@@ -347,7 +347,7 @@ def _as_they_come(watch: Watch, arguments: argparse.Namespace) -> Iterator[tuple
 
 def _tell_waiting(watch: Watch) -> None:
     if watch.waiting:
-        print(f"agvas-segment: at least {watch.waiting} pictures have come that were not judged", file=sys.stderr)
+        print(f"agvas-segment: pictures that lie there and have not been judged: {watch.waiting} at least", file=sys.stderr)
 
 
 def _places(arguments: argparse.Namespace) -> list[str]:

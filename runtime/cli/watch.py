@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from runtime.errors import ImageError
 from runtime.picture_files import Found, by_name, files_in
@@ -21,7 +22,20 @@ EVERY = 0.1  # seconds between two looks
 SETTLED = 0.5
 EMPTY_FOR = 10  # times as long, and as many seconds at least, until a file without content is taken for a picture that failed
 
-_State = tuple[int, int, bool]  # time of the content in ns, size, whether it may be read
+
+class _State(NamedTuple):
+    """What is told of a file without opening it."""
+
+    written: int  # ns
+    size: int  # bytes; 0 of what is no file
+    readable: bool
+    inode: int
+    changed: int  # ns; of owner, links and all else
+
+    def same(self, other: _State) -> bool:
+        """Backups and chmod change a file's time of change alone, and some shares give another inode with each look; a file that took
+        another's name has both."""
+        return self[:3] == other[:3] and (self.inode == other.inode or self.changed == other.changed)
 
 
 class Watch:
@@ -78,11 +92,11 @@ class Watch:
         self._taken = {path: state for path, state in self._taken.items() if path in found or _within(path, unseen)}
         waiting, whole = dict[str, tuple[_State, float]](), []
         for path, (state, folder) in found.items():
-            if self._taken.get(path) == state:
+            if (taken := self._taken.get(path)) is not None and taken.same(state):
                 continue
             before, since = self._waiting.get(path, (None, now))
-            waiting[path] = state, since if before == state else now
-            if now - waiting[path][1] >= (self._settled if state[1] else max(EMPTY_FOR * self._settled, EMPTY_FOR)):
+            waiting[path] = state, since if before is not None and before.same(state) else now
+            if now - waiting[path][1] >= (self._settled if state.size else max(EMPTY_FOR * self._settled, EMPTY_FOR)):
                 whole.append((state, path, folder))
         self._waiting, self.waiting = waiting, len(waiting)
         return sorted(whole)
@@ -110,8 +124,8 @@ class Watch:
                     unseen.add(Path(path))
                 continue
             if not stat.S_ISDIR(told.st_mode):  # folders may be called as pictures are
-                # Neither inode nor time of change: backups and chmod change these, and some shares give another with each look.
-                yield path, (told.st_mtime_ns, told.st_size if stat.S_ISREG(told.st_mode) else 0, os.access(path, os.R_OK))
+                size = told.st_size if stat.S_ISREG(told.st_mode) else 0
+                yield path, _State(told.st_mtime_ns, size, os.access(path, os.R_OK), told.st_ino, told.st_ctime_ns)
 
     def _pictures_of(self, folder: str, files: list[str], errors: list[OSError]) -> Found:
         """Told apart from masks and other files once for as long as the names stay, which takes most of a look's time."""
