@@ -276,8 +276,8 @@ def _asked(arguments: argparse.Namespace) -> tuple[Source, Question]:
         settings = ("engine", "device", "inference_precision", "threshold", "relative_threshold", "tile", "tile_overlap", "region")
         asked = ("mode", "instruction", "normal_text")
         if given := [name for name in (*settings, "fusion_weight", *asked) if getattr(arguments, name) is not None]:
-            option = f"--{given[0].replace('_', '-')}"
-            raise ValueError(f"{option}: expected the recipe's settings alone, got it beside --recipe; leave it out, or save another recipe")
+            option, remedy = f"--{given[0].replace('_', '-')}", "leave it out, or save another recipe"
+            raise ValueError(f"{option}: expected the recipe's settings alone, got it beside --recipe; {remedy}")
         recipe = Recipe.read(arguments.recipe)
         recipe.check()
         return Source.of_recipe(recipe), Question()
