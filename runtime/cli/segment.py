@@ -20,14 +20,14 @@ import sys
 import threading
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from engines import EngineError
+from engines import EngineError, EngineOptions
 from runtime.cli.common import AUTO, Progress, add_engine_arguments, close_stdout, describe, engine_options, json_line, open_streams, say
 from runtime.cli.output import alone_in, prepare, refuse_own_folder, refuse_own_results, spare_inputs
 from runtime.cli.records import endings_of, made, output_stems, records_of, segment_pictures
@@ -223,29 +223,7 @@ def _run(arguments: argparse.Namespace, recipe: Recipe | None, held: contextlib.
         if arguments.watch:
             for place in dict.fromkeys((arguments.output, *_places(arguments))):
                 held.enter_context(alone_in(place))
-    if arguments.engine == AUTO:
-        note(f"opening {arguments.bundle}; on a new machine, engine auto first measures the engines that are installed")
-    segmenter = Segmenter(
-        arguments.bundle,
-        arguments.engine,
-        options.device,
-        inference_precision=arguments.inference_precision,
-        threads=options.threads,
-        low_memory=options.low_memory,
-        remeasure=arguments.remeasure,
-        threshold=arguments.threshold,
-        relative_threshold=arguments.relative_threshold,
-        tile=arguments.tile,
-        tile_overlap=arguments.tile_overlap,
-        region=region,
-        pixel_limit=arguments.pixel_limit,
-    )
-    if segmenter.choice is not None:
-        chosen = replace(options, inference_precision=segmenter.inference_precision)
-        when = " when it was measured" if segmenter.choice.remembered else ""
-        note(f"{describe(segmenter.engine, chosen)}, chosen by auto: {segmenter.choice.milliseconds:.1f} ms a picture{when}")
-        for name, reason in () if segmenter.choice.remembered else segmenter.choice.rejected.items():
-            note(f"  not {name}: {reason}")
+    segmenter = _open(arguments, options, region, note)
     verdicts, warned = Counter[str](failed=len(failed)), set[str]()
     instructions = arguments.instruction or [None]
     if to_save is not None:
@@ -294,6 +272,34 @@ def _run(arguments: argparse.Namespace, recipe: Recipe | None, held: contextlib.
     if verdicts["failed"] or verdicts["??"] or (arguments.strict and warned):
         return 1
     return 3 if arguments.fail_on_ng and verdicts["NG"] else 0
+
+
+def _open(arguments: argparse.Namespace, options: EngineOptions, region: np.ndarray | None, note: Callable[[str], None]) -> Segmenter:
+    """The segmenter that was asked for; notes say what `auto` chose, and why."""
+    if arguments.engine == AUTO:
+        note(f"opening {arguments.bundle}; on a new machine, engine auto first measures the engines that are installed")
+    segmenter = Segmenter(
+        arguments.bundle,
+        arguments.engine,
+        options.device,
+        inference_precision=arguments.inference_precision,
+        threads=options.threads,
+        low_memory=options.low_memory,
+        remeasure=arguments.remeasure,
+        threshold=arguments.threshold,
+        relative_threshold=arguments.relative_threshold,
+        tile=arguments.tile,
+        tile_overlap=arguments.tile_overlap,
+        region=region,
+        pixel_limit=arguments.pixel_limit,
+    )
+    if segmenter.choice is not None:
+        chosen = replace(options, inference_precision=segmenter.inference_precision)
+        when = " when it was measured" if segmenter.choice.remembered else ""
+        note(f"{describe(segmenter.engine, chosen)}, chosen by auto: {segmenter.choice.milliseconds:.1f} ms a picture{when}")
+        for name, reason in () if segmenter.choice.remembered else segmenter.choice.rejected.items():
+            note(f"  not {name}: {reason}")
+    return segmenter
 
 
 def _check(arguments: argparse.Namespace) -> None:
