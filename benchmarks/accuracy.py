@@ -30,7 +30,7 @@ from benchmarks.operating_points import OperatingPoints, in_words
 from benchmarks.per_image import PerImageTable
 from benchmarks.predictors import BASELINES, Question, Source, open_predictor, read_normal_text
 from runtime.prompts import DIRECT, MODES
-from runtime.recipe import Recipe
+from runtime.recipe import OF_REQUEST, OF_SEGMENTER, Recipe, beside_recipe
 
 __all__ = ["Dataset", "evaluate_datasets", "main", "read_datasets", "table"]
 
@@ -273,11 +273,9 @@ def _kept(tables: Sequence[PerImageTable]) -> str:
 def _asked(arguments: argparse.Namespace) -> tuple[Source, Question]:
     """Who is judged and what it is asked, by the arguments or by a recipe, beside which none of them is taken."""
     if arguments.recipe is not None:
-        settings = ("engine", "device", "inference_precision", "threshold", "relative_threshold", "tile", "tile_overlap", "region")
-        asked = ("mode", "instruction", "normal_text")
-        if given := [name for name in (*settings, "fusion_weight", *asked) if getattr(arguments, name) is not None]:
-            option, remedy = f"--{given[0].replace('_', '-')}", "leave it out, or save another recipe"
-            raise ValueError(f"{option}: expected the recipe's settings alone, got it beside --recipe; {remedy}")
+        settings = (*OF_SEGMENTER, *OF_REQUEST, "normal_text", "fusion_weight")
+        if given := [name for name in settings if getattr(arguments, name, None) is not None]:
+            raise beside_recipe(given[0])
         recipe = Recipe.read(arguments.recipe)
         recipe.check()
         return Source.of_recipe(recipe), Question()

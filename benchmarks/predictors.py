@@ -22,7 +22,7 @@ from benchmarks.datasets import Judged
 from benchmarks.evaluation import Predict, Prediction
 from runtime.errors import choose
 from runtime.prompts import DIRECT, MODES, PLUS, with_normal_state
-from runtime.recipe import Recipe
+from runtime.recipe import OF_SEGMENTER, Recipe
 from runtime.segmentation import MAP_SLACK
 
 __all__ = ["BASELINES", "Predictor", "Question", "Source", "open_predictor", "read_normal_text"]
@@ -62,7 +62,7 @@ class Source:
     @classmethod
     def of_recipe(cls, recipe: Recipe) -> Source:
         """A station's bundle, run as its recipe says."""
-        names = ("engine", "device", "inference_precision", "threshold", "relative_threshold", "tile", "tile_overlap", "region")
+        names = {field.name for field in dataclasses.fields(cls)} & {*OF_SEGMENTER}
         return cls(Path(recipe.bundle), **{name: getattr(recipe, name) for name in names}, recipe=recipe)
 
     def __post_init__(self) -> None:

@@ -178,6 +178,12 @@ class Recipe:
         return {name: getattr(self, name) for name in OF_REQUEST}
 
 
+def beside_recipe(setting: str) -> RequestError:
+    """What a command line says of one of a recipe's settings that is given beside it: it would have to win or to lose in silence."""
+    option = f"--{setting.replace('_', '-')}"
+    return RequestError(f"{option}: expected the recipe's settings alone, got it beside --recipe; leave it out, or save another recipe")
+
+
 def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A setting given twice would be the last one's, and the first would look as if it held."""
     if twice := [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]:

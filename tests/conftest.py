@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import hashlib
 import io
@@ -20,7 +21,7 @@ from PIL import Image
 from torch import nn
 
 from agvas import AGVAS, save
-from agvas.config import tiny
+from agvas.config import INSTRUCTIONS, tiny
 from agvas.tokenizer import train_tokenizer
 from agvas.training.instructions import all_instructions
 from agvas.training.losses import text_loss
@@ -37,6 +38,15 @@ def new_tiny(anchor_position: str = "own", seed: int = 3) -> AGVAS:
             if "pos" in name:
                 parameter.normal_(std=0.2)
     return model.eval()
+
+
+def of_four_modes() -> AGVAS:
+    """Random weights of sizes that groups of 32 divide, two layers, all four modes."""
+    torch.manual_seed(5)
+    config = tiny(instructions=INSTRUCTIONS)
+    language = dataclasses.replace(config.language, width=64, mlp_width=96, heads=4, layers=2)
+    config = dataclasses.replace(config, language=language)
+    return AGVAS(config, train_tokenizer([*all_instructions(), config.prompts.answer], language.vocabulary)).eval()
 
 
 def teach(model: AGVAS, answer: tuple[int, ...], steps: int = 150) -> AGVAS:

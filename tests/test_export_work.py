@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,19 @@ def press() -> None:
     handler(signal.SIGINT, None)
 
 
+def press_twice_after(monkeypatch: pytest.MonkeyPatch, renamed: Callable[[Path, Path], bool]) -> None:
+    """Ctrl-C, and once more, as soon as a file that `renamed` (old name, new name) tells has another name."""
+    original = os.rename
+
+    def renaming(source: Any, target: Any) -> None:
+        original(source, target)
+        if renamed(Path(source), Path(target)):
+            press()
+            press()
+
+    monkeypatch.setattr(os, "rename", renaming)
+
+
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
@@ -85,15 +99,7 @@ def test_stages_are_kept_where_the_bundle_cannot_take_its_name(
 def test_ctrl_c_twice_between_the_renames_gives_the_older_bundle_its_name_back(
     key: Key | None, older: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = os.rename
-
-    def renaming(source: Any, target: Any) -> None:
-        original(source, target)
-        if Path(source) == older:
-            press()
-            press()
-
-    monkeypatch.setattr(os, "rename", renaming)
+    press_twice_after(monkeypatch, lambda source, target: source == older)
     with pytest.raises(KeyboardInterrupt, match="no bundle was written, an older one is untouched; " + (KEPT if key else "nothing of it")):
         export(older, key)
     assert names(older.parent) == [".bundle.partial"] * bool(key) + ["bundle"] and names(older) == ["older"]
@@ -116,15 +122,7 @@ def test_an_older_bundle_that_cannot_be_removed_is_warned_of_and_the_new_one_is_
 
 
 def test_ctrl_c_twice_once_the_new_bundle_is_in_place_says_so(older: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = os.rename
-
-    def renaming(source: Any, target: Any) -> None:
-        original(source, target)
-        if Path(target) == older:
-            press()
-            press()
-
-    monkeypatch.setattr(os, "rename", renaming)
+    press_twice_after(monkeypatch, lambda source, target: target == older)
     with pytest.warns(UserWarning, match="remove .*old-"), pytest.raises(KeyboardInterrupt, match="bundle was written all the same"):
         export(older)
     assert names(older) == ["a", "b"]

@@ -36,7 +36,7 @@ from runtime.errors import AgvasError, ImageError, RequestError, choose
 from runtime.images import PIXEL_LIMIT, PictureWarning
 from runtime.picture_files import Found, search
 from runtime.prompts import DIRECT, MODES, PLUS
-from runtime.recipe import OF_REQUEST, OF_SEGMENTER, Recipe
+from runtime.recipe import OF_REQUEST, OF_SEGMENTER, Recipe, beside_recipe
 from runtime.region import read_region
 from runtime.segmenter import Segmenter
 from runtime.tiling import Tiling
@@ -154,8 +154,7 @@ def _follow(arguments: argparse.Namespace, argv: Sequence[str] | None) -> Recipe
     apart = argparse.Namespace(**dict.fromkeys(vars(arguments), left_out) | {"instruction": None})
     given = [name for name, value in vars(_parser().parse_args(argv, apart)).items() if value is not left_out and value is not None]
     if twice := next((name for name in ("bundle", *OF_SEGMENTER, *OF_REQUEST, "save_recipe") if name in given), None):
-        option = f"--{twice.replace('_', '-')}"
-        raise RequestError(f"{option}: expected the recipe's settings alone, got it beside --recipe; leave it out, or save another recipe")
+        raise beside_recipe(twice)
     recipe.check()
     for name in ("bundle", *OF_SEGMENTER, *OF_REQUEST):
         setattr(arguments, name, getattr(recipe, name))
@@ -231,32 +230,31 @@ def _run(arguments: argparse.Namespace, recipe: Recipe | None, held: contextlib.
         to_save.write(arguments.save_recipe)
         note(f"saved {arguments.save_recipe}")
     warnings.simplefilter("ignore", PictureWarning)  # _warn tells them, with the first picture's name
-    watch = Watch(
-        arguments.inputs,
-        recursive=arguments.recursive,
-        settled=SETTLED if arguments.settle is None else arguments.settle,
-        say=lambda line: print(f"agvas-segment: {line}", file=sys.stderr),
-    )
+    asked = {"mode": arguments.mode, "normal_state": arguments.normal_state, "max_new_tokens": arguments.max_new_tokens}
     if arguments.watch:
+        watch = Watch(
+            arguments.inputs,
+            recursive=arguments.recursive,
+            settled=SETTLED if arguments.settle is None else arguments.settle,
+            say=lambda line: print(f"agvas-segment: {line}", file=sys.stderr),
+        )
         held.callback(_tell_waiting, watch)
+        requests = [segmenter.request(text, **asked) for text in instructions]
+        kinds = {"mask": True, "overlay": arguments.overlay, "map": arguments.map}
+        records = records_of(segmenter, _as_they_come(watch, arguments), requests, kinds, arguments.polygons)
         note(f"watching {', '.join(arguments.inputs)}; Ctrl-C ends it")
+    else:
+        records = segment_pictures(
+            segmenter,
+            pictures,
+            instructions=instructions,
+            output=arguments.output,
+            overlay=arguments.overlay,
+            anomaly_map=arguments.map,
+            polygons=arguments.polygons,
+            **asked,
+        )
     with Progress(quiet=arguments.quiet or arguments.watch) as progress:
-        asked = {"mode": arguments.mode, "normal_state": arguments.normal_state, "max_new_tokens": arguments.max_new_tokens}
-        if arguments.watch:
-            requests = [segmenter.request(text, **asked) for text in instructions]
-            kinds = {"mask": True, "overlay": arguments.overlay, "map": arguments.map}
-            records = records_of(segmenter, _as_they_come(watch, arguments), requests, kinds, arguments.polygons)
-        else:
-            records = segment_pictures(
-                segmenter,
-                pictures,
-                instructions=instructions,
-                output=arguments.output,
-                overlay=arguments.overlay,
-                anomaly_map=arguments.map,
-                polygons=arguments.polygons,
-                **asked,
-            )
         done, several = 0, len(instructions) > 1
         for record in records:
             progress.step_aside()
