@@ -10,8 +10,8 @@ behind it a model has its full widths and two layers of everything. Parity of ma
 
     python -m benchmarks.full_size --size 7b --work DIR --parts checkpoint calibrate export-plan stages-plan --output FILE.json
 
-calibrates the language model with agvas-calibrate instead, on a few pictures (one to two hours on two cores; stopped, it goes on where it was),
-and exports and compares what the plan says; --again makes the plan anew.
+calibrates the language model with agvas-calibrate instead, on a few pictures (one to two hours on two cores; stopped, it goes on where it
+was), and exports and compares what the plan says; --again makes the plan anew.
 
 What went on where an earlier run had stopped says "resumed": its seconds and its memory are of the rest alone. An output is of one size,
 precision, head and number of pictures, a random checkpoint of one size: others are refused.

@@ -26,8 +26,6 @@ Step = Callable[[str], None]
 
 _leaving = threading.Event()  # the process ends
 _threads: weakref.WeakSet[_Thread] = weakref.WeakSet()
-_here = threading.local()  # job: what this thread is at
-
 
 class _CallerGone(BaseException):
     """Ends a call that nobody waits for any longer; no engine or callback takes it for an error of its own."""
@@ -47,7 +45,6 @@ class _Job:
         self.step = step
 
     def run(self) -> None:
-        _here.job = self
         try:
             self.begin("beginning")
             self.value = self.work(self.begin)
@@ -55,8 +52,6 @@ class _Job:
             return
         except BaseException as error:  # the caller's, who waits for it
             self.error = error
-        finally:
-            _here.job = None
         self.ended.set()
 
 
@@ -77,8 +72,8 @@ def computing() -> Iterator[None]:
 
 def go_on() -> None:
     """Ends the call that this thread is at where nobody waits for it any longer. Elsewhere nothing happens."""
-    job: _Job | None = getattr(_here, "job", None)
-    if job is not None and (job.gone.is_set() or _leaving.is_set()):
+    thread = threading.current_thread()
+    if isinstance(thread, _Thread) and thread.job is not None and (thread.job.gone.is_set() or _leaving.is_set()):
         raise _CallerGone
 
 
@@ -98,14 +93,16 @@ class _Thread(threading.Thread):
     def __init__(self) -> None:
         super().__init__(name="agvas-deadline", daemon=True)
         self.jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self.job: _Job | None = None
         self.computing = False
         self.start()
         _threads.add(self)
 
     def run(self) -> None:
         while (job := self.jobs.get()) is not None:
+            self.job = job
             job.run()
-            del job  # its picture and result are the caller's, who may be done with them long before the next one comes
+            self.job = job = None  # its picture and result are the caller's, who may be done with them long before the next one comes
 
 
 @atexit.register
