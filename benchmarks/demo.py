@@ -1,8 +1,8 @@
 """The demo: export the shipped model, verify the bundle here, segment pictures with it. `make demo` runs this.
 
-The pictures are photographs that scikit-image carries in its package (nothing is downloaded), with procedural defects
-drawn on them from seeds that training never used, so that the truth is known; two are left without a defect. Photos of
-one's own are segmented unchanged. It shows that the chain works on this machine; how good the model is on real defects,
+The pictures are photographs of surfaces, nano's subject, that scikit-image carries in its package (nothing is
+downloaded), with procedural defects drawn on them from seeds that training never used, so that the truth is known; two
+are left without a defect. Photos of one's own are segmented unchanged. It shows that the chain works on this machine; how good the model is on real defects,
 benchmarks.accuracy measures.
 
 Exit codes: 0 all went well, 1 export's or verification's gates or a picture failed, 2 it could not be run,
@@ -35,7 +35,8 @@ from runtime.errors import AgvasError, RequestError
 from runtime.images import read_image
 from runtime.picture_files import find_images
 
-PHOTOGRAPHS = ("brick", "gravel", "grass", "coins", "coffee", "page")
+SURFACES = ("brick", "gravel", "grass")
+SCENES = ("coins", "coffee", "page")
 DEFECTS = ("crack", "stain", "hole", "scratch", "contamination", "cut", "corrosion", "spalling")
 FIRST_SEED = 9_000_000_000  # training draws from 1,000,000 on, export's parity pictures from 8,000,000,000 on
 
@@ -149,7 +150,7 @@ def run_demo(output: Path, count: int, photos: Sequence[str]) -> int:
 
 
 def make_pictures(folder: Path, count: int) -> list[DemoPicture]:
-    """Photographs from scikit-image's package with one drawn defect each; of four or more the last two have none.
+    """Surfaces from scikit-image's package, every round turned further, with one drawn defect each; of four or more the last two have none.
 
     Written to `folder` as PNG. The same count gives the same pictures. A defect of a size outside _DEFECT_SHARE is
     drawn again from the next seed: too small or too large to tell on the contact sheet, it would show nothing.
@@ -159,16 +160,16 @@ def make_pictures(folder: Path, count: int) -> list[DemoPicture]:
     """
     if not count:
         return []
-    photographs = all_photographs()
+    photographs = photographs_of(SURFACES)
     flawless = 2 if count >= 4 else count // 2
     folder.mkdir(parents=True, exist_ok=True)
     pictures = []
     for index in range(count):
         turn, which = divmod(index, len(photographs))
-        image = photograph = np.ascontiguousarray(np.rot90(photographs[which][1], turn))  # later rounds are turned
+        image = np.ascontiguousarray(np.rot90(photographs[which][1], turn))
         truth, defect = np.zeros(image.shape[:2], bool), ""
         if index < count - flawless:
-            image, truth, defect = with_defect(photograph, DEFECTS[index % len(DEFECTS)], FIRST_SEED + _ATTEMPTS * index)
+            image, truth, defect = with_defect(image, DEFECTS[index % len(DEFECTS)], FIRST_SEED + _ATTEMPTS * index)
         path = folder / f"{index + 1:02}_{photographs[which][0]}_{defect or 'good'}.png"
         Image.fromarray(image).save(path)
         pictures.append(DemoPicture(path, image, truth, defect))
@@ -251,16 +252,20 @@ def _clear(output: Path) -> None:
         (output / name).unlink(missing_ok=True)
 
 
-def all_photographs() -> list[tuple[str, npt.NDArray[np.uint8]]]:
-    """Name and uint8 RGB [H, W, 3] of the photographs that are in the installed package."""
+def photographs_of(names: Sequence[str]) -> list[tuple[str, npt.NDArray[np.uint8]]]:
+    """Name and uint8 RGB [H, W, 3] of those photographs that are in the installed package.
+
+    Raises:
+        RequestError: scikit-image is not installed, or its package carries none of them.
+    """
     # Found without importing it: its data module would offer downloads for what the package leaves out.
     spec = importlib.util.find_spec("skimage")
     if spec is None or spec.origin is None:
         raise RequestError("the demo's photographs come with scikit-image, which is not installed; pip install scikit-image")
-    paths = [Path(spec.origin).parent / "data" / f"{name}.png" for name in PHOTOGRAPHS]
+    paths = [Path(spec.origin).parent / "data" / f"{name}.png" for name in names]
     photographs = [(path.stem, read_image(path)) for path in paths if path.is_file()]
     if not photographs:
-        raise RequestError(f"{paths[0].parent}: expected {', '.join(PHOTOGRAPHS)} (.png), got none; give photos of your own")
+        raise RequestError(f"{paths[0].parent}: expected {', '.join(names)} (.png), got none; give photos of your own")
     return photographs
 
 

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from agvas import load
 from agvas.training.procedural import make_sample
-from benchmarks.demo import DEFECTS, all_photographs, with_defect
+from benchmarks.demo import DEFECTS, SCENES, SURFACES, photographs_of, with_defect
 from benchmarks.environment import environment
 from runtime.masking import MaskRule
 
@@ -46,7 +46,7 @@ def procedural(count: int) -> Iterator[Picture]:
 
 def photographs(count: int) -> Iterator[Picture]:
     """`count` photographs with one drawn defect each, and the quarters and ninths of every photograph as they are."""
-    every = [image for _, image in all_photographs()]
+    every = [image for _, image in photographs_of(SURFACES + SCENES)]
     for number in range(count):
         turn, which = divmod(number, len(every))
         image, truth, _ = with_defect(every[which], DEFECTS[turn % len(DEFECTS)], PHOTOGRAPH_SEED + 100 * number)
