@@ -89,8 +89,10 @@ def _measure(options: argparse.Namespace) -> int:
 
     if options.bundle is None:
         raise RequestError("--bundle: expected the folder that agvas-export wrote, got none; or give --compare or --roofline")
-    if options.threads < 0 or (options.fps is not None and options.fps <= 0):
-        raise RequestError(f"--threads, --fps: expected positive numbers, got {options.threads} and {options.fps}; leave them out")
+    if options.threads < 0:
+        raise RequestError(f"--threads: expected 1 or more, got {options.threads}; leave it out for all usable CPUs")
+    if options.fps is not None and not options.fps > 0:
+        raise RequestError(f"--fps: expected a number above 0, got {options.fps:g}; leave it out where no line waits")
     options.threads = options.threads or usable_cpus()
     engine_options(options)  # refuses what no engine has, before anything is made
     changes = {name: getattr(options, name) for name in ("pictures", "queries", "seconds") if getattr(options, name) is not None}

@@ -2,8 +2,8 @@
 
 The pictures are photographs of surfaces, nano's subject, that scikit-image carries in its package (nothing is
 downloaded), with procedural defects drawn on them from seeds that training never used, so that the truth is known; two
-are left without a defect. Photos of one's own are segmented unchanged. It shows that the chain works on this machine; how good the model is on real defects,
-benchmarks.accuracy measures.
+are left without a defect. Photos of one's own are segmented unchanged. It shows that the chain works on this machine;
+how good the model is on real defects, benchmarks.accuracy measures.
 
 Exit codes: 0 all went well, 1 export's or verification's gates or a picture failed, 2 it could not be run,
 130 interrupted.

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from agvas.config import ov_7b
+from agvas.config import AGVASConfig, ov_7b
 from agvas.encoders import language_model, pixel_encoder
 from benchmarks.environment import environment
 from engines import open_engine
@@ -52,8 +52,8 @@ def sam_h(folder: Path) -> dict[str, Any]:
     return _export_and_compare(stage, "pixel_encoder", axis_sizes(config), feeds, {"pixel_embeddings": wanted}, folder, parameters)
 
 
-def language_two_layers(folder: Path) -> dict[str, Any]:
-    """Two Qwen2-7B layers with the full head; the oracle is Qwen2ForCausalLM over all rows."""
+def two_layers() -> tuple[AGVASConfig, nn.Module]:
+    """Two Qwen2-7B layers with the full head, and the config of an AG-VAS with them."""
     config = ov_7b()
     config = dataclasses.replace(config, language=dataclasses.replace(config.language, layers=LAYERS))
     torch.manual_seed(0)
@@ -63,7 +63,12 @@ def language_two_layers(folder: Path) -> dict[str, Any]:
     _spread(language)
     rotary = language.model.rotary_emb
     rotary.inv_freq = rotary.original_inv_freq = rotary.compute_default_rope_parameters(rotary.config)[0]
-    language.eval()
+    return config, language.eval()
+
+
+def language_two_layers(folder: Path) -> dict[str, Any]:
+    """Against Qwen2ForCausalLM over all rows."""
+    config, language = two_layers()
     embeddings = torch.randn(1, TOKENS, config.language.width)
     with torch.inference_mode():
         output = language(inputs_embeds=embeddings, output_hidden_states=True)

@@ -2,9 +2,10 @@
 
     python -m benchmarks.tensorrt_builds --output benchmarks/results/tensorrt_rtx_builds.json
 
-Every stage of nano, and SAM ViT-H's and SigLIP so400m's encoders at full size with random weights, in fp16, for GeForce and RTX cards
-of three generations. Nothing is run: speed and masks are for a machine with such a GPU. Needs about 7 GB of memory while SAM ViT-H is
-exported; each export and each build is a process of its own.
+Every stage of nano, SAM ViT-H's and SigLIP so400m's encoders at full size and two full-width layers of Qwen2-7B with their head, with
+random weights, in fp16, for GeForce and RTX cards of three generations; both language models with their layers in 4 bit, too (plain
+rounding: what a build costs does not depend on the codes). Nothing is run: speed and masks are for a machine with such a GPU. Needs about 7
+GB of memory while SAM ViT-H is exported, 16 for Qwen2's layers; each export and each build is a process of its own.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import sys
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.environment import environment
 from engines.tensorrt_builder import BuildRequest, build
@@ -25,11 +26,17 @@ from engines.tensorrt_library import TENSORRT_RTX, version
 from runtime.contract import STAGES
 from runtime.engine_builds import profile_of
 
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from calibration.weights import IntegerWeight
+
 CAPABILITIES = ("8.6", "8.9", "12.0")  # Ampere, Ada, Blackwell
 # As agvas-build makes them of nano's prompts.
 FREE = ({"B": 1, "N": 1, "K": 0, "R": 1}, {"B": 1, "N": 233, "K": 0, "R": 10}, {"B": 1, "N": 490, "K": 586, "R": 10})
-FULL_SIZE = {"sam_vit_h": "pixel_encoder", "siglip_so400m": "semantic_encoder"}
-MODELS = {**{f"nano_{stage}": stage for stage in STAGES}, **FULL_SIZE}
+FULL_SIZE = {"sam_vit_h": "pixel_encoder", "siglip_so400m": "semantic_encoder", "qwen2_7b_2_layers": "language"}
+IN_4_BIT = {"nano_language_int4": 32, "qwen2_7b_2_layers_int4": 128}  # groups, as agvas-export takes them
+MODELS = {**{f"nano_{stage}": stage for stage in STAGES}, **FULL_SIZE, **dict.fromkeys(IN_4_BIT, "language")}
 
 
 def export(name: str, precision: str, folder: Path) -> None:
@@ -39,13 +46,15 @@ def export(name: str, precision: str, folder: Path) -> None:
     from agvas.checkpoint import load
     from agvas.config import ov_7b
     from agvas.encoders import SemanticEncoder, pixel_encoder
-    from export.adapters import PixelEncoderStage, SemanticEncoderStage, axis_sizes
+    from benchmarks.full_size_stages import two_layers
+    from export.adapters import LanguageStage, PixelEncoderStage, SemanticEncoderStage, axis_sizes
+    from export.integer_weights import store_integers
     from export.onnx_writer import export_stage, stage_module, write
     from export.passes import lower_precision
 
     stage = MODELS[name]
     torch.manual_seed(0)
-    if name not in FULL_SIZE:
+    if name.startswith("nano_"):
         model = load("nano")
         config, module = model.config, stage_module(model, stage)
     else:
@@ -54,14 +63,36 @@ def export(name: str, precision: str, folder: Path) -> None:
         if stage == "pixel_encoder":
             holder.pixel_encoder = pixel_encoder(config.pixel)
             module = PixelEncoderStage(holder).eval()  # type: ignore[arg-type]
+        elif stage == "language":
+            config, holder.language = two_layers()
+            module = LanguageStage(holder).eval()  # type: ignore[arg-type]
         else:
             holder.semantic_encoder = SemanticEncoder(config)
             module = SemanticEncoderStage(holder).eval()  # type: ignore[arg-type]
     graph = export_stage(module, stage, axis_sizes(config))
+    if name in IN_4_BIT:
+        store_integers(graph, _rounded(graph, IN_4_BIT[name]))
     if precision != "fp32":
         lower_precision(graph, precision)
     write(graph, folder, stage)
     (folder / "sizes.json").write_text(json.dumps(axis_sizes(config)))
+
+
+def _rounded(graph: ir.Model, group: int) -> dict[str, IntegerWeight]:
+    """A language graph's decoder layers in 4 bit, by the names of their products."""
+    import torch
+
+    from agvas.weights import LazyTensor
+    from calibration.gptq import GPTQSettings, rounded_to_nearest
+    from export.integer_weights import linears
+
+    def of(weight: ir.Value) -> LazyTensor:  # stored [K, N]
+        inputs, outputs = weight.const_value.shape
+        return LazyTensor((outputs, inputs), torch.float32, lambda: torch.from_numpy(weight.const_value.numpy().T.copy()).float())
+
+    settings = GPTQSettings(bits=4, group=group)
+    products = {name: node for name, node in linears(graph).items() if name.startswith("layers.")}
+    return {name: rounded_to_nearest(of(node.inputs[1]), settings, name) for name, node in products.items()}
 
 
 def measure(name: str, precision: str, folder: Path) -> dict[str, Any]:

@@ -2,8 +2,8 @@
 
 An engine at work cannot be broken off. A call with a deadline therefore runs in a thread of its own, always the same one (an engine may
 keep a context and memory for each thread), and its caller waits no longer than was agreed. What comes later is dropped; a call whose
-caller has gone ends before its next stage (`computing`), so that late ones do not pile up. A process that ends waits for the stage that
-runs: an engine that came back to an interpreter half gone would abort.
+caller has gone ends before its next stage (`computing`), so that late ones do not pile up. A process that ends waits for the thread: an
+engine that came back, or was let go, in an interpreter half gone would abort.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from runtime.errors import DeadlineMissed, RequestError
 
 T = TypeVar("T")
 Step = Callable[[str], None]
+
+PATIENCE = 5.0  # seconds that an ending process waits for what is no stage: reading may hang for ever, as on a share that is gone
 
 _leaving = threading.Event()  # the process ends
 _threads: weakref.WeakSet[_Thread] = weakref.WeakSet()
@@ -57,17 +59,31 @@ class _Job:
 
 @contextlib.contextmanager
 def computing() -> Iterator[None]:
-    """Around each stage: in a thread of ours `go_on`, and a process that ends waits for it."""
+    """Around each stage: in a thread of ours `go_on`, and a process that ends waits for it as long as it takes."""
+    with _at("stage"):
+        go_on()
+        yield
+
+
+@contextlib.contextmanager
+def calling_back() -> Iterator[None]:
+    """Around the caller's own code: `go_on`, and a process that ends does not wait for it, which may wait for the main thread."""
+    with _at("callback"):
+        go_on()
+        yield
+
+
+@contextlib.contextmanager
+def _at(part: str) -> Iterator[None]:
     thread = threading.current_thread()
     if not isinstance(thread, _Thread):
         yield
         return
-    thread.computing = True
+    before, thread.at = thread.at, part
     try:
-        go_on()
         yield
     finally:
-        thread.computing = False
+        thread.at = before
 
 
 def go_on() -> None:
@@ -94,7 +110,7 @@ class _Thread(threading.Thread):
         super().__init__(name="agvas-deadline", daemon=True)
         self.jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self.job: _Job | None = None
-        self.computing = False
+        self.at = ""  # "stage" or "callback", see _leave
         self.start()
         _threads.add(self)
 
@@ -110,7 +126,9 @@ def _leave() -> None:
     _leaving.set()
     for thread in list(_threads):
         thread.jobs.put(None)
-        while thread.computing and thread.is_alive():  # not for a callback, which may wait for the main thread
+    until = time.monotonic() + PATIENCE
+    for thread in list(_threads):
+        while thread.is_alive() and thread.at != "callback" and (thread.at == "stage" or time.monotonic() < until):
             thread.join(0.01)
 
 

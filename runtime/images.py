@@ -189,10 +189,12 @@ def _rgb_of_stream(file: IO[bytes], name: str, pixel_limit: int, remedy: str) ->
 def _rgb_of_array(array: np.ndarray, pixel_limit: int) -> np.ndarray:
     given = f"{array.dtype} {list(array.shape)}"
     expected = "image array: expected uint8 RGB [H, W, 3]"
+    if isinstance(array, np.ma.MaskedArray):
+        raise ImageError(f"{expected}, got a masked array, whose mask would be lost; pass .filled(0), and what to judge as `region`")
     if array.dtype != np.uint8:
         if array.dtype.kind == "f":
             nans = int(np.isnan(array).sum())
-            held = f" with {nans} NaN" if nans else " without NaN"
+            held = f" with {nans} NaN" if nans else ""
             remedy = "scale it to 0..255 by a rule of yours and pass .astype(np.uint8)"
         else:
             held = ""

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from engines import EngineFailed
+from runtime.errors import RequestError
 from runtime.masking import MaskRule
 from runtime.pipeline import Chain
 from runtime.prompts import DIRECT, Prompt
@@ -73,8 +74,9 @@ class Inspection:
 
         Raises:
             EngineFailed: the engine could not compute, or computed NaN or a map outside 0..1.
-            RequestError: `on_text` for a picture in tiles.
+            RequestError: `on_text` for a picture in tiles, or that cannot be called.
         """
+        check_callback(on_text)
         trace = self._chain.answer(self._vision, prompt, on_text)
         lowest, score = float(trace.anomaly_map.min()), float(trace.anomaly_map.max())
         # NumPy's maximum of anything with a NaN is NaN; a NaN would pass every threshold as OK.
@@ -108,3 +110,9 @@ class Inspection:
             warnings=self.warnings,
         )
         return result if self.region is None else result.within(self.region)
+
+
+def check_callback(on_text: object) -> None:
+    """Raises RequestError where it cannot be called."""
+    if on_text is not None and not callable(on_text):
+        raise RequestError(f"on_text: expected a function of a piece of text (print, for instance), got {on_text!r}; give one or None")

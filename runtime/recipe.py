@@ -11,19 +11,23 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from runtime.bundle import Bundle, sha256_of
-from runtime.errors import ImageError, RequestError, choose
+from runtime.errors import BundleError, ImageError, RequestError, choose
 from runtime.images import PIXEL_LIMIT
 from runtime.prompts import DIRECT
 from runtime.segmenter import Segmenter
 from runtime.writing import write_whole
 
 SCHEMA = 1
+LARGEST = 1_000_000  # bytes of a recipe's file
+_OF_FILE = ("path", "sha256")  # fields of the file, which are not in it
+_SHA256 = re.compile("[0-9a-fA-F]{64}")
 _PATHS = ("bundle", "region")
 _KINDS: dict[str, tuple[str, tuple[type, ...]]] = {
     "str": ("text", (str,)),
@@ -56,7 +60,7 @@ class Recipe:
         bundle, region: paths; in the file they are told from the recipe's own folder.
         manifest_sha256: Bundle.id of the bundle that the recipe was made for; None: any.
         region_sha256: of the region's file; None: any.
-        sha256: of the file that the recipe was read from, "" where it was made in memory.
+        path, sha256: of the file that the recipe was read from, "" where it was made in memory.
     """
 
     bundle: str
@@ -77,14 +81,22 @@ class Recipe:
     max_new_tokens: int | None = None
     manifest_sha256: str | None = None
     region_sha256: str | None = None
+    path: str = dataclasses.field(default="", compare=False)
     sha256: str = dataclasses.field(default="", compare=False)
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Recipe:
         """Raises RequestError where the file is missing, no recipe, or has a setting that there is not; values are judged by `open`."""
+        if not isinstance(path, (str, os.PathLike)):
+            raise RequestError(f"recipe: expected the path of one (agvas-segment --save-recipe writes it), got {path!r}")
         path = Path(path)
         try:
-            content = path.read_bytes()
+            if path.exists() and not path.is_file():
+                raise OSError("a folder, device or pipe")
+            with open(path, "rb") as file:
+                content = file.read(LARGEST + 1)
+            if len(content) > LARGEST:
+                raise ValueError(f"more than {LARGEST:,} bytes")
             fields = json.loads(content, object_pairs_hook=_each_once)
         except (OSError, ValueError, RecursionError) as error:
             raise RequestError(f"{path}: expected a recipe (agvas-segment --save-recipe writes one), got {error}") from error
@@ -93,7 +105,7 @@ class Recipe:
             got = "none" if schema is None else f'"recipe": {schema!r}'
             wanted = f'JSON with "recipe": {SCHEMA}'
             raise RequestError(f"{path}: expected a recipe, {wanted}, got {got}; agvas-segment --save-recipe writes one")
-        known = {field.name: str(field.type).split(" | ") for field in dataclasses.fields(cls) if field.name != "sha256"}
+        known = {field.name: str(field.type).split(" | ") for field in dataclasses.fields(cls) if field.name not in _OF_FILE}
         for name, value in fields.items():
             choose(str(path), name, known)
             if not any(type(value) in _KINDS[kind][1] for kind in known[name]):
@@ -107,10 +119,12 @@ class Recipe:
                 raise RequestError(f"{path}: {hashed}: expected the sha256 of its {name}, got none; write null where any {name} will do")
             if fields.get(hashed) is not None and fields.get(name) is None:
                 raise RequestError(f"{path}: {name}: expected the one of this {hashed}, got none; name it, or write null for both")
+            if fields.get(hashed) is not None and not _SHA256.fullmatch(fields[hashed]):
+                raise RequestError(f"{path}: {hashed}: expected a sha256, 64 hexadecimal digits, got {fields[hashed]!r}; save it again")
             if fields.get(name) is not None:
                 folder = os.path.dirname(os.path.realpath(path))  # the file's own, where a link was given
                 fields[name] = os.path.join(folder, fields[name])  # ".." is for the system to follow, through links too
-        return cls(**fields, sha256=hashlib.sha256(content).hexdigest())
+        return cls(**fields, path=str(path), sha256=hashlib.sha256(content).hexdigest())
 
     def write(self, path: str | os.PathLike[str]) -> None:
         """Whole or not at all, with the sha256 of bundle and region as they are now.
@@ -122,7 +136,8 @@ class Recipe:
         """
         path = Path(path)
         told = dataclasses.asdict(self) | {"manifest_sha256": self._bundle_id(), "region_sha256": self._region_id()}
-        del told["sha256"]
+        for name in _OF_FILE:
+            del told[name]
         for name in _PATHS:
             if told[name] is not None:
                 told[name] = _from(path.parent, told[name])
@@ -151,18 +166,25 @@ class Recipe:
         bundle, region = self._bundle_id(), self._region_id()
         if self.manifest_sha256 is not None and bundle != self.manifest_sha256.lower():
             raise RequestError(
-                f"recipe: expected the bundle it was made for (manifest {self.manifest_sha256[:12]}…) at {self.bundle}, got another "
+                f"{self._name}: expected the bundle it was made for (manifest {self.manifest_sha256[:12]}…) at {self.bundle}, got another "
                 f"({bundle[:12]}…), whose scores its threshold says nothing about; put that one back, or choose the threshold anew and "
                 "save the recipe again"
             )
         if self.region_sha256 is not None and region != self.region_sha256.lower():
             raise RequestError(
-                f"recipe: expected the region it was made for (sha256 {self.region_sha256[:12]}…) at {self.region}, got "
+                f"{self._name}: expected the region it was made for (sha256 {self.region_sha256[:12]}…) at {self.region}, got "
                 f"{'none' if region is None else f'another ({region[:12]}…)'}; put that one back, or save the recipe again"
             )
 
     def _bundle_id(self) -> str:
-        return Bundle(Path(self.bundle), check_hashes=False).id
+        try:
+            return Bundle(Path(self.bundle), check_hashes=False).id
+        except BundleError as error:
+            raise type(error)(f"{self._name}: {error}") from error
+
+    @property
+    def _name(self) -> str:
+        return self.path or "recipe"
 
     def _region_id(self) -> str | None:
         if self.region is None:
@@ -170,7 +192,7 @@ class Recipe:
         try:
             return sha256_of(Path(self.region))
         except OSError as error:
-            raise ImageError(f"recipe: expected its region at {self.region}, got {error}; put it back") from error
+            raise ImageError(f"{self._name}: expected its region at {self.region}, got {error}; put it back") from error
 
     @property
     def request(self) -> dict[str, Any]:

@@ -263,7 +263,7 @@ class Segmentation:
             RequestError: `stem` is not a plain file name or too long for one, or the overlay is asked for and the picture was not kept.
             OutputError: the folder or a file cannot be written, or the disk is full.
         """
-        if not stem or stem != os.path.basename(stem) or stem in (".", "..") or "\0" in stem:
+        if not isinstance(stem, str) or not stem or stem != os.path.basename(stem) or stem in (".", "..") or "\0" in stem:
             raise RequestError(f"stem: expected a file name without folders, got {stem!r}; give the folder as `folder`")
         pictures = {"mask": Image.fromarray(self.mask.astype(np.uint8) * 255)}
         if overlay:

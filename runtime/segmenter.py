@@ -21,10 +21,10 @@ from PIL import Image
 
 from engines import ENGINES, INFERENCE_PRECISIONS, EngineError, EngineOptions
 from runtime.bundle import Bundle
-from runtime.deadline import Step, Worker, check_deadline, go_on
+from runtime.deadline import Step, Worker, calling_back, check_deadline
 from runtime.errors import AgvasError, ImageError, RequestError, check_whole, choose
 from runtime.images import DIM, PIXEL_LIMIT, Picture, rgb_and_words, tell
-from runtime.inspection import Inspection
+from runtime.inspection import Inspection, check_callback
 from runtime.one_at_a_time import give_back
 from runtime.pipeline import Chain, Pipeline
 from runtime.preprocess import lost_detail, one_tone
@@ -211,12 +211,13 @@ class Segmenter:
             DeadlineMissed: it took longer than `deadline`.
         """
         prompt = self.request(instruction, mode, normal_state=normal_state, max_new_tokens=max_new_tokens)  # before the picture is read
+        check_callback(on_text)
         if deadline is None:
             return self.inspect(image).answer(prompt, on_text)
         seconds, chain = check_deadline(deadline), self._opened()
 
         def work(step: Step) -> Segmentation:
-            step("reading the picture")
+            step("reading and resizing the picture")
             read = self._read(chain, image)
             step("looking at it")
             inspection = self._look(chain, read)
@@ -225,8 +226,8 @@ class Segmenter:
                 return inspection.answer(prompt)
 
             def tell_in_time(piece: str) -> None:
-                go_on()
-                on_text(piece)
+                with calling_back():
+                    on_text(piece)
 
             return inspection.answer(prompt, tell_in_time)
 

@@ -70,7 +70,9 @@ def test_in_time_it_is_the_call_without_one(segmenter: Segmenter) -> None:
     assert "".join(pieces) == "" and segmenter(picture(), on_text=pieces.append, deadline=AMPLE).text == "".join(pieces)
 
 
-@pytest.mark.parametrize(("step", "words"), [("prepare", "reading the picture"), ("look", "looking at it"), ("answer", "answering")])
+@pytest.mark.parametrize(
+    ("step", "words"), [("prepare", "reading and resizing the picture"), ("look", "looking at it"), ("answer", "answering")]
+)
 def test_too_late_is_told_in_time_with_the_step(step: str, words: str, segmenter: Segmenter, monkeypatch: pytest.MonkeyPatch) -> None:
     held = Held(segmenter, monkeypatch, step)
     started = time.monotonic()
@@ -150,7 +152,7 @@ def test_a_process_that_ends_waits_for_the_stage_that_runs_and_begins_no_other()
     """Else the engine would come back to an interpreter half gone, and abort."""
     code = """
 import queue, threading, time
-from runtime.deadline import Worker, computing
+from runtime.deadline import Worker, calling_back, computing
 from runtime.errors import DeadlineMissed
 
 def work(step):
@@ -161,7 +163,8 @@ def work(step):
         print("another", flush=True)
 
 def blocked(step):
-    queue.Queue().get()  # as a callback may, for the main thread, say
+    with calling_back():
+        queue.Queue().get()  # for the main thread, say
 
 workers = [Worker(), Worker()]
 for worker, late in ((workers[0], work), (workers[0], lambda step: print("queued", flush=True)), (workers[1], blocked)):
@@ -173,6 +176,39 @@ del worker, workers
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=AMPLE, cwd=Path(__file__).parents[1])
     assert (run.returncode, run.stderr, run.stdout.split()) == (0, "", ["missed", "missed", "missed", "ended"])
+
+
+def test_a_process_that_ends_waits_for_an_engine_to_be_let_go_and_not_for_ever_for_a_read() -> None:
+    """A late call's thread may hold the last of a closed segmenter, whose engines are taken down where it drops them."""
+    code = """
+import threading, time
+from runtime import deadline
+from runtime.errors import DeadlineMissed
+
+deadline.PATIENCE = 2
+
+class Engine:
+    def __del__(self):
+        time.sleep(0.5)
+        print("gone", flush=True)
+
+def late(engine):
+    def work(step):
+        time.sleep(0.3)
+        engine.seen = True
+    return work
+
+for work in (late(Engine()), lambda step: time.sleep(600)):
+    try:
+        deadline.Worker().call(work, 0.1)
+    except DeadlineMissed:
+        print("missed", flush=True)
+    del work
+"""
+    began = time.monotonic()
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=AMPLE, cwd=Path(__file__).parents[1])
+    assert (run.returncode, run.stderr, run.stdout.split()) == (0, "", ["missed", "missed", "gone"])
+    assert time.monotonic() - began < AMPLE
 
 
 def test_what_is_over_holds_no_picture(segmenter: Segmenter) -> None:

@@ -276,6 +276,14 @@ def test_an_answer_cut_within_a_letter_ends_in_the_mark_for_it(babbler: AGVAS) -
     assert stream(encoder, ids)[-1].strip() == "\ufffd" and "".join(stream(encoder, ids)) == encoder.decode(ids) == "ab \ufffd"
 
 
+@pytest.mark.parametrize("deadline", [None, 60.0])
+def test_a_callback_that_cannot_be_called_is_refused_before_the_picture_is_read(deadline: float | None, segmenter: Segmenter) -> None:
+    with pytest.raises(RequestError, match="on_text: expected a function"):
+        segmenter("no-such-file.png", on_text=5, deadline=deadline)  # type: ignore[arg-type]
+    with pytest.raises(RequestError, match="on_text: expected a function"):
+        segmenter.inspect(picture()).ask(on_text="print")  # type: ignore[arg-type]
+
+
 def test_what_the_callback_raises_ends_the_answer_and_the_picture_can_be_asked_again(segmenter: Segmenter) -> None:
     heard: list[str] = []
 

@@ -410,9 +410,13 @@ def test_a_path_a_pil_image_and_an_array_of_one_picture_are_read_alike(tmp_path,
         same(as_rgb(source), colours)
 
 
+def test_a_masked_array_is_refused_for_its_mask_would_be_lost(colours):
+    assert "pass .filled(0)" in refusal(np.ma.masked_array(colours, colours > 9))
+
+
 def test_float_arrays_are_refused_and_the_message_says_whether_they_hold_nan(colours):
     picture = colours.astype(np.float32) / 255
-    assert "float32 [5, 7, 3] without NaN" in refusal(picture)
+    assert "float32 [5, 7, 3]; values are never guessed" in refusal(picture)
     picture[0, 0, :2] = np.nan
     assert "with 2 NaN" in refusal(picture)
 

@@ -51,7 +51,7 @@ def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, list[str
 
 def test_every_setting_of_a_segmenter_and_its_calls_is_a_recipes() -> None:
     fields = {field.name for field in dataclasses.fields(Recipe)}
-    assert fields == {"bundle", *OF_SEGMENTER, *OF_REQUEST, "manifest_sha256", "region_sha256", "sha256"}
+    assert fields == {"bundle", *OF_SEGMENTER, *OF_REQUEST, "manifest_sha256", "region_sha256", "path", "sha256"}
     initial = set(Segmenter.__init__.__annotations__) - {"return", "check_hashes", "remeasure"}  # of one opening, not of a station
     assert {"bundle", *OF_SEGMENTER} == initial
     called = set(Segmenter.__call__.__annotations__) - {"return", "image", "on_text", "deadline"}
@@ -161,6 +161,8 @@ def test_a_bundle_by_a_link_may_be_set_anew(station: Path) -> None:
         ('{"recipe": 1, "bundle": "b"}', "manifest_sha256: expected the sha256 of its bundle, got none; write null"),
         ('{"recipe": 1, "bundle": "b", "manifest_sha256": null, "region": "r.png"}', "region_sha256: expected the sha256 of its region"),
         ('{"recipe": 1, "bundle": "b", "manifest_sha256": null, "region_sha256": "0"}', "region: expected the one of this region_sha256"),
+        ('{"recipe": 1, "bundle": "b", "manifest_sha256": "abc"}', "manifest_sha256: expected a sha256, 64 hexadecimal digits, got 'abc'"),
+        (" " * 1_000_001, "more than 1,000,000 bytes"),
         ('{"recipe": 1}', "bundle: expected the bundle's folder"),
         ('{"recipe": 1, "bundle": ""}', "bundle: expected the bundle's folder"),
         ('{"recipe": 1, "bundle": "b", "treshold": 0.5}', "got 'treshold'; did you mean 'threshold'?"),
@@ -182,8 +184,9 @@ def test_what_is_no_recipe_is_told(content: str, words: str, tmp_path: Path, run
 
 
 def test_a_recipe_that_is_not_there_is_told(tmp_path: Path) -> None:
-    with pytest.raises(RequestError, match="--save-recipe writes one"):
-        Recipe.read(tmp_path / "three.json")
+    for path in (tmp_path / "three.json", tmp_path, Path("/dev/zero"), "", None, 5):
+        with pytest.raises(RequestError, match="--save-recipe writes"):
+            Recipe.read(path)  # type: ignore[arg-type]
 
 
 # agvas-segment
@@ -219,7 +222,10 @@ def test_a_recipe_for_another_bundle_gives_no_verdict(station: Path, run: Any) -
     told = json.loads((station / "three.json").read_text()) | {"manifest_sha256": "1" * 64}
     (station / "three.json").write_text(json.dumps(told))
     code, lines, errors = run(station / "part.png", "--recipe", station / "three.json")
-    assert (code, lines) == (2, []) and "expected the bundle it was made for" in errors
+    assert (code, lines) == (2, []) and f"{station / 'three.json'}: expected the bundle it was made for" in errors
+    shutil.rmtree(station / "bundle")
+    code, lines, errors = run(station / "part.png", "--recipe", station / "three.json")
+    assert (code, lines) == (2, []) and f"agvas-segment: {station / 'three.json'}: " in errors and "is not a folder" in errors
 
 
 def test_what_cannot_be_a_recipe_is_not_saved(station: Path, run: Any) -> None:
@@ -228,7 +234,8 @@ def test_what_cannot_be_a_recipe_is_not_saved(station: Path, run: Any) -> None:
     assert (code, lines) == (2, []) and "--save-recipe: expected one --instruction" in errors
     for place in (station, station / "nowhere" / "three.json"):
         code, lines, errors = run(*base, "--save-recipe", place)
-        assert (code, lines) == (2, []) and "make the folder or name a file" in errors
+        words = "expected a file, got a folder" if place is station else "make that folder"
+        assert (code, lines) == (2, []) and words in errors
     code, lines, _ = run(*base, "--mode", "segment-then-explain", "--save-recipe", station / "three.json")
     assert (code, lines) == (2, []), "tiny answers in direct mode alone"
     assert not (station / "three.json").exists()

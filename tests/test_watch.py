@@ -409,9 +409,11 @@ def test_two_watchers_do_not_write_to_one_folder(tmp_path: Path, running: Callab
     third.end(signal.SIGTERM)
 
 
+@pytest.mark.parametrize(("watching", "ended"), [(["--watch"], (0, "stopped")), ([], (130, "interrupted"))])
 def test_a_service_stopped_while_its_model_is_opened_ends_as_always(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    watching: list[str], ended: tuple[int, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    save_whole(tmp_path / "part.png", 0)
     before = signal.getsignal(signal.SIGTERM)
 
     def opened(*given: Any, **settings: Any) -> Any:
@@ -420,8 +422,8 @@ def test_a_service_stopped_while_its_model_is_opened_ends_as_always(
         handler(signal.SIGTERM, None)
 
     monkeypatch.setattr(segment, "Segmenter", opened)
-    assert segment.main([str(tmp_path), "--watch", "--bundle", "any", "--engine", "onnxruntime"]) == 0
-    assert "stopped; what was written so far is whole and stays" in capsys.readouterr().err
+    code = segment.main([str(tmp_path), *watching, "--bundle", "any", "--engine", "onnxruntime"])
+    assert code == ended[0] and f"{ended[1]}; what was written so far is whole and stays" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGTERM) is before
 
 

@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 
 from engines import EngineError, EngineOptions
+from runtime.bundle import Bundle
 from runtime.cli.common import AUTO, Progress, add_engine_arguments, close_stdout, describe, engine_options, json_line, open_streams, say
 from runtime.cli.output import alone_in, prepare, refuse_own_folder, refuse_own_results, spare_inputs
 from runtime.cli.records import endings_of, made, output_stems, records_of, segment_pictures
@@ -49,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if arguments.bundle is None and arguments.recipe is None:
         parser.error("one of the arguments --bundle --recipe is required")
-    before, recipe = _end_as_ctrl_c() if arguments.watch else None, None
+    before, recipe = _end_as_ctrl_c(), None
     try:
         if not heard and arguments.output is None:
             raise RequestError("stdout: expected somewhere for the verdicts to go, got a closed one; redirect it, or give --output DIR")
@@ -187,8 +188,10 @@ def _to_save(arguments: argparse.Namespace) -> Recipe | None:
     if len(instructions) > 1:
         raise RequestError(f"--save-recipe: expected one --instruction, which a recipe holds, got {len(instructions)}; save one for each")
     path = Path(arguments.save_recipe)
-    if path.is_dir() or not path.parent.is_dir():
-        raise RequestError(f"--save-recipe {path}: expected a file in a folder that is there, got none; make the folder or name a file")
+    if path.is_dir():
+        raise RequestError(f"--save-recipe {path}: expected a file, got a folder; name a file in it, such as {path / 'station.json'}")
+    if not path.parent.is_dir():
+        raise RequestError(f"--save-recipe {path}: expected a file in a folder that is there, got {path.parent}; make that folder")
     settings = {name: getattr(arguments, name) for name in ("bundle", *OF_SEGMENTER, *OF_REQUEST)}
     return Recipe(**settings | {"instruction": instructions[0]})
 
@@ -275,6 +278,7 @@ def _run(arguments: argparse.Namespace, recipe: Recipe | None, held: contextlib.
 def _open(arguments: argparse.Namespace, options: EngineOptions, region: np.ndarray | None, note: Callable[[str], None]) -> Segmenter:
     """The segmenter that was asked for; notes say what `auto` chose, and why."""
     if arguments.engine == AUTO:
+        Bundle(Path(arguments.bundle), check_hashes=False)  # one that is not there should not be said to be opened
         note(f"opening {arguments.bundle}; on a new machine, engine auto first measures the engines that are installed")
     segmenter = Segmenter(
         arguments.bundle,
