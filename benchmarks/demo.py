@@ -302,6 +302,8 @@ def _table(summary: dict[str, Any], output: Path) -> list[str]:
             lines.append(f"failed   {'':24}          {record['image']}")
             continue
         iou = f"{record['true_iou']:.2f}" if "true_iou" in record else "-"
+        if record["is_anomalous"] and record.get("true_iou") == 0:
+            iou += ", marked elsewhere"
         lines.append(f"{_verdict(record):<7}  {record['score']:.3f}  {iou:>25}  {record['image']}")
     latency, parity = summary["latency_ms"], summary["verify"]["parity"]
     mean = "-" if summary["mean_true_iou"] is None else f"{summary['mean_true_iou']:.2f}"
