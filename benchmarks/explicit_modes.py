@@ -21,13 +21,13 @@ from tqdm import tqdm
 
 from benchmarks.environment import environment
 from engines import EngineError, EngineOptions
+from export.parity import NORMAL_STATE
 from runtime.bundle import Bundle
 from runtime.parity import Outcome, compare
 from runtime.prompts import DIRECT, PLUS
 from runtime.selection import CPU_CANDIDATES
 from runtime.verify import gates_for, open_pipeline, outcome_of
 
-NORMAL_STATE = "A normal surface is even and undamaged, without foreign material."
 FREE = "Is anything wrong near the middle? Answer in words, then segment it."
 
 

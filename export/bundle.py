@@ -36,7 +36,16 @@ from export.half_range import FULL_SIZE, HalfRange
 from export.integer_weights import round_inputs, store_integers
 from export.onnx_writer import export_stage, stage_module, write
 from export.outcomes import OutcomesOnDisk
-from export.parity import NOTHING_FOUND, ParityReport, hardest, measure, outcome_of_reference
+from export.parity import (
+    NOTHING_FOUND,
+    WORDS_PICTURES,
+    ParityReport,
+    hardest,
+    measure,
+    measure_modes,
+    other_modes,
+    outcome_of_reference,
+)
 from export.passes import LOW_TYPES, lower_precision
 from export.pictures import Pictures, parity_pictures
 from export.progress import Progress, counted
@@ -319,6 +328,10 @@ def _verify(
     twin = fake_quantised(model, quantisation) if quantisation.weights else None
     gates, ranges = limits(bundle, options), HalfRange(bundle, engine)
     report, golden = measure(model, exported, engine, pictures, gates, GATES["fp32"], progress.advance, reference, twin, ranges)
+    if modes := other_modes(model):
+        hard = hardest(reference, model.config.mask_decoder.mask_rule)[:WORDS_PICTURES]
+        progress.begin("compare the modes that write", len(modes) * len(hard))
+        report = replace(report, modes=measure_modes(model, exported, [pictures[index] for index in hard], progress.advance))
     del exported  # its weights; what follows opens the stages again, one by one
     report = _within_half_range(report, ranges, progress)
     np.savez_compressed(folder / GOLDEN, **golden)  # type: ignore[arg-type]

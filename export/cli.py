@@ -144,6 +144,11 @@ def _export(options: argparse.Namespace, started: float) -> int:
             f"(least {chain.mask_iou_min:.4f}), {chain.flips} flips, maps within {chain.map_max_abs:.1e}: "
             f"{'passed' if passed else 'FAILED: ' + '; '.join(failures)}"
         )
+        for mode, parity in report.modes.items():
+            print(
+                f"  {mode}, {parity.images} pictures, not gated: {parity.answers_changed} answers changed, mask IoU "
+                f"{parity.mask_iou_mean:.4f} (least {parity.mask_iou_min:.4f}), {parity.flips} flips"
+            )
     stages: dict[str, dict[str, Any]] = {}
     try:
         # A model that is compared layer by layer would not fit whole, either.
@@ -167,6 +172,7 @@ def _export(options: argparse.Namespace, started: float) -> int:
                     "passed": passed,
                     "failures": failures,
                     "parity": None if report is None else report.chain.to_json(),
+                    "modes": {} if report is None else {mode: parity.to_json() for mode, parity in report.modes.items()},
                     "bytes": bundle.bytes,
                     "stages": stages,
                     "kept_float": list(kept),

@@ -2,7 +2,8 @@
 
 (1) the runtime's pipeline over torch stages against AGVAS.segment: the glue; (3) each exported stage fed the reference's inputs:
 conversion and precision; (4) the whole exported chain against AGVAS.segment: what a user gets. (2), where there are integers: the
-fake-quantised torch stages against the float ones, and (3) is then against the fake-quantised.
+fake-quantised torch stages against the float ones, and (3) is then against the fake-quantised. (5), told and not gated: the chain in the
+modes whose words come from the model, where one other word, as good as the first, may move a mask.
 """
 
 from __future__ import annotations
@@ -24,11 +25,15 @@ from runtime.contract import STAGES
 from runtime.masking import MaskRule
 from runtime.parity import Gates, Outcome, Parity, compare, finite, relative_error, together, worst
 from runtime.pipeline import Pipeline, Stage
+from runtime.prompts import DIRECT, PLUS
 from runtime.verify import NOT_TRACED, outcome_of, run_outcome
 
 # Pictures that go into the bundle: enough for a target to notice flipped masks; every stage's tensors, which are large, of a few.
 GOLDEN_PICTURES = 12
 TRACED_PICTURES = 3
+# That the modes beside direct are compared on: the reference writes every word of theirs.
+WORDS_PICTURES = 8
+NORMAL_STATE = "A normal surface is even and undamaged, without foreign material."  # of describe-then-segment-plus
 # Distance from where a mask begins, as a probability, within which 16-bit arithmetic moves a pixel from one side to the other.
 NEAR = 0.02
 
@@ -75,6 +80,7 @@ class ParityReport:
         quantisation: comparison (2) as `stages` tells it; empty where nothing is in integers.
         layers: comparison (3) inside the language model: relative error of each layer's keys and values.
         fp16_range: the largest magnitude of each fp16 stage, see half_range.py; beyond fp16's end it is a failure.
+        modes: comparison (5), by mode.
     """
 
     glue: Parity | None
@@ -86,6 +92,7 @@ class ParityReport:
     quantisation: dict[str, dict[str, float]]
     layers: dict[str, list[float]] = field(default_factory=dict)
     fp16_range: dict[str, Any] = field(default_factory=dict)
+    modes: dict[str, Parity] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -100,6 +107,7 @@ class ParityReport:
             "quantisation": finite(self.quantisation),
             "layers": finite(self.layers),
             "fp16_range": finite(self.fp16_range),
+            "modes": {mode: parity.to_json() for mode, parity in self.modes.items()},
         }
 
 
@@ -177,6 +185,27 @@ def measure(
     failures += chain_failures(gates, chain_parity)
     on_golden = together([chain[index] for index in chosen])
     return ParityReport(glue_parity, errors, chain_parity, failures, engine, on_golden, quantisation, layers), golden
+
+
+def measure_modes(
+    model: AGVAS, exported: Pipeline, images: Sequence[np.ndarray], progress: Callable[[], None] = lambda: None
+) -> dict[str, Parity]:
+    """Comparison (5) on these pictures, uint8 RGB [H, W, 3] each, in every mode of the checkpoint but direct."""
+    rule, found = model.config.mask_decoder.mask_rule, {}
+    for mode in other_modes(model):
+        normal = NORMAL_STATE if mode == PLUS else None
+        prompt, parts = model.prompt_encoder.encode(None, mode, normal), []
+        for image in images:
+            wanted = outcome_of_reference(model.segment(image, None, mode, normal_state=normal))
+            parts.append(compare([outcome_of(exported.run(image, prompt), rule)], [wanted]))
+            progress()
+        found[mode] = together(parts)
+    return found
+
+
+def other_modes(model: AGVAS) -> list[str]:
+    """The checkpoint's modes beside direct."""
+    return [mode for mode in model.config.prompts.instructions if mode != DIRECT]
 
 
 # No engine or precision changes this.

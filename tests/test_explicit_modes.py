@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import threading
 from collections.abc import Iterator
 from functools import partial
@@ -18,10 +19,10 @@ from agvas import AGVAS, save
 from agvas.config import ANSWER, DESCRIBE, INSTRUCTION, INSTRUCTIONS
 from agvas.training.instructions import Description, dialogue
 from agvas.training.losses import text_loss
-from export.parity import pipeline_over, torch_stages
+from export.parity import measure_modes, pipeline_over, torch_stages
 from runtime import Segmenter
 from runtime.errors import RequestError
-from runtime.prompts import MODES, PLUS, PromptEncoder, with_normal_state
+from runtime.prompts import DIRECT, MODES, PLUS, PromptEncoder, with_normal_state
 from runtime.text_stream import TextStream
 
 ENGINES = ("onnxruntime", "openvino")
@@ -98,6 +99,22 @@ def babbler() -> AGVAS:
             if "norm" not in name:
                 parameter.mul_(4)
     return model
+
+
+# What an export tells of them
+
+
+def test_parity_json_tells_what_the_modes_that_write_keep(talking_bundle: Path) -> None:
+    told = json.loads((talking_bundle / "parity.json").read_text())["modes"]
+    assert set(told) == {*MODES} - {DIRECT}
+    for mode in told.values():
+        assert (mode["images"], mode["answers_changed"], mode["flips"]) == (6, 0, 0) and mode["mask_iou_min"] > 0.98
+
+
+def test_other_words_are_counted(talker: AGVAS, babbler: AGVAS) -> None:
+    chain = pipeline_over(babbler, torch_stages(babbler))
+    found = measure_modes(talker, chain, [picture(0), picture(1)])
+    assert all((mode.images, mode.answers_changed, mode.anchors_changed) == (2, 2, 2) for mode in found.values()) and len(found) == 3
 
 
 # The reference's text
