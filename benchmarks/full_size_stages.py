@@ -52,10 +52,11 @@ def sam_h(folder: Path) -> dict[str, Any]:
     return _export_and_compare(stage, "pixel_encoder", axis_sizes(config), feeds, {"pixel_embeddings": wanted}, folder, parameters)
 
 
-def two_layers() -> tuple[AGVASConfig, nn.Module]:
-    """Two Qwen2-7B layers with the full head, and the config of an AG-VAS with them."""
+def two_layers(vocabulary: int | None = None) -> tuple[AGVASConfig, nn.Module]:
+    """Two Qwen2-7B layers with their head (of that many words; None: of all), and the config of an AG-VAS with them."""
     config = ov_7b()
-    config = dataclasses.replace(config, language=dataclasses.replace(config.language, layers=LAYERS))
+    words = config.language.vocabulary if vocabulary is None else vocabulary
+    config = dataclasses.replace(config, language=dataclasses.replace(config.language, layers=LAYERS, vocabulary=words))
     torch.manual_seed(0)
     with torch.device("meta"):
         language = language_model(config.language)

@@ -2,10 +2,10 @@
 
     python -m benchmarks.tensorrt_builds --output benchmarks/results/tensorrt_rtx_builds.json
 
-Every stage of nano, SAM ViT-H's and SigLIP so400m's encoders at full size and two full-width layers of Qwen2-7B with their head, with
-random weights, in fp16, for GeForce and RTX cards of three generations; both language models with their layers in 4 bit, too (plain
-rounding: what a build costs does not depend on the codes). Nothing is run: speed and masks are for a machine with such a GPU. Needs about 7
-GB of memory while SAM ViT-H is exported, 16 for Qwen2's layers; each export and each build is a process of its own.
+Every stage of nano, SAM ViT-H's and SigLIP so400m's encoders at full size and two full-width layers of Qwen2-7B (with a head of 1,024
+words), with random weights, in fp16, for GeForce and RTX cards of three generations; both language models with their layers in 4 bit, too
+(plain rounding: what a build costs does not depend on the codes). Nothing is run: speed and masks are for a machine with such a GPU. Needs
+about 7 GB of memory while SAM ViT-H is exported; each export and each build is a process of its own.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def export(name: str, precision: str, folder: Path) -> None:
             holder.pixel_encoder = pixel_encoder(config.pixel)
             module = PixelEncoderStage(holder).eval()  # type: ignore[arg-type]
         elif stage == "language":
-            config, holder.language = two_layers()
+            config, holder.language = two_layers(vocabulary=1024)
             module = LanguageStage(holder).eval()  # type: ignore[arg-type]
         else:
             holder.semantic_encoder = SemanticEncoder(config)
