@@ -158,8 +158,9 @@ def export_bundle(settings: ExportSettings, progress: Progress) -> tuple[Bundle,
     model = load(settings.checkpoint) if held else opened.skeleton()
     model.config = opened.config
     weights = all_weights(opened)
+    given = None if settings.calibrates else _quantise(settings, model, opened, progress)  # one that does not fit is told before the work
     reference = _reference(model, settings, pictures, progress) if held and settings.compare else ()
-    quantisation = _quantise(settings, model, opened, progress)
+    quantisation = _quantise(settings, model, opened, progress) if given is None else given
     key = _key(settings, opened) if settings.resume or (settings.resume is None and streamed) else None
     with whole_or_nothing(settings.output, key, progress.note) as work:
         folder = work.folder

@@ -22,7 +22,8 @@ from agvas.tokenizer import train_tokenizer
 from agvas.training.instructions import all_instructions
 from calibration.calibrate import CalibrationSettings, calibrate
 from calibration.gptq import GPTQSettings
-from calibration.plan import write_plan
+from calibration.gptq_checkpoint import write_gptq_checkpoint
+from calibration.plan import read_plan, write_plan
 from calibration.weights import QuantizedWeight
 from engines import EngineOptions, EngineUnavailable
 from engines.openvino import bytes_saturate
@@ -56,7 +57,7 @@ def wide_model() -> AGVAS:
 
 @pytest.fixture(scope="session")
 def wide(wide_model: AGVAS, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with its checkpoint, pictures, a gptq4 plan, an 8-bit plan and the fp32 bundle."""
+    """A folder with its checkpoint, pictures, a gptq4 plan, also as a GPTQ checkpoint, an 8-bit plan and the fp32 bundle."""
     folder = tmp_path_factory.mktemp("wide")
     save(wide_model, folder / "checkpoint")
     (folder / "pictures").mkdir()
@@ -66,6 +67,7 @@ def wide(wide_model: AGVAS, tmp_path_factory: pytest.TempPathFactory) -> Path:
         settings = CalibrationSettings(GPTQSettings(bits=bits, group=group))
         made = calibrate(wide_model, [picture(seed) for seed in range(4, 6)], settings)
         write_plan(folder / f"plan{bits}", *made)
+    write_gptq_checkpoint(wide_model, read_plan(folder / "plan4")[1], folder / "checkpoint4")
     export_bundle(ExportSettings(str(folder / "checkpoint"), "fp32", folder / "fp32", images=folder / "pictures"), QUIET)
     return folder
 
@@ -270,6 +272,10 @@ def test_golden_pictures_are_judged_by_what_export_lost_on_them_and_a_failed_exp
     [
         (["--lmm", "gptq4", "--calibration", "plan8"], "expected weights in 4 bits for --lmm gptq4, got [8]"),
         (["--lmm", "int8", "--calibration", "plan4"], "agvas-calibrate --bits 8"),
+        (["--lmm", "int8", "--precision", "int8", "--calibration", "plan4"], "agvas-calibrate --bits 8"),
+        (["--lmm", "int8", "--calibration", "checkpoint4"], "expected weights in 8 bits for --lmm int8, got [4]"),
+        (["--lmm", "gptq4", "--precision", "int8", "--calibration", "checkpoint4"], "tells nothing of the encoders"),
+        (["--lmm", "gptq4", "--precision", "int8", "--calibration", "rtn"], "got rtn, which tells no ranges"),
         (["--lmm", "gptq4", "--calibration", "pictures"], "expected a plan"),
         (["--lmm", "float", "--calibration", "plan4"], "--calibration: nothing is in integers with --lmm float"),
         (["--lmm", "gptq4", "--gate", "iou=1"], "--gate: expected one of mask_iou_mean"),
@@ -284,6 +290,7 @@ def test_what_cannot_be_met_is_told_before_the_work(
     arguments: list[str], message: str, wide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(writer, "export_stage", None)
+    monkeypatch.setattr(writer, "outcome_of_reference", None)
     monkeypatch.chdir(wide)
     assert main(["--checkpoint", str(wide / "checkpoint"), "--output", str(tmp_path / "bundle"), *arguments]) == 2
     assert message in capsys.readouterr().err
