@@ -224,6 +224,19 @@ def test_a_chain_that_fails_with_all_the_budget_spent_makes_no_bundle(
     assert not list((tmp_path / "out").iterdir())
 
 
+def test_the_chosen_layers_are_in_the_bundle_though_fewer_were_tried_last(
+    ready: Callable[..., ExportSettings], wide: Path, wide_model: AGVAS, tmp_path: Path
+) -> None:
+    needed = {*(f"language.model.layers.0.mlp.{name}_proj" for name in ("gate", "up", "down")), SPOILT[2]}
+    plan = spoilt_plan(wide, wide_model, tmp_path / "plan", *needed)
+    settings = ready(tmp_path / "bundle", lmm="int8", calibration=plan, budget=writer.GateBudget(layers=4))
+    bundle, report = export_bundle(settings, QUIET)
+    trials = json.loads((bundle.folder / "parity.json").read_text())["gate"]["trials"]
+    assert [(trial["kept_float"], bool(trial["failures"])) for trial in trials] == [(0, True), (1, True), (2, True), (4, False), (3, True)]
+    assert report is not None and not report.failures
+    assert bundle.manifest.quantisation["kept_float"].keys() == needed and not needed & bundle.manifest.quantisation["layers"].keys()
+
+
 def test_where_no_layer_may_go_back_none_is_measured(
     ready: Callable[..., ExportSettings], wide: Path, wide_model: AGVAS, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
