@@ -111,6 +111,8 @@ def test_a_gptq4_bundle_holds_4_bit_linears_and_segments_on_every_engine_as_the_
     settings = ready(tmp_path / "bundle", precision, lmm="gptq4", calibration=wide / "plan4", strict=False)
     bundle, report = export_bundle(settings, QUIET)
     assert bundle.manifest.lmm == "gptq4" and bundle.manifest.precision == dict.fromkeys(STAGES, precision)
+    opsets = {stage: ir.load(bundle.graph(stage)).opset_imports[""] for stage in STAGES}
+    assert opsets == dict.fromkeys(STAGES, 20) | {"language": 21}
     layers = bundle.manifest.quantisation["layers"]
     assert len(layers) == 2 * 7 and set(layers.values()) == {"int4, groups of 128"}
     assert bundle.manifest.quantisation["plan"]["settings"]["bits"] == 4 and len(bundle.manifest.quantisation["plan"]["sha256"]) == 64
