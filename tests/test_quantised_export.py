@@ -221,9 +221,13 @@ def test_a_chain_that_fails_with_all_the_budget_spent_makes_no_bundle(
 ) -> None:
     plan = spoilt_plan(wide, wide_model, tmp_path / "plan", *SPOILT)
     settings = ready(tmp_path / "out" / "bundle", lmm="int8", calibration=plan, budget=writer.GateBudget(layers=1))
-    with pytest.raises(ParityFailed, match="though 1 layer went back to float, and no more than 1 layer.*No bundle was written"):
+    with pytest.raises(ParityFailed, match="though 1 layer went back to float, and no more than 1 layer") as failed:
         export_bundle(settings, QUIET)
     assert not list((tmp_path / "out").iterdir())
+    told = str(failed.value).partition("; the most sensitive, alone in integers: ")[2]
+    layers, _, advice = told.partition(". No bundle was written; try a larger --gate-budget, ")
+    assert "agvas-calibrate" in advice and "--lmm float" in advice
+    assert {layer.partition(" changed the anomaly map by ")[0] for layer in layers.split(", ")} == set(SPOILT)
 
 
 def test_the_chosen_layers_are_in_the_bundle_though_fewer_were_tried_last(
@@ -237,6 +241,36 @@ def test_the_chosen_layers_are_in_the_bundle_though_fewer_were_tried_last(
     assert [(trial["kept_float"], bool(trial["failures"])) for trial in trials] == [(0, True), (1, True), (2, True), (4, False), (3, True)]
     assert report is not None and not report.failures
     assert bundle.manifest.quantisation["kept_float"].keys() == needed and not needed & bundle.manifest.quantisation["layers"].keys()
+
+
+@pytest.mark.parametrize(
+    ("precision", "lmm", "head", "remedies"),
+    [
+        ("fp32", "float", "float", ["--precision fp32"]),
+        ("fp32", "int8", "float", ["a plan", "--lmm float"]),
+        ("fp16", "int8", "float", ["a plan", "--lmm float", "--precision fp32"]),
+        ("int8", "float", "float", ["a plan", "--precision fp16"]),
+        ("int8", "int8", "int8", ["a plan", "--lmm float", "--head float", "--precision fp16"]),
+    ],
+)
+def test_where_no_layer_was_looked_for_what_helps_against_the_integers_is_named(
+    precision: str, lmm: str, head: str, remedies: list[str], ready: Callable[..., ExportSettings], wide: Path, tmp_path: Path
+) -> None:
+    settings = ready(tmp_path / "bundle", precision, lmm=lmm, head=head, pictures=1, streamed=True)
+    if settings.calibrates:
+        settings = replace(settings, calibration=wide / "plan8")
+    with pytest.raises(ParityFailed, match="No bundle was written; try ") as failed:
+        export_bundle(replace(settings, gates={"mask_iou_mean": 1.1}), QUIET)
+    advice = str(failed.value).partition("; try ")[2].partition(", or --parity report to write it all the same")[0]
+    assert advice.replace("--calibration with a plan that agvas-calibrate made of your own pictures", "a plan").split(", ") == remedies
+
+
+def test_where_the_integers_passed_and_something_else_did_not_other_integers_are_no_advice(
+    ready: Callable[..., ExportSettings], wide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer.HalfRange, "failures", lambda ranges: ["fp16: spam reaches 7.0e+04"])
+    with pytest.raises(ParityFailed, match="reaches 7.0e.04. No bundle was written; try --precision fp32, or --parity report"):
+        export_bundle(ready(tmp_path / "bundle", "fp16", lmm="int8", calibration=wide / "plan8"), QUIET)
 
 
 def test_where_no_layer_may_go_back_none_is_measured(
