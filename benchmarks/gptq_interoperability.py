@@ -24,15 +24,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from agvas import AGVAS
+from agvas import AGVAS, save
+from agvas.checkpoint import open_checkpoint
 from agvas.config import tiny
 from agvas.tokenizer import train_tokenizer
 from agvas.training.instructions import all_instructions
 from benchmarks.environment import environment
 from calibration.gptq import GPTQSettings, gptq
-from calibration.gptq_checkpoint import GPTQCheckpointError, read_gptq_checkpoint, write_gptq_checkpoint
+from calibration.gptq_checkpoint import GPTQCheckpointError, write_gptq_checkpoint
 from calibration.truth import fake_quantize
 from calibration.weights import QuantizedWeight
+from export.quantisation import LMM, Quantisation, fake_quantised, quantise
 
 # gptqmodel 7.6.0 asks for two workers of one where a machine has two processors, and stops.
 os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
@@ -94,11 +96,25 @@ def ours_elsewhere(folder: Path, model: AGVAS, ids: torch.Tensor) -> dict[str, A
     return results
 
 
+def read_here(path: Path, model: AGVAS, checkpoint: Path, bits: int) -> Quantisation:
+    """A GPTQ checkpoint read as `agvas-export --calibration` reads it.
+
+    Args:
+        checkpoint: the model's own folder (agvas.save).
+
+    Raises:
+        GPTQCheckpointError, RequestError: as export.quantisation.quantise.
+    """
+    lmm = next(name for name, settings in LMM.items() if settings.bits == bits)
+    return quantise(model, open_checkpoint(checkpoint).tensors, lmm, False, path)
+
+
 def theirs_here(folder: Path, model: AGVAS, ids: torch.Tensor) -> dict[str, Any]:
-    """Checkpoints that gptqmodel makes of the same language model, read by us."""
+    """Checkpoints that gptqmodel makes of the same language model, read as agvas-export reads them."""
     from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
 
-    source = folder / "float"
+    source, checkpoint = folder / "float", folder / "checkpoint"
+    save(model, checkpoint)
     model.language.save_pretrained(source)
     model.tokenizer.save(str(source / "tokenizer.json"))
     end = model.config.prompts.end
@@ -117,18 +133,17 @@ def theirs_here(folder: Path, model: AGVAS, ids: torch.Tensor) -> dict[str, Any]
         name = f"{bits} bits, {layout}{', act-order' if act_order else ''}"
         if act_order:
             try:
-                read_gptq_checkpoint(path, model)
+                read_here(path, model, checkpoint, bits)
                 _add(results, name, {"refused": None})
             except GPTQCheckpointError as refusal:
                 _add(results, name, {"refused": str(refusal)})
             continue
-        weights = read_gptq_checkpoint(path, model)
+        quantisation = read_here(path, model, checkpoint, bits)
         loaded = GPTQModel.load(str(path), device="cpu", backend=BACKEND.TORCH)
         wanted = logits(loaded.model, ids).float()
-        truth = fake_quantize(model, weights)
-        error = relative(logits(truth.language, ids), wanted)
+        error = relative(logits(fake_quantised(model, quantisation).language, ids), wanted)
         unquantised = relative(logits(model.language, ids), wanted)
-        _add(results, name, {"error": error, "error_of_the_float_model": unquantised, "linears": len(weights)})
+        _add(results, name, {"error": error, "error_of_the_float_model": unquantised, "linears": len(quantisation.weights)})
     return results
 
 

@@ -74,6 +74,7 @@ from runtime.verify import limits, open_pipeline, run_outcome
 
 TOOLS = ("torch", "transformers", "onnx", "onnxscript", "onnx-ir", "onnxruntime", "openvino", "numpy", "pillow", "tokenizers")
 
+NAMED = 3  # layers that a failed search names
 PICTURES, STREAMED_PICTURES = 64, 2  # that parity is judged on where nothing else is asked for; layer by layer each takes minutes
 
 
@@ -167,8 +168,9 @@ def export_bundle(settings: ExportSettings, progress: Progress) -> tuple[Bundle,
     model = load(settings.checkpoint) if held else opened.skeleton()
     model.config = opened.config
     weights = all_weights(opened)
+    given = None if settings.calibrates else _quantise(settings, model, opened, progress)  # one that does not fit is told before the work
     reference = _reference(model, settings, pictures, progress) if held and settings.compare else ()
-    quantisation = _quantise(settings, model, opened, progress)
+    quantisation = _quantise(settings, model, opened, progress) if given is None else given
     key = _key(settings, opened) if settings.resume or (settings.resume is None and streamed) else None
     with whole_or_nothing(settings.output, key, progress.note) as work:
         folder = work.folder
@@ -194,29 +196,19 @@ def export_bundle(settings: ExportSettings, progress: Progress) -> tuple[Bundle,
         progress.begin("hash")
         _write_manifest(folder, _manifest(opened.config, settings, quantisation))
         report: ParityReport | None = None
-        kept = Kept()
+        kept, sensitivity = Kept(), dict[str, float]()
         if not settings.compare:
             (folder / PARITY).write_text(json.dumps({"passed": False, "compared": False}) + "\n", encoding="utf-8")
             _write_manifest(folder, Bundle(folder, check_hashes=False, unfinished=True).manifest, {PARITY})
         elif streamed:
             report = _verify_streamed(folder, opened, settings, quantisation, memory, pictures, progress)
         else:
-            sensitivity: dict[str, float] = {}
             if graphs:
                 kept, sensitivity = _decide(folder, graphs, model, settings, quantisation, pictures, reference, progress)
                 quantisation = quantisation.without(kept.names)
             report = _verify(folder, model, settings, quantisation, kept, sensitivity, pictures, reference, progress)
         if report is not None and report.failures and settings.strict:
-            if kept.stopped:
-                raise ParityFailed(
-                    f"the exported masks are not the reference's: {'; '.join(report.failures)}, though "
-                    f"{counted(len(kept.names), 'layer')} went back to float, and {kept.stopped}. No bundle was written; calibrate on "
-                    "pictures of your own, allow more layers, or choose a higher precision"
-                )
-            raise ParityFailed(
-                f"the exported masks are not the reference's: {'; '.join(report.failures)}. No bundle was written; "
-                "try --precision fp32, or --parity report to write it all the same and look into parity.json"
-            )
+            raise ParityFailed(_failed(report, settings, quantisation, kept, sensitivity))
     progress.end()
     return Bundle(settings.output, check_hashes=held), report
 
@@ -348,6 +340,27 @@ def _verify(
 
 def _effect(sensitivity: float) -> str:
     return "changed the answer" if math.isinf(sensitivity) else f"changed the anomaly map by {sensitivity:.1e} on average"
+
+
+def _failed(
+    report: ParityReport, settings: ExportSettings, quantisation: Quantisation, kept: Kept, sensitivity: Mapping[str, float]
+) -> str:
+    """That a gate failed, which layers a search found the most sensitive, and what may help."""
+    told = f"the exported masks are not the reference's: {'; '.join(report.failures)}"
+    if kept.stopped:
+        told += f", though {counted(len(kept.names), 'layer')} went back to float, and {kept.stopped}"
+        if worst := by_sensitivity(sensitivity)[:NAMED]:
+            told += f"; the most sensitive, alone in integers: {', '.join(f'{name} {_effect(sensitivity[name])}' for name in worst)}"
+    remedies = ["--precision fp32"]
+    if quantisation.weights and (kept.stopped or not kept.trials):  # otherwise the integers passed, and something else did not
+        remedies = ["a larger --gate-budget"] if kept.stopped else []
+        if settings.lmm != "float" or settings.precision == "int8":
+            remedies.append("--calibration with a plan that agvas-calibrate made of your own pictures")
+        remedies += [f"{option} float" for option, choice in (("--lmm", settings.lmm), ("--head", settings.head)) if choice != "float"]
+        if settings.precision != "fp32":
+            remedies.append(f"--precision {'fp16' if settings.precision == 'int8' else 'fp32'}")
+    told += f". No bundle was written; try {', '.join(remedies)}"
+    return f"{told}, or --parity report to write it all the same and look into parity.json"
 
 
 def _verify_streamed(

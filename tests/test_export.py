@@ -339,7 +339,7 @@ def test_a_wrong_stage_is_found_and_no_bundle_is_written(
 ) -> None:
     wrong_mask_decoder(monkeypatch, tiny_bundle)
     settings = ExportSettings(str(tiny_checkpoint), "fp32", tmp_path / "out" / "bundle", images=pictures)
-    with pytest.raises(ParityFailed, match="chain: .*No bundle was written"):
+    with pytest.raises(ParityFailed, match="chain: .*No bundle was written; try --precision fp32, or --parity report"):
         export_bundle(settings, Progress(quiet=True))
     assert not list((tmp_path / "out").iterdir())
 

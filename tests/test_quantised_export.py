@@ -22,7 +22,8 @@ from agvas.tokenizer import train_tokenizer
 from agvas.training.instructions import all_instructions
 from calibration.calibrate import CalibrationSettings, calibrate
 from calibration.gptq import GPTQSettings
-from calibration.plan import write_plan
+from calibration.gptq_checkpoint import write_gptq_checkpoint
+from calibration.plan import read_plan, write_plan
 from calibration.weights import QuantizedWeight
 from engines import EngineOptions, EngineUnavailable
 from engines.openvino import bytes_saturate
@@ -56,7 +57,7 @@ def wide_model() -> AGVAS:
 
 @pytest.fixture(scope="session")
 def wide(wide_model: AGVAS, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with its checkpoint, pictures, a gptq4 plan, an 8-bit plan and the fp32 bundle."""
+    """A folder with its checkpoint, pictures, a gptq4 plan, also as a GPTQ checkpoint, an 8-bit plan and the fp32 bundle."""
     folder = tmp_path_factory.mktemp("wide")
     save(wide_model, folder / "checkpoint")
     (folder / "pictures").mkdir()
@@ -66,6 +67,7 @@ def wide(wide_model: AGVAS, tmp_path_factory: pytest.TempPathFactory) -> Path:
         settings = CalibrationSettings(GPTQSettings(bits=bits, group=group))
         made = calibrate(wide_model, [picture(seed) for seed in range(4, 6)], settings)
         write_plan(folder / f"plan{bits}", *made)
+    write_gptq_checkpoint(wide_model, read_plan(folder / "plan4")[1], folder / "checkpoint4")
     export_bundle(ExportSettings(str(folder / "checkpoint"), "fp32", folder / "fp32", images=folder / "pictures"), QUIET)
     return folder
 
@@ -109,6 +111,8 @@ def test_a_gptq4_bundle_holds_4_bit_linears_and_segments_on_every_engine_as_the_
     settings = ready(tmp_path / "bundle", precision, lmm="gptq4", calibration=wide / "plan4", strict=False)
     bundle, report = export_bundle(settings, QUIET)
     assert bundle.manifest.lmm == "gptq4" and bundle.manifest.precision == dict.fromkeys(STAGES, precision)
+    opsets = {stage: ir.load(bundle.graph(stage)).opset_imports[""] for stage in STAGES}
+    assert opsets == dict.fromkeys(STAGES, 20) | {"language": 21}
     layers = bundle.manifest.quantisation["layers"]
     assert len(layers) == 2 * 7 and set(layers.values()) == {"int4, groups of 128"}
     assert bundle.manifest.quantisation["plan"]["settings"]["bits"] == 4 and len(bundle.manifest.quantisation["plan"]["sha256"]) == 64
@@ -217,9 +221,56 @@ def test_a_chain_that_fails_with_all_the_budget_spent_makes_no_bundle(
 ) -> None:
     plan = spoilt_plan(wide, wide_model, tmp_path / "plan", *SPOILT)
     settings = ready(tmp_path / "out" / "bundle", lmm="int8", calibration=plan, budget=writer.GateBudget(layers=1))
-    with pytest.raises(ParityFailed, match="though 1 layer went back to float, and no more than 1 layer.*No bundle was written"):
+    with pytest.raises(ParityFailed, match="though 1 layer went back to float, and no more than 1 layer") as failed:
         export_bundle(settings, QUIET)
     assert not list((tmp_path / "out").iterdir())
+    told = str(failed.value).partition("; the most sensitive, alone in integers: ")[2]
+    layers, _, advice = told.partition(". No bundle was written; try a larger --gate-budget, ")
+    assert "agvas-calibrate" in advice and "--lmm float" in advice
+    assert {layer.partition(" changed the anomaly map by ")[0] for layer in layers.split(", ")} == set(SPOILT)
+
+
+def test_the_chosen_layers_are_in_the_bundle_though_fewer_were_tried_last(
+    ready: Callable[..., ExportSettings], wide: Path, wide_model: AGVAS, tmp_path: Path
+) -> None:
+    needed = {*(f"language.model.layers.0.mlp.{name}_proj" for name in ("gate", "up", "down")), SPOILT[2]}
+    plan = spoilt_plan(wide, wide_model, tmp_path / "plan", *needed)
+    settings = ready(tmp_path / "bundle", lmm="int8", calibration=plan, budget=writer.GateBudget(layers=4))
+    bundle, report = export_bundle(settings, QUIET)
+    trials = json.loads((bundle.folder / "parity.json").read_text())["gate"]["trials"]
+    assert [(trial["kept_float"], bool(trial["failures"])) for trial in trials] == [(0, True), (1, True), (2, True), (4, False), (3, True)]
+    assert report is not None and not report.failures
+    assert bundle.manifest.quantisation["kept_float"].keys() == needed and not needed & bundle.manifest.quantisation["layers"].keys()
+
+
+@pytest.mark.parametrize(
+    ("precision", "lmm", "head", "remedies"),
+    [
+        ("fp32", "float", "float", ["--precision fp32"]),
+        ("fp32", "int8", "float", ["a plan", "--lmm float"]),
+        ("fp16", "int8", "float", ["a plan", "--lmm float", "--precision fp32"]),
+        ("int8", "float", "float", ["a plan", "--precision fp16"]),
+        ("int8", "int8", "int8", ["a plan", "--lmm float", "--head float", "--precision fp16"]),
+    ],
+)
+def test_where_no_layer_was_looked_for_what_helps_against_the_integers_is_named(
+    precision: str, lmm: str, head: str, remedies: list[str], ready: Callable[..., ExportSettings], wide: Path, tmp_path: Path
+) -> None:
+    settings = ready(tmp_path / "bundle", precision, lmm=lmm, head=head, pictures=1, streamed=True)
+    if settings.calibrates:
+        settings = replace(settings, calibration=wide / "plan8")
+    with pytest.raises(ParityFailed, match="No bundle was written; try ") as failed:
+        export_bundle(replace(settings, gates={"mask_iou_mean": 1.1}), QUIET)
+    advice = str(failed.value).partition("; try ")[2].partition(", or --parity report to write it all the same")[0]
+    assert advice.replace("--calibration with a plan that agvas-calibrate made of your own pictures", "a plan").split(", ") == remedies
+
+
+def test_where_the_integers_passed_and_something_else_did_not_other_integers_are_no_advice(
+    ready: Callable[..., ExportSettings], wide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer.HalfRange, "failures", lambda ranges: ["fp16: spam reaches 7.0e+04"])
+    with pytest.raises(ParityFailed, match="reaches 7.0e.04. No bundle was written; try --precision fp32, or --parity report"):
+        export_bundle(ready(tmp_path / "bundle", "fp16", lmm="int8", calibration=wide / "plan8"), QUIET)
 
 
 def test_where_no_layer_may_go_back_none_is_measured(
@@ -270,6 +321,10 @@ def test_golden_pictures_are_judged_by_what_export_lost_on_them_and_a_failed_exp
     [
         (["--lmm", "gptq4", "--calibration", "plan8"], "expected weights in 4 bits for --lmm gptq4, got [8]"),
         (["--lmm", "int8", "--calibration", "plan4"], "agvas-calibrate --bits 8"),
+        (["--lmm", "int8", "--precision", "int8", "--calibration", "plan4"], "agvas-calibrate --bits 8"),
+        (["--lmm", "int8", "--calibration", "checkpoint4"], "expected weights in 8 bits for --lmm int8, got [4]"),
+        (["--lmm", "gptq4", "--precision", "int8", "--calibration", "checkpoint4"], "tells nothing of the encoders"),
+        (["--lmm", "gptq4", "--precision", "int8", "--calibration", "rtn"], "got rtn, which tells no ranges"),
         (["--lmm", "gptq4", "--calibration", "pictures"], "expected a plan"),
         (["--lmm", "float", "--calibration", "plan4"], "--calibration: nothing is in integers with --lmm float"),
         (["--lmm", "gptq4", "--gate", "iou=1"], "--gate: expected one of mask_iou_mean"),
@@ -284,6 +339,7 @@ def test_what_cannot_be_met_is_told_before_the_work(
     arguments: list[str], message: str, wide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(writer, "export_stage", None)
+    monkeypatch.setattr(writer, "outcome_of_reference", None)
     monkeypatch.chdir(wide)
     assert main(["--checkpoint", str(wide / "checkpoint"), "--output", str(tmp_path / "bundle"), *arguments]) == 2
     assert message in capsys.readouterr().err
