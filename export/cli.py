@@ -101,7 +101,7 @@ def _export(options: argparse.Namespace, started: float) -> int:
     from engines import EngineError
     from export.bundle import ExportSettings, export_bundle
     from export.gate import GateBudget
-    from export.progress import Progress
+    from export.progress import Progress, counted
     from runtime.bundle import MANIFEST
     from runtime.cli.common import json_line
     from runtime.footprint import footprints
@@ -145,8 +145,9 @@ def _export(options: argparse.Namespace, started: float) -> int:
             f"{'passed' if passed else 'FAILED: ' + '; '.join(failures)}"
         )
         for mode, parity in report.modes.items():
+            changed = counted(parity.answers_changed, "answer")
             print(
-                f"  {mode}, {parity.images} pictures, not gated: {parity.answers_changed} answers changed, mask IoU "
+                f"  {mode}, {parity.images} pictures, not gated: {changed} changed, mask IoU "
                 f"{parity.mask_iou_mean:.4f} (least {parity.mask_iou_min:.4f}), {parity.flips} flips"
             )
     stages: dict[str, dict[str, Any]] = {}
