@@ -31,6 +31,7 @@ from benchmarks.per_image import PerImageTable
 from benchmarks.predictors import BASELINES, Question, Source, open_predictor, read_normal_text
 from runtime.prompts import DIRECT, MODES
 from runtime.recipe import OF_REQUEST, OF_SEGMENTER, Recipe, beside_recipe
+from runtime.writing import write_result
 
 __all__ = ["Dataset", "evaluate_datasets", "main", "read_datasets", "table"]
 
@@ -227,7 +228,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             for line in results if len(results) == 1 else [*results, summary]:
                 say(json.dumps(line, allow_nan=False))
         if arguments.output is not None:  # last, so that a full disk does not cost the numbers
-            arguments.output.write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+            write_result(arguments.output, json.dumps(summary, indent=2, allow_nan=False) + "\n")
     except ModuleNotFoundError as error:
         package = str(error.name).split(".")[0]
         print(f'agvas-eval: {package} is not installed; pip install "agvas[{_EXTRAS.get(package, "train")}]"', file=sys.stderr)

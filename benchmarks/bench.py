@@ -20,6 +20,7 @@ from typing import Any
 from engines import ENGINES, EngineError
 from runtime.cli.common import AUTO, Progress, engine_options, json_line
 from runtime.errors import AgvasError, OutputError, RequestError
+from runtime.writing import write_result
 
 __all__ = ["main"]
 
@@ -126,7 +127,7 @@ def _measure(options: argparse.Namespace) -> int:
 
     print(markdown(result))
     if options.json is not None:
-        options.json.write_text(json.dumps(json.loads(json_line(result)), indent=1) + "\n")
+        write_result(options.json, json.dumps(json.loads(json_line(result)), indent=1) + "\n")
     if options.report is not None:
         print(f"report: {write_report(result, options.report)}")
     print(json_line(without_samples(result)))

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, whoever reads the folder meanwhile."""
+"""Files that appear whole or not at all, whoever reads the folder meanwhile; and results, which go wherever they are wanted."""
 
 from __future__ import annotations
 
@@ -39,3 +39,18 @@ def write_whole(path: Path, data: bytes | memoryview) -> None:
                 "free some space or choose another folder"
             ) from error
         raise OutputError(f"{path}: expected a writable file, got {error}; choose another folder or change its permissions") from error
+
+
+def write_result(path: Path, text: str) -> None:
+    """A command's JSON where its user wants it, be that a device or pipe, which nothing can be renamed over.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise OutputError(
+            f"{path}: expected a file that can be written, with room for {len(text)} bytes, got {error.strerror or error}; free some space "
+            "or name another file"
+        ) from error

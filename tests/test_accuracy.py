@@ -82,6 +82,12 @@ def test_the_last_line_for_one_data_set_is_its_json(parts: Path, capsys: pytest.
     assert result["categories"]["nut"]["empty_normal"] is None
 
 
+def test_a_full_disk_is_told_with_the_file_after_the_table(parts: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(parts), "--baseline", "constant", "--output", "/dev/full"]) == 2
+    captured = capsys.readouterr()
+    assert "AP" in captured.out and "/dev/full: expected a file that can be written" in captured.err and "free some space" in captured.err
+
+
 @pytest.mark.usefixtures("fake_model")
 def test_several_data_sets_print_one_table_a_line_each_and_the_mean_last(
     parts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
