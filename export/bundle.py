@@ -148,8 +148,8 @@ def export_bundle(settings: ExportSettings, progress: Progress) -> tuple[Bundle,
     opened = replace(opened, config=replace(opened.config, mask_decoder=decoder))
     if opened.config.spam is None or opened.config.mask_decoder.roles != ROLES:
         raise CheckpointError(f"{settings.checkpoint} is an ablation ({opened.config.name}) and has no bundle; measure it with agvas-eval")
-    needs = estimate(opened.tensors, settings.precision, settings.lmm, settings.head)
     memory = available_memory()
+    needs = estimate(opened.tensors, settings.precision, settings.lmm, settings.head, memory)
     streamed = settings.streamed if settings.streamed is not None else memory is not None and needs.whole_memory > memory
     pictures = pictures[: STREAMED_PICTURES if streamed and settings.pictures is None else len(pictures)]
     _check_needs(settings, needs, memory, streamed, len(pictures), progress)
