@@ -469,12 +469,15 @@ def _check_needs(settings: ExportSettings, needs: Estimate, memory: int | None, 
     if settings.compare:
         needed = max(needed, needs.streamed_memory if streamed else needs.whole_memory)
     seconds = needs.export_seconds + (needs.picture_seconds * pictures if streamed and settings.compare else 0)
-    if streamed or not settings.compare:
-        how = f"the reference computes layer by layer, on {pictures} pictures" if settings.compare else "nothing is compared"
-        progress.note(
-            f"about {max(needs.disk / 1e9, 0.1):.1f} GB of disk, {needed / 1e9:.1f} GB of memory and "
-            f"{counted(max(1, round(seconds / 60)), 'minute')} on two cores; {how}"
-        )
+    judged = f"on {counted(pictures, 'picture')}"
+    beside = ["calibrating"] * settings.calibrates + [f"comparing {judged}"] * (settings.compare and not streamed)
+    how = "; nothing is compared"
+    if settings.compare:
+        how = f"; the reference computes layer by layer, {judged}" if streamed else ""
+    progress.note(
+        f"about {max(needs.disk / 1e9, 0.1):.1f} GB of disk, {needed / 1e9:.1f} GB of memory and "
+        f"{counted(max(1, round(seconds / 60)), 'minute')} on two cores{', without ' * bool(beside)}{' and '.join(beside)}{how}"
+    )
     if settings.force:
         return
     if free < needs.disk:

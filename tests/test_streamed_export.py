@@ -619,6 +619,37 @@ def test_what_an_export_takes_is_told_and_refused_before_the_work_unless_forced(
     assert main([*arguments, "--force"]) == 0
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--pictures", "1"], "on two cores, without comparing on 1 picture"),
+        (["--lmm", "int8", "--pictures", "2"], "on two cores, without calibrating and comparing on 2 pictures"),
+        (["--stream-reference"], "on two cores; the reference computes layer by layer, on 2 pictures"),
+        (["--parity", "none"], "on two cores; nothing is compared"),
+        (["--lmm", "int8", "--parity", "none"], "on two cores, without calibrating; nothing is compared"),
+    ],
+)
+def test_before_the_work_one_line_tells_what_it_takes_whatever_the_model(
+    arguments: list[str],
+    words: str,
+    tiny_checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def stop(*_: object) -> None:
+        raise RequestError("here the work would begin")
+
+    monkeypatch.setattr(writer, "load", stop)
+    monkeypatch.setattr(writer, "_quantise", stop)
+    asked = ["--checkpoint", str(tiny_checkpoint), "--output", str(tmp_path / "bundle"), "--lmm", "float", *arguments]
+    assert main(asked) == 2
+    told = [line for line in capsys.readouterr().err.splitlines() if "GB of disk" in line]
+    assert len(told) == 1 and told[0].startswith("  about 0.1 GB of disk, 1.") and told[0].endswith(words)
+    assert main([*asked, "--quiet"]) == 2
+    assert capsys.readouterr().err == "agvas-export: here the work would begin\n"
+
+
 @pytest.fixture(scope="module")
 def full_size() -> LazyTensors:
     """The paper's model, by its shapes."""
