@@ -272,6 +272,10 @@ def test_golden_pictures_are_judged_by_what_export_lost_on_them_and_a_failed_exp
         (["--lmm", "int8", "--calibration", "plan4"], "agvas-calibrate --bits 8"),
         (["--lmm", "gptq4", "--calibration", "pictures"], "expected a plan"),
         (["--lmm", "float", "--calibration", "plan4"], "--calibration: nothing is in integers with --lmm float"),
+        (
+            ["--lmm", "float", "--head", "int8", "--calibration", "rtn"],
+            "--calibration: expected none with --lmm float, got rtn: --head int8 is rounded plainly; leave it out",
+        ),
         (["--lmm", "gptq4", "--gate", "iou=1"], "--gate: expected one of mask_iou_mean"),
         (["--lmm", "gptq4", "--gate", "flips=few"], "--gate: expected flips=NUMBER"),
         (["--lmm", "gptq4", "--gate", "flips=inf"], "a number in 0..1 for the others, got 'flips=inf'"),
