@@ -44,7 +44,7 @@ from export.quantisation import ENCODERS, RTN, Quantisation, fake_quantised, qua
 from export.stage_weights import all_weights, stage_weights
 from export.streamed_reference import in_pieces, measure_streamed
 from export.streamed_tensor import StreamedTensor
-from export.work import Key, kept_folder, whole_or_nothing
+from export.work import Key, kept_folder, left_over, whole_or_nothing
 from runtime.bundle import (
     EMBEDDINGS,
     GOLDEN,
@@ -153,6 +153,9 @@ def export_bundle(settings: ExportSettings, progress: Progress) -> tuple[Bundle,
     streamed = settings.streamed if settings.streamed is not None else memory is not None and needs.whole_memory > memory
     pictures = pictures[: STREAMED_PICTURES if streamed and settings.pictures is None else len(pictures)]
     _check_needs(settings, needs, memory, streamed, len(pictures), progress)
+    key = _key(settings, opened) if settings.resume or (settings.resume is None and streamed) else None
+    if key is None and (left := left_over(settings.output)):
+        progress.note(left)
     progress.begin("load checkpoint")
     held = not streamed and (settings.compare or settings.calibrates)
     model = load(settings.checkpoint) if held else opened.skeleton()
@@ -160,7 +163,6 @@ def export_bundle(settings: ExportSettings, progress: Progress) -> tuple[Bundle,
     weights = all_weights(opened)
     reference = _reference(model, settings, pictures, progress) if held and settings.compare else ()
     quantisation = _quantise(settings, model, opened, progress)
-    key = _key(settings, opened) if settings.resume or (settings.resume is None and streamed) else None
     with whole_or_nothing(settings.output, key, progress.note) as work:
         folder = work.folder
         graphs = {}  # in float, of the stages that hold integers

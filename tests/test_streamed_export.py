@@ -380,6 +380,27 @@ def test_finished_stages_of_other_options_are_not_lost(
     export_bundle(replace(other, output=tmp_path / "out" / "other"), QUIET)  # its own output has a folder of its own
 
 
+@pytest.mark.parametrize(("stage", "held"), [("language", "3 finished stages, which"), ("pixel_encoder", "no finished stage")])
+def test_an_export_that_begins_anew_says_what_an_interrupted_one_left(
+    stage: str,
+    held: str,
+    ready_graphs: list[str],
+    tiny_checkpoint: Path,
+    pictures: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    settings = ExportSettings(str(tiny_checkpoint), "fp32", tmp_path / "out" / "bundle", images=pictures, resume=True)
+    stopped_at(monkeypatch, stage, settings)
+    kept = tmp_path / "out" / ".bundle.partial"
+    for resume, folders in ((None, [kept.name, "bundle"]), (True, ["bundle"]), (None, ["bundle"])):
+        export_bundle(replace(settings, resume=resume), Progress())
+        told = f"this export begins anew; an earlier one left {kept} ({held}" in capsys.readouterr().err
+        assert told == (kept.name in folders)
+        assert sorted(path.name for path in kept.parent.iterdir()) == folders
+
+
 def test_a_full_disk_leaves_what_is_finished(
     ready_graphs: list[str], tiny_checkpoint: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
