@@ -31,7 +31,7 @@ from engines.memory import available_memory
 from export.adapters import axis_sizes
 from export.cuda_fusion import fuse
 from export.estimate import TABLE, Estimate, estimate
-from export.gate import MEASURED, GateBudget, Kept, by_sensitivity, search, sensitivities
+from export.gate import MEASURED, GateBudget, Kept, by_sensitivity, search, sensitivities, with_effect
 from export.half_range import FULL_SIZE, HalfRange
 from export.integer_weights import round_inputs, store_integers
 from export.onnx_writer import export_stage, stage_module, write
@@ -298,7 +298,7 @@ def _decide(
         progress.begin("measure each layer's effect", len(quantisation.weights))
         chosen, until = hardest(reference, rule)[:MEASURED], started + settings.budget.seconds
         found = sensitivities(model, quantisation, [pictures[i] for i in chosen], [reference[i] for i in chosen], progress.advance, until)
-    kept = search(by_sensitivity(found), trial, settings.budget, failures, started)
+    kept = search(with_effect(found), trial, settings.budget, failures, started, len(quantisation.weights))
     put(kept.names)  # the last trial was not always the chosen one
     return kept, found
 
@@ -329,6 +329,7 @@ def _verify(
         "limits": asdict(gates),
         "kept_float": kept_float,
         "trials": [{"kept_float": count, "failures": failures} for count, failures in kept.trials],
+        "stopped": kept.stopped,
         "sensitivity": {name: sensitivity[name] for name in by_sensitivity(sensitivity)},
     }
     _write_report(folder, bundle.manifest, report, golden, gate)
