@@ -172,11 +172,12 @@ def stages(work: Work, kind: str) -> dict[str, Any]:
     from engines import EngineOptions
     from engines.memory import available_memory
     from export.bundle import verification_engine
+    from export.estimate import TABLE
     from export.parity import layer_errors
     from export.pictures import procedural_picture
     from export.quantisation import Quantisation, fake_quantised_tensors, quantise
     from export.stage_weights import all_weights
-    from export.streamed_reference import TABLE, EmbeddingRows, exported_stages, streamed_stages
+    from export.streamed_reference import EmbeddingRows, exported_stages, streamed_stages
     from runtime import preprocess
     from runtime.bundle import Bundle
     from runtime.contract import STAGES

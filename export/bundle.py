@@ -31,7 +31,7 @@ from engines.memory import available_memory
 from export.adapters import axis_sizes
 from export.cuda_fusion import fuse
 from export.estimate import TABLE, Estimate, estimate
-from export.gate import MEASURED, GateBudget, Kept, by_sensitivity, search, sensitivities
+from export.gate import MEASURED, GateBudget, Kept, by_sensitivity, search, sensitivities, with_effect
 from export.half_range import FULL_SIZE, HalfRange
 from export.integer_weights import round_inputs, store_integers
 from export.onnx_writer import export_stage, stage_module, write
@@ -53,7 +53,7 @@ from export.quantisation import ENCODERS, RTN, Quantisation, fake_quantised, qua
 from export.stage_weights import all_weights, stage_weights
 from export.streamed_reference import in_pieces, measure_streamed
 from export.streamed_tensor import StreamedTensor
-from export.work import Key, kept_folder, whole_or_nothing
+from export.work import Key, kept_folder, left_over, whole_or_nothing
 from runtime.bundle import (
     EMBEDDINGS,
     GOLDEN,
@@ -158,11 +158,14 @@ def export_bundle(settings: ExportSettings, progress: Progress) -> tuple[Bundle,
     opened = replace(opened, config=replace(opened.config, mask_decoder=decoder))
     if opened.config.spam is None or opened.config.mask_decoder.roles != ROLES:
         raise CheckpointError(f"{settings.checkpoint} is an ablation ({opened.config.name}) and has no bundle; measure it with agvas-eval")
-    needs = estimate(opened.tensors, settings.precision, settings.lmm, settings.head)
     memory = available_memory()
+    needs = estimate(opened.tensors, settings.precision, settings.lmm, settings.head, memory)
     streamed = settings.streamed if settings.streamed is not None else memory is not None and needs.whole_memory > memory
     pictures = pictures[: STREAMED_PICTURES if streamed and settings.pictures is None else len(pictures)]
     _check_needs(settings, needs, memory, streamed, len(pictures), progress)
+    key = _key(settings, opened) if settings.resume or (settings.resume is None and streamed) else None
+    if key is None and (left := left_over(settings.output)):
+        progress.note(left)
     progress.begin("load checkpoint")
     held = not streamed and (settings.compare or settings.calibrates)
     model = load(settings.checkpoint) if held else opened.skeleton()
@@ -171,7 +174,6 @@ def export_bundle(settings: ExportSettings, progress: Progress) -> tuple[Bundle,
     given = None if settings.calibrates else _quantise(settings, model, opened, progress)  # one that does not fit is told before the work
     reference = _reference(model, settings, pictures, progress) if held and settings.compare else ()
     quantisation = _quantise(settings, model, opened, progress) if given is None else given
-    key = _key(settings, opened) if settings.resume or (settings.resume is None and streamed) else None
     with whole_or_nothing(settings.output, key, progress.note) as work:
         folder = work.folder
         graphs = {}  # in float, of the stages that hold integers
@@ -297,7 +299,7 @@ def _decide(
         progress.begin("measure each layer's effect", len(quantisation.weights))
         chosen, until = hardest(reference, rule)[:MEASURED], started + settings.budget.seconds
         found = sensitivities(model, quantisation, [pictures[i] for i in chosen], [reference[i] for i in chosen], progress.advance, until)
-    kept = search(by_sensitivity(found), trial, settings.budget, failures, started)
+    kept = search(with_effect(found), trial, settings.budget, failures, started, len(quantisation.weights))
     put(kept.names)  # the last trial was not always the chosen one
     return kept, found
 
@@ -332,6 +334,7 @@ def _verify(
         "limits": asdict(gates),
         "kept_float": kept_float,
         "trials": [{"kept_float": count, "failures": failures} for count, failures in kept.trials],
+        "stopped": kept.stopped,
         "sensitivity": {name: sensitivity[name] for name in by_sensitivity(sensitivity)},
     }
     _write_report(folder, bundle.manifest, report, golden, gate)
@@ -495,12 +498,15 @@ def _check_needs(settings: ExportSettings, needs: Estimate, memory: int | None, 
     if settings.compare:
         needed = max(needed, needs.streamed_memory if streamed else needs.whole_memory)
     seconds = needs.export_seconds + (needs.picture_seconds * pictures if streamed and settings.compare else 0)
-    if streamed or not settings.compare:
-        how = f"the reference computes layer by layer, on {pictures} pictures" if settings.compare else "nothing is compared"
-        progress.note(
-            f"about {max(needs.disk / 1e9, 0.1):.1f} GB of disk, {needed / 1e9:.1f} GB of memory and "
-            f"{counted(max(1, round(seconds / 60)), 'minute')} on two cores; {how}"
-        )
+    judged = f"on {counted(pictures, 'picture')}"
+    beside = ["calibrating"] * settings.calibrates + [f"comparing {judged}"] * (settings.compare and not streamed)
+    how = "; nothing is compared"
+    if settings.compare:
+        how = f"; the reference computes layer by layer, {judged}" if streamed else ""
+    progress.note(
+        f"about {max(needs.disk / 1e9, 0.1):.1f} GB of disk, {needed / 1e9:.1f} GB of memory and "
+        f"{counted(max(1, round(seconds / 60)), 'minute')} on two cores{', without ' * bool(beside)}{' and '.join(beside)}{how}"
+    )
     if settings.force:
         return
     if free < needs.disk:

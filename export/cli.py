@@ -33,7 +33,9 @@ def main(arguments: list[str] | None = None) -> int:
         metavar="PLAN",
         help="folder of agvas-calibrate, or a GPTQ checkpoint; rtn: plain rounding, nothing calibrated (default: calibrate here)",
     )
-    parser.add_argument("--head", default="float", help="the language model's head: float (default) or int8, half of 16 bit's size")
+    parser.add_argument(
+        "--head", default="float", help="the language model's head: float (default) or int8 by plain rounding, half of 16 bit's size"
+    )
     parser.add_argument(
         "--gate", metavar="NAME=LIMIT,...", help=f"other limits than the precision's: {', '.join(GATE_NAMES)}; flips is a share"
     )
@@ -77,6 +79,9 @@ def _main(options: argparse.Namespace) -> int:
         choose("--lmm", options.lmm, WEIGHTS)
         choose("--head", options.head, HEADS)
         if options.calibration and options.precision != "int8" and options.lmm == "float":
+            if options.head == "int8":
+                got = f"--lmm float, got {options.calibration}"
+                raise RequestError(f"--calibration: expected none with {got}: --head int8 is rounded plainly; leave it out")
             raise RequestError("--calibration: nothing is in integers with --lmm float; add --lmm gptq4 or int8, or --precision int8")
         if options.pictures is not None and options.pictures < 1:
             raise RequestError(f"--pictures: expected at least 1, got {options.pictures}")

@@ -3,6 +3,7 @@
 Every layer is made integer alone on a few pictures, and what that does to the anomaly map is its sensitivity. When the whole chain fails
 its gates, the most sensitive layers go back to float, twice as many each time; between the first number that passes and the last that
 failed, the fewest are looked for by halving. Each trial is the exported chain itself, judged on all pictures: nothing passes by estimate.
+A layer without any effect stays integer: in float it changes nothing.
 """
 
 from __future__ import annotations
@@ -63,15 +64,17 @@ def search(
     budget: GateBudget,
     failures: list[str],
     started: float | None = None,
+    layers: int | None = None,
 ) -> Kept:
     """The fewest of the first layers of `order` that have to stay float, where all in integers failed.
 
     Args:
-        order: the most sensitive layer first.
+        order: the layers that may go back to float, the most sensitive first: those with an effect (with_effect).
         failures: gates broken with every layer in integers.
         trial: gates broken when these layers are left float. It is taken to pass with more layers where it passed with fewer; where it
             does not, more layers than needed stay float, and what is returned has passed all the same.
         started: time.monotonic() from which the budget's seconds count; None is now.
+        layers: how many are in integers, with an effect or without, of which the budget may be a share; None is those of `order`.
     """
     started = time.monotonic() if started is None else started
     trials = [(0, failures)]
@@ -80,14 +83,20 @@ def search(
         trials.append((count, trial(order[:count])))
         return trials[-1][1]
 
-    most, failed, count = budget.most(len(order)), 0, 0
+    def stopped(count: int) -> str:
+        """Why no more layers than these are tried; empty where they are."""
+        if count == most and (count < len(order) or not most):
+            return f"no more than {most} layers may stay float (--gate-budget)"
+        if time.monotonic() - started > budget.seconds:
+            return f"{budget.seconds:g} seconds were spent (--gate-budget)"
+        return "" if count < len(order) else f"no {'other ' if count else ''}layer has a measured effect"
+
+    most, failed, count = budget.most(len(order) if layers is None else layers), 0, 0
     while failures:
         failed = count
-        if count == most:
-            return Kept(tuple(order[:count]), failures, trials, f"no more than {most} layers may stay float (--gate-budget)")
-        if time.monotonic() - started > budget.seconds:
-            return Kept(tuple(order[:count]), failures, trials, f"{budget.seconds:g} seconds were spent (--gate-budget)")
-        count = min(most, max(1, 2 * count))
+        if why := stopped(count):
+            return Kept(tuple(order[:count]), failures, trials, why)
+        count = min(most, len(order), max(1, 2 * count))
         failures = broken(count)
     while count - failed > 1 and time.monotonic() - started <= budget.seconds:
         middle = (count + failed) // 2
@@ -142,6 +151,11 @@ def sensitivities(
 def by_sensitivity(found: Mapping[str, float]) -> list[str]:
     """Names, the most sensitive first; NaN, which is worse than any number, before all."""
     return sorted(found, key=lambda name: -np.nan_to_num(found[name], nan=np.inf))
+
+
+def with_effect(found: Mapping[str, float]) -> list[str]:
+    """Names by sensitivity, without those that changed nothing: what putting back to float can help."""
+    return [name for name in by_sensitivity(found) if found[name] != 0]
 
 
 def _read(

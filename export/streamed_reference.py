@@ -18,6 +18,7 @@ from agvas.streamed import stream
 from agvas.weights import LazyTensor, LazyTensors
 from engines import EngineOptions
 from export.adapters import axis_sizes
+from export.estimate import PIECE_BYTES, TABLE, too_large
 from export.half_range import HalfRange
 from export.onnx_writer import stage_module
 from export.outcomes import OutcomesOnDisk
@@ -42,10 +43,6 @@ from runtime.one_at_a_time import Turn, TurnStage
 from runtime.parity import Gates, Parity, compare, together
 from runtime.pipeline import Pipeline, Stage
 from runtime.verify import outcome_of, run_outcome
-
-TABLE = "language.model.embed_tokens.weight"
-# Weights in float32 that a piece of a graph may have; the largest single one, the head, has 2.2 GB.
-PIECE_BYTES = 1 << 30
 
 
 class EmbeddingRows:
@@ -91,7 +88,7 @@ def exported_stages(bundle: Bundle, engine: str, options: EngineOptions, memory:
 
 def in_pieces(bundle: Bundle, memory: int | None) -> dict[str, int]:
     """Stages that a machine with so many bytes to spare (None: enough) cannot hold, and the bytes of weights that a piece may have."""
-    return {name: PIECE_BYTES for name in STAGES if memory is not None and resident_bytes(bundle, name) > memory / 2}
+    return {name: PIECE_BYTES for name in STAGES if too_large(resident_bytes(bundle, name), memory)}
 
 
 def resident_bytes(bundle: Bundle, stage: str) -> int:
@@ -124,7 +121,7 @@ def measure_streamed(
     Returns:
         The report, and the golden traces for the bundle.
     """
-    options = EngineOptions()
+    options = EngineOptions(low_memory=True)  # as it was measured: an arena would keep the largest activations
     rule = opened.config.mask_decoder.mask_rule
     weights = all_weights(opened)
     stages = streamed_stages(opened, weights)

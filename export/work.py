@@ -14,9 +14,10 @@ import os
 import shutil
 import uuid
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sized
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from agvas.interruption import held_back
 from agvas.writing import FolderInUse, alone_in
@@ -50,16 +51,12 @@ class Work:
     def __init__(self, folder: Path, key: Key | None, note: Callable[[str], object] = lambda line: None) -> None:
         self.folder, self.key = folder, key
         self.stages: dict[str, dict[str, int]] = {}
-        try:
-            found = json.loads((folder / UNFINISHED).read_text())
-            known, stages = found["key"], dict(found["stages"])
-        except (OSError, ValueError, KeyError, TypeError):  # none, or not as it is written below
-            known, stages = None, {}
+        known, stages = _left(folder)
         if key is not None and known == asdict(key):
             self.stages = stages
         else:
             if key is not None and isinstance(known, dict) and stages:
-                count = "a finished stage" if len(stages) == 1 else f"{len(stages)} finished stages"
+                count = _counted(stages)
                 if known.get("sources") == key.sources:
                     raise OutputError(
                         f"{folder}: expected the beginnings of this export ({key.choices}), got {count} of another "
@@ -75,8 +72,8 @@ class Work:
         """In words, what the same export goes on with."""
         if not self.stages:
             return "no stage was finished"
-        count = "a finished stage stays" if len(self.stages) == 1 else f"{len(self.stages)} finished stages stay"
-        return f"{count} in {self.folder}, and the same command goes on with them"
+        stay = "stays" if len(self.stages) == 1 else "stay"
+        return f"{_counted(self.stages)} {stay} in {self.folder}, and the same command goes on with them"
 
     def has(self, stage: str) -> bool:
         """Whether an earlier export left the stage whole."""
@@ -97,9 +94,32 @@ class Work:
         os.replace(partial, self.folder / UNFINISHED)
 
 
+def _left(folder: Path) -> tuple[Any, dict[str, dict[str, int]]]:
+    """Key and finished stages of what an export left in a folder, as Work writes them; None and none of what is no such folder."""
+    try:
+        found = json.loads((folder / UNFINISHED).read_text())
+        return found["key"], dict(found["stages"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None, {}
+
+
+def _counted(stages: Sized) -> str:
+    return "a finished stage" if len(stages) == 1 else f"{len(stages)} finished stages"
+
+
 def kept_folder(output: Path) -> Path:
     """Where an export that can be resumed works."""
     return output.parent / f".{output.name}.partial"
+
+
+def left_over(output: Path) -> str:
+    """In words, what an export that could be resumed left beside the output, told to one that does not go on with it; "" for nothing."""
+    folder = kept_folder(output)
+    if not folder.is_dir():
+        return ""
+    _, stages = _left(folder)
+    held = f"{_counted(stages)}, which --resume and the same options go on with" if stages else "no finished stage"
+    return f"this export begins anew; an earlier one left {folder} ({held}), which can be removed if no export is at work in it"
 
 
 def _replace(work: Work, output: Path) -> None:

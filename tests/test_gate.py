@@ -16,7 +16,7 @@ from agvas import AGVAS
 from calibration.gptq import GPTQSettings, round_to_nearest
 from calibration.truth import linear_of
 from calibration.weights import QuantizedWeight
-from export.gate import GateBudget, by_sensitivity, search, sensitivities
+from export.gate import GateBudget, by_sensitivity, search, sensitivities, with_effect
 from export.parity import outcome_of_reference
 from export.quantisation import Quantisation, encoder_ranges, fake_quantised
 from runtime import preprocess
@@ -75,6 +75,32 @@ def test_left_open_the_budget_is_a_quarter_of_the_layers() -> None:
 
 def test_the_most_sensitive_come_first_and_nan_before_all() -> None:
     assert by_sensitivity({"a": 0.1, "b": 0.3, "c": float("nan"), "d": 0.2}) == ["c", "b", "d", "a"]
+
+
+def test_what_changed_nothing_is_never_put_back() -> None:
+    assert with_effect({"a": 0.0, "b": 0.1, "c": float("nan"), "d": 0.0, "e": float("inf")}) == ["c", "e", "b"]
+    assert with_effect({"a": 0.0}) == []
+
+
+@pytest.mark.parametrize(("effects", "why"), [(3, "no other layer has a measured effect"), (0, "no layer has a measured effect")])
+def test_where_no_layer_with_an_effect_is_left_the_search_ends_and_says_so(effects: int, why: str) -> None:
+    tried: list[int] = []
+    for budget in (GateBudget(), GateBudget(layers=3), GateBudget(layers=16)):
+        kept = search(LAYERS[:effects], needing(9, tried), budget, FAILED, layers=16)
+        assert kept.names == tuple(LAYERS[:effects]) and kept.failures == FAILED and kept.stopped == why
+    assert max(tried, default=0) == effects
+
+
+def test_a_quarter_is_of_all_integer_layers_and_not_of_those_with_an_effect() -> None:
+    kept = search(LAYERS[:7], needing(4, []), GateBudget(), FAILED, layers=16)
+    assert kept.names == tuple(LAYERS[:4]) and not kept.failures
+    kept = search(LAYERS[:7], needing(5, []), GateBudget(), FAILED, layers=16)
+    assert kept.stopped == "no more than 4 layers may stay float (--gate-budget)"
+
+
+def test_layers_that_there_was_no_time_to_measure_are_not_said_to_have_no_effect() -> None:
+    kept = search([], needing(1, []), GateBudget(seconds=60), FAILED, started=time.monotonic() - 61, layers=16)
+    assert kept.stopped == "60 seconds were spent (--gate-budget)"
 
 
 # Sensitivities, on the tiny model

@@ -282,6 +282,15 @@ def test_where_no_layer_may_go_back_none_is_measured(
         export_bundle(ready(tmp_path / "bundle", lmm="int8", calibration=plan, budget=writer.GateBudget(layers=0)), QUIET)
 
 
+def test_a_layer_that_changed_nothing_stays_integer_whatever_fails(ready: Callable[..., ExportSettings], tmp_path: Path) -> None:
+    settings = ready(tmp_path / "bundle", head="int8", pictures=1, gates={"map_max_abs": -1.0}, strict=False)
+    bundle, report = export_bundle(settings, QUIET)
+    gate = json.loads((bundle.folder / "parity.json").read_text())["gate"]
+    assert report.failures and gate["sensitivity"] == {"language.lm_head": 0.0}
+    assert gate["kept_float"] == {} and gate["stopped"] == "no layer has a measured effect" and len(gate["trials"]) == 1
+    assert "language.lm_head" in bundle.manifest.quantisation["layers"]
+
+
 def test_what_rounding_the_encoders_inputs_costs_is_quantisation_in_memory_and_layer_by_layer(
     ready: Callable[..., ExportSettings], wide: Path, tmp_path: Path
 ) -> None:
@@ -327,6 +336,10 @@ def test_golden_pictures_are_judged_by_what_export_lost_on_them_and_a_failed_exp
         (["--lmm", "gptq4", "--precision", "int8", "--calibration", "rtn"], "got rtn, which tells no ranges"),
         (["--lmm", "gptq4", "--calibration", "pictures"], "expected a plan"),
         (["--lmm", "float", "--calibration", "plan4"], "--calibration: nothing is in integers with --lmm float"),
+        (
+            ["--lmm", "float", "--head", "int8", "--calibration", "rtn"],
+            "--calibration: expected none with --lmm float, got rtn: --head int8 is rounded plainly; leave it out",
+        ),
         (["--lmm", "gptq4", "--gate", "iou=1"], "--gate: expected one of mask_iou_mean"),
         (["--lmm", "gptq4", "--gate", "flips=few"], "--gate: expected flips=NUMBER"),
         (["--lmm", "gptq4", "--gate", "flips=inf"], "a number in 0..1 for the others, got 'flips=inf'"),
