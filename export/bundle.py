@@ -352,11 +352,11 @@ def _failed(
     told = f"the exported masks are not the reference's: {'; '.join(report.failures)}"
     if kept.stopped:
         told += f", though {counted(len(kept.names), 'layer')} went back to float, and {kept.stopped}"
-        if worst := by_sensitivity(sensitivity)[:NAMED]:
+        if worst := with_effect(sensitivity)[:NAMED]:
             told += f"; the most sensitive, alone in integers: {', '.join(f'{name} {_effect(sensitivity[name])}' for name in worst)}"
     remedies = ["--precision fp32"]
     if quantisation.weights and (kept.stopped or not kept.trials):  # otherwise the integers passed, and something else did not
-        remedies = ["a larger --gate-budget"] if kept.stopped else []
+        remedies = ["a larger --gate-budget"] if "--gate-budget" in kept.stopped else []
         if settings.lmm != "float" or settings.precision == "int8":
             remedies.append("--calibration with a plan that agvas-calibrate made of your own pictures")
         remedies += [f"{option} float" for option, choice in (("--lmm", settings.lmm), ("--head", settings.head)) if choice != "float"]

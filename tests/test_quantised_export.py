@@ -289,6 +289,8 @@ def test_a_layer_that_changed_nothing_stays_integer_whatever_fails(ready: Callab
     assert report.failures and gate["sensitivity"] == {"language.lm_head": 0.0}
     assert gate["kept_float"] == {} and gate["stopped"] == "no layer has a measured effect" and len(gate["trials"]) == 1
     assert "language.lm_head" in bundle.manifest.quantisation["layers"]
+    with pytest.raises(ParityFailed, match=r"and no layer has a measured effect\. No bundle was written; try --head float, or"):
+        export_bundle(replace(settings, output=tmp_path / "strict", strict=True), QUIET)
 
 
 def test_what_rounding_the_encoders_inputs_costs_is_quantisation_in_memory_and_layer_by_layer(
