@@ -1,9 +1,9 @@
 """What an export will take, told before it begins: disk, memory and time, from the checkpoint's shapes alone.
 
 No weight is read for it. Memory decides how the reference is computed: whole, as the model is used in training, or layer by layer
-(export/streamed_reference.py). The figures are upper bounds of what was measured at full size, on two cores of AVX2
-(benchmarks/results/full_size.json, full_size_plan.json; a test holds them to it), not promises for another machine. What looking for
-fp16's end takes (half_range.FULL_SIZE) is not among them: it is left out where the memory will not do.
+(export/streamed_reference.py). The figures are upper bounds of what was measured at full size, on two cores
+(benchmarks/results/full_size*.json; a test holds them to it), not promises for another machine. What looking for fp16's end takes
+(half_range.FULL_SIZE) is not among them: it is left out where the memory will not do.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ PIECE_BYTES = 1 << 30
 TABLE = "language.model.embed_tokens.weight"
 LOW = ("fp16", "bf16")
 # Rough: seconds that tracing and optimising a graph take for each decoder layer or block, and seconds to write a gigabyte: 650 and 670 s in
-# all (full_size.json, export-gptq4 and export-16).
-SECONDS_A_BLOCK, SECONDS_A_GB = 4.0, 15.0
+# all (full_size.json, export-gptq4 and export-16), 1,020 beside other work with a LoRA to merge (full_size_published.json, export-gptq4).
+SECONDS_A_BLOCK, SECONDS_A_GB = 6.0, 20.0
 # Seconds that 10^12 multiplications take, weights read included: of the reference, of whose 27.8 a picture took 1,168 s with integers made
 # floats again (full_size.json, reference-gptq4), and of the exported stages, 319 s (run-gptq4).
 REFERENCE_SECONDS_A_TERA, EXPORTED_SECONDS_A_TERA = 43.0, 12.0

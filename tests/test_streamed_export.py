@@ -688,34 +688,39 @@ def test_the_estimate_of_the_papers_model_is_within_the_goals(full_size: LazyTen
     assert max(four.export_memory, sixteen.export_memory) < 8 << 30 < four.whole_memory
 
 
-def measured_at_full_size() -> dict[str, dict[str, Any]]:
-    """What benchmarks/results hold of the paper's model, by part."""
-    results = Path(writer.__file__).parents[1] / "benchmarks" / "results"
-    return {
-        part: told
-        for name in ("full_size.json", "full_size_plan.json")
-        for part, told in json.loads((results / name).read_text())["parts"].items()
-    }
+def measured_at_full_size() -> dict[str, list[dict[str, Any]]]:
+    """What benchmarks/results hold of the paper's model, by part: of every run."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for path in sorted((Path(writer.__file__).parents[1] / "benchmarks" / "results").glob("full_size*.json")):
+        result = json.loads(path.read_text())
+        for part, told in result["parts"].items() if result.get("size") == "7b" else ():
+            found.setdefault(part, []).append(told)
+    return found
 
 
 def test_the_estimate_is_not_below_what_was_measured_at_full_size_and_at_most_twice_it(full_size: LazyTensors) -> None:
-    parts, available = measured_at_full_size(), int(23.5 * 2**30)
+    found, available = measured_at_full_size(), int(23.5 * 2**30)
     four, sixteen = (estimate(full_size, "fp16", lmm, memory=available) for lmm in ("gptq4", "float"))
-    exports, stages = ("export-gptq4", "export-plan"), ("stages-gptq4", "stages-plan", "run-gptq4", "reference-gptq4")
+
+    def most(what: str, *parts: str) -> float:
+        return max(told[what] for part in parts for told in found[part])
+
+    peak, exports = "peak_rss_bytes", ("export-gptq4", "export-plan")
+    run = max(told["timings_ms"]["total"] for told in found["run-gptq4"]) / 1000
     bounds = {
-        "disk in 4 bit": (four.disk, [parts[part]["disk_bytes"] for part in exports]),
-        "disk in 16 bit": (sixteen.disk, [parts["export-16"]["disk_bytes"]]),
-        "memory to export": (four.export_memory, [parts[part]["peak_rss_bytes"] for part in (*exports, "export-16")]),
-        "memory to compare in 4 bit": (four.streamed_memory, [parts[part]["peak_rss_bytes"] for part in stages]),
-        "memory to compare in 16 bit": (sixteen.streamed_memory, [parts["stages-16"]["peak_rss_bytes"]]),
-        "seconds to export in 4 bit": (four.export_seconds, [parts[part]["seconds"] for part in exports]),
-        "seconds to export in 16 bit": (sixteen.export_seconds, [parts["export-16"]["seconds"]]),
-        "seconds a picture": (
-            four.picture_seconds,
-            [parts["reference-gptq4"]["seconds"] + parts["run-gptq4"]["timings_ms"]["total"] / 1000],
+        "disk in 4 bit": (four.disk, most("disk_bytes", *exports)),
+        "disk in 16 bit": (sixteen.disk, most("disk_bytes", "export-16")),
+        "memory to export": (four.export_memory, most(peak, *exports, "export-16")),
+        "memory to compare in 4 bit": (
+            four.streamed_memory,
+            most(peak, "stages-gptq4", "stages-plan", "run-gptq4", "reference-gptq4"),
         ),
+        "memory to compare in 16 bit": (sixteen.streamed_memory, most(peak, "stages-16")),
+        "seconds to export in 4 bit": (four.export_seconds, most("seconds", *exports)),
+        "seconds to export in 16 bit": (sixteen.export_seconds, most("seconds", "export-16")),
+        "seconds a picture": (four.picture_seconds, most("seconds", "reference-gptq4") + run),
     }
-    wrong = {what: (told, most) for what, (told, found) in bounds.items() if not (most := max(found)) <= told <= 2 * most}
+    wrong = {what: both for what, both in bounds.items() if not both[1] <= both[0] <= 2 * both[1]}
     assert not wrong and sixteen.picture_seconds < four.picture_seconds
 
 
