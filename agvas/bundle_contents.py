@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 MANIFEST = "manifest.json"
+UNFINISHED = "unfinished.json"  # in the folder that an export works in until the bundle is whole
 SHOWN = 12  # problems; --json has them all
 
 
@@ -64,12 +65,22 @@ class Contents:
         return lines
 
 
+def is_bundle(folder: Path) -> bool:
+    """Whether a folder is a bundle, or was to become one."""
+    return (folder / MANIFEST).is_file() or (folder / UNFINISHED).is_file()
+
+
 def bundle_contents(folder: Path) -> Contents:
     """Of a bundle; agvas-verify checks what is in its files.
 
     Raises:
-        ValueError: a manifest that is none.
+        ValueError: a manifest that is none; an export that was not finished.
     """
+    if (folder / UNFINISHED).is_file():
+        raise ValueError(
+            f"{folder} is an export that was not finished; run the same agvas-export command again (with --resume it goes on with "
+            "the stages that are finished here), or remove the folder"
+        )
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         sizes = {name: record["bytes"] for name, record in manifest["files"].items()}

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from agvas import lora, parts
-from agvas.bundle_contents import MANIFEST, Contents, bundle_contents
+from agvas.bundle_contents import Contents, bundle_contents, is_bundle
 from agvas.checkpoint import NANO, CheckpointError, Examined, OpenedCheckpoint, examine
 from agvas.weights import LazyTensor
 
@@ -27,11 +27,11 @@ def contents(path: str | Path) -> Contents:
     place = NANO if str(path) == "nano" else Path(path)
     if not place.exists():
         raise CheckpointError(f"{path} is not there; give a checkpoint, a bundle, or a part: a folder or file")
-    if (place / MANIFEST).is_file():
-        return bundle_contents(place)
     if place.is_file() and place.suffix.lower() in PICTURES:
         raise CheckpointError(f"{path} is a picture; agvas-segment takes those, and agvas-inspect a checkpoint, a bundle, or a part")
     try:
+        if is_bundle(place):
+            return bundle_contents(place)
         if place.is_dir() and (place / "config.json").is_file() and parts.model_type(place) is None and not _is_trained(place):
             return _examined(examine(place))
         return _part(place)

@@ -16,9 +16,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="last line of stdout as JSON")
     options = parser.parse_args(arguments)
     try:
-        from agvas.bundle_contents import MANIFEST, bundle_contents
+        from agvas.bundle_contents import bundle_contents, is_bundle
 
-        if (Path(options.path) / MANIFEST).is_file():  # on a target, which has no torch
+        if is_bundle(Path(options.path)):  # on a target, which has no torch
             found = bundle_contents(Path(options.path))
         else:
             from agvas.contents import contents

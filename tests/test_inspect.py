@@ -15,11 +15,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from agvas.checkpoint import open_checkpoint
+from agvas.checkpoint import CheckpointError, open_checkpoint
+from agvas.contents import contents
 from agvas.importing import ImportSettings, import_parts
 from agvas.model import AGVAS
 from export.estimate import estimate
 from export.inspect_cli import main
+from export.work import Key, kept_folder, whole_or_nothing
 from runtime.bundle import Bundle
 
 
@@ -111,6 +113,16 @@ def test_a_bundles_files_that_are_cut_short_or_missing_are_told(
     code, text, found = inspect(capsys, bundle)
     assert code == 1 and len(found["problems"]) == 2
     assert "spam/spam.onnx: expected" in text and "got 100; copy or export the bundle again" in text and "got no file" in text
+
+
+def test_an_export_that_was_not_finished_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(RuntimeError), whole_or_nothing(tmp_path / "bundle", Key("a", "b")):
+        raise RuntimeError("stopped")
+    assert main([str(kept_folder(tmp_path / "bundle"))]) == 2
+    error = capsys.readouterr().err
+    assert ".bundle.partial is an export that was not finished; run the same agvas-export command again (with --resume" in error
+    with pytest.raises(CheckpointError, match="was not finished"):
+        contents(kept_folder(tmp_path / "bundle"))
 
 
 @pytest.mark.parametrize("what", ["nowhere", "empty", "photo.png"])
