@@ -84,7 +84,8 @@ def test_what_was_trained_is_kept_as_peft_keeps_it(model: AGVAS, tmp_path: Path)
     loaded = PeftModel.from_pretrained(base.language, str(tmp_path)).merge_and_unload()
     for name, tensor in merged.language.state_dict().items():
         torch.testing.assert_close(loaded.state_dict()[name], tensor, atol=1e-6, rtol=1e-6, msg=name)
-    assert json.loads((tmp_path / "trained.json").read_text()) == {"parts": ["language", "mask_decoder", "spam"]}
+    record = json.loads((tmp_path / "trained.json").read_text())
+    assert record == {"parts": ["language", "mask_decoder", "spam"], "adapter": True, "tensors": sorted(rest)}
 
 
 def test_a_model_too_small_to_be_pretrained_learns_whole(model: AGVAS) -> None:

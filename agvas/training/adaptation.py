@@ -102,7 +102,8 @@ class Adaptation:
 
     def save(self, folder: Path) -> None:
         """What was trained, without the base: adapter_config.json and adapter_model.safetensors as peft has them, trained.safetensors
-        with every other trained tensor under its name in the model, and the model's config.json and tokenizer.json: see agvas-import."""
+        with every other trained tensor under its name in the model, trained.json with these names, by which agvas-import sees that none is
+        missing, and the model's config.json and tokenizer.json."""
         folder.mkdir(parents=True, exist_ok=True)
         if self._lora is not None:
             self._config.save_pretrained(str(folder))
@@ -127,7 +128,8 @@ class Adaptation:
             save_file(rest, path, metadata={"format": "pt"})
         (folder / "config.json").write_text(self.model.config.to_json())
         self.model.tokenizer.save(str(folder / "tokenizer.json"))
-        (folder / "trained.json").write_text(json.dumps({"parts": sorted({name.split(".")[0] for name in rest})}, indent=2) + "\n")
+        record = {"parts": sorted({name.split(".")[0] for name in rest}), "adapter": self._lora is not None, "tensors": sorted(rest)}
+        (folder / "trained.json").write_text(json.dumps(record, indent=2) + "\n")
 
     def merge(self) -> AGVAS:
         """The model with its adapters added to the weights, as it was composed before."""
