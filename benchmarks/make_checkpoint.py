@@ -114,6 +114,8 @@ def make_parts(size: Size, folder: Path, seed: int = 0, progress: Callable[[int]
     write_safetensors(trained / "adapter_model.safetensors", dict(adapters(shapes)), torch.float32, draw)
     adapter = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": RANK, "lora_alpha": ALPHA, "target_modules": TARGETS, "bias": "none"}
     (trained / "adapter_config.json").write_text(json.dumps(adapter, indent=2) + "\n")
+    record = {"parts": sorted({name.split(".")[0] for name in rest}), "adapter": True, "tensors": sorted(rest)}
+    (trained / "trained.json").write_text(json.dumps(record, indent=2) + "\n")
     (trained / "config.json").write_text(config.to_json())
     tokenizer.save(str(trained / "tokenizer.json"))
 
