@@ -22,15 +22,15 @@ from agvas.config import AGVASConfig
 from agvas.layouts import beyond
 from agvas.lora import CONFIG as ADAPTER_CONFIG
 from agvas.model import AGVAS
+from agvas.parts import EMBEDDINGS, HEAD, NEW_STAGES, TRAINED_FILE, Gathered, Parts, gather, model_type
 from agvas.parts import FILE as PARTS_FILE
-from agvas.parts import TRAINED_FILE, Gathered, Parts, gather, model_type
 from agvas.weights import LazyTensor, LazyTensors, check_finite, in_type, index_of, overflows, safetensors_folder
 from agvas.writing import disk_errors
 
 NANO = Path(__file__).parent / "nano"
 WEIGHTS = "model.safetensors"
 TOWER = "semantic_encoder.encoder.layers."
-EMBEDDINGS, HEAD = "language.model.embed_tokens.weight", "language.lm_head.weight"
+_TABLES = (EMBEDDINGS, HEAD)
 FILES = ("config.json", WEIGHTS, "tokenizer.json")
 SUFFIXES = (".json", ".safetensors", ".bin", ".pt", ".pth")
 INDEX = f"{WEIGHTS}.index.json"
@@ -116,9 +116,14 @@ def open_checkpoint(checkpoint: str | Path = "nano") -> OpenedCheckpoint:
         CheckpointError: missing files or parts, a config or tokenizer that is none, tensors missing, unexpected or of another shape.
     """
     examined = examine(checkpoint)
+    return fitting(examined, f"{examined.weights} does not fit its config.json")
+
+
+def fitting(examined: Examined, otherwise: str) -> OpenedCheckpoint:
+    """The checkpoint. CheckpointError where it does not fit, with the problems behind `otherwise`."""
     if problems := examined.problems:
         listed = "; ".join(problems[:LISTED]) + (f"; and {len(problems) - LISTED} more" if len(problems) > LISTED else "")
-        raise CheckpointError(f"{examined.weights} does not fit its config.json: {listed}")
+        raise CheckpointError(f"{otherwise}: {listed}")
     return examined.opened
 
 
@@ -163,7 +168,7 @@ def examine(checkpoint: str | Path) -> Examined:
         raise CheckpointError(str(error)) from error
     tensors = computed_with(config, gathered)
     opened = OpenedCheckpoint(folder, config, tokenizer, tensors)
-    return Examined(opened, where, gathered, sorted(gathered.problems + misfits(opened.skeleton(), tensors)))
+    return Examined(opened, where, gathered, sorted(gathered.problems + misfits(opened.skeleton(), tensors, gathered)))
 
 
 def computed_with(config: AGVASConfig, gathered: Gathered) -> dict[str, LazyTensor]:
@@ -175,14 +180,22 @@ def computed_with(config: AGVASConfig, gathered: Gathered) -> dict[str, LazyTens
     return kept
 
 
-def misfits(skeleton: AGVAS, tensors: Mapping[str, LazyTensor]) -> list[str]:
-    """What tensors lack, have too much, or have in another shape than the model, each in words."""
+def misfits(skeleton: AGVAS, tensors: Mapping[str, LazyTensor], gathered: Gathered) -> list[str]:
+    """What tensors lack, have too much, or have in another shape than the model, each in words.
+
+    Args:
+        gathered: tells which part a tensor is from and what it is called there; empty where there are no parts.
+    """
     expected = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
-    problems = [f"missing {name} {list(expected[name])}{_remedy(name)}" for name in expected.keys() - tensors.keys()]
-    problems += [f"unexpected {name} {list(tensors[name].shape)}" for name in tensors.keys() - expected.keys()]
+    has_neck = skeleton.config.pixel.kind == "sam"
+    problems = []
+    for name in expected.keys() - tensors.keys():
+        problems.append(f"missing {name} {list(expected[name])} ({_of_missing(name, has_neck, gathered)})")
+    for name in tensors.keys() - expected.keys():
+        problems.append(f"unexpected {name} {list(tensors[name].shape)} ({_of_misfit(name, gathered)})")
     for name in expected.keys() & tensors.keys():
         if (found := tensors[name].shape) != expected[name]:
-            problems.append(f"{name} is {list(found)}, expected {list(expected[name])}{_remedy(name, found)}")
+            problems.append(f"{name} is {list(found)}, expected {list(expected[name])} ({_of_misfit(name, gathered, name in _TABLES)})")
     tokens = max(skeleton.tokenizer.get_vocab(with_added_tokens=True).values()) + 1
     if tokens > (rows := skeleton.config.language.vocabulary):
         problems.append(f"tokenizer.json has ids up to {tokens - 1}, the vocabulary {rows} rows (give the tokenizer of these weights)")
@@ -253,12 +266,29 @@ def _stored(tensor: Tensor, dtype: torch.dtype | None, name: str) -> Tensor:
     return tensor if overflows(tensor, made) else made
 
 
-def _remedy(name: str, found: tuple[int, ...] | None = None) -> str:
-    if name in (EMBEDDINGS, HEAD) and found is not None:
-        return " (embeddings and head were resized to different vocabularies: give both as they were trained)"
-    if found is None and name.startswith(("spam.", "mask_decoder.")):
-        return " (it was trained: is the trained part whole, and given?)"
-    return ""
+def _of_missing(name: str, has_neck: bool, gathered: Gathered) -> str:
+    """Where a missing tensor ought to be, and what to do; `has_neck`: the pixel encoder is published with one."""
+    if gathered.base is None:
+        return "copy the whole checkpoint again"
+    if name.startswith(NEW_STAGES) or (not has_neck and name.startswith("pixel_encoder.neck.")):
+        return "it was trained: is the trained part whole, and given?"
+    part = gathered.pixel_encoder if name.startswith("pixel_encoder.") and gathered.pixel_encoder is not None else gathered.base
+    return f"{_whose(name, part, gathered)}: copy {'the whole file' if part.is_file() else 'every file of it'} again"
+
+
+def _of_misfit(name: str, gathered: Gathered, resized: bool = False) -> str:
+    """Where a tensor is from that does not belong here, and what to do; `resized`: a table or head that has another size."""
+    if gathered.base is None:
+        return "weights or config.json are of another model: copy the whole checkpoint again"
+    whose = _whose(name, gathered.origins.get(name, gathered.base), gathered)
+    if resized:
+        return f"{whose}: embeddings and head were resized to different vocabularies, give both as they were trained"
+    return f"{whose}: it is of another model, give the part that the others were made for"
+
+
+def _whose(name: str, part: Path, gathered: Gathered) -> str:
+    theirs = gathered.called(name)
+    return f"of {part}" if theirs is None else f"{theirs} of {part}"
 
 
 def fill_buffers(model: AGVAS) -> None:

@@ -95,7 +95,7 @@ def _parts_of(examined: Examined) -> list[dict[str, Any]]:
     for role, path in given:
         if path is None:
             continue
-        place = folder / path
+        place = parts.place(folder, path)
         tensors = sum(origin == place for origin in gathered.origins.values()) + 2 * sum(p == place for p in gathered.merged.values())
         found.append({"role": role, "path": path, "layout": layout_of(place), "tensors": tensors})
     return found
@@ -125,7 +125,7 @@ def _part(path: Path) -> Contents:
     """A part by itself: what of an AG-VAS it holds."""
     layout = layout_of(path)
     kind = parts.model_type(path) if path.is_dir() else None
-    adapters: dict[str, lora.LoRA] = {}
+    adapters, problems = lora.Adapters(), []
     if kind in parts.LLAVAS:
         translated = parts.published_base(path)
         hint = f"agvas-import --base {path} --pixel-encoder FILE --trained FOLDER --output CHECKPOINT"
@@ -135,16 +135,17 @@ def _part(path: Path) -> Contents:
             hint = f"agvas-import --base FOLDER --pixel-encoder {path} --trained FOLDER --output CHECKPOINT"
         except ValueError as no_encoder:
             try:
-                translated, adapters = parts.trained(path)
+                found = parts.trained(path)
             except ValueError as nothing:
                 raise CheckpointError(f"{nothing}" if kind is None else f"{no_encoder}") from nothing
+            translated, adapters, problems = found.whole, found.adapters, list(found.problems)
             hint = f"agvas-import --base FOLDER --trained {path} --output CHECKPOINT"
-    facts = [f"adapters for {len(adapters)} layers"] if adapters else []
+    facts = [f"adapters for {len(adapters.layers)} layers"] if adapters.layers else []
     return Contents(
         str(path),
         f"a part of a checkpoint: {layout}",
         stages=stages_of(translated.tensors),
         unused=list(translated.unused),
-        problems=[f"unexpected {name}" for name in translated.unknown],
+        problems=[*problems, *(f"unexpected {name}" for name in translated.unknown)],
         facts=[*facts, f"to use it: {hint}"],
     )

@@ -17,10 +17,10 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
-from agvas.checkpoint import CheckpointError, OpenedCheckpoint, open_checkpoint
+from agvas.checkpoint import CheckpointError, OpenedCheckpoint, examine, fitting, open_checkpoint
 from agvas.config import AGVASConfig
 from agvas.mask_decoder import MaskDecoder
-from agvas.parts import FILE, Gathered, Parts, deepspeed_weights, gather, model_type
+from agvas.parts import FILE, NEW_STAGES, Gathered, Parts, deepspeed_weights, gather, model_type
 from agvas.published import Derived, derive, with_anchors, with_vocabulary
 from agvas.spam import SPAM
 from agvas.torch_file import torch_file
@@ -85,7 +85,7 @@ def import_parts(settings: ImportSettings) -> Imported:
     partial.mkdir(parents=True)
     try:
         notes = _write(partial, settings)
-        open_checkpoint(partial)
+        fitting(examine(partial), "the parts do not fit together")
         if output.exists():
             shutil.rmtree(output)
         os.rename(partial, output)
@@ -101,7 +101,7 @@ def _write(folder: Path, settings: ImportSettings) -> list[str]:
     pixel = None if settings.pixel_encoder is None else _from(folder, settings.pixel_encoder)
     parts = Parts(_from(folder, settings.base), pixel, tuple(given))
     gathered = gather(folder, parts)
-    notes: list[str] = []
+    notes = list(gathered.notes)
     for path in settings.trained:
         states = deepspeed_weights(path) if path.is_dir() else None
         if states is not None and any(tensor.dtype in (torch.float16, torch.bfloat16) for tensor in torch_file(states, "module").values()):
@@ -111,7 +111,7 @@ def _write(folder: Path, settings: ImportSettings) -> list[str]:
     if settings.untrained is None and not any(name.startswith("mask_decoder.") for name in gathered.tensors):
         raise ValueError("no part has a mask decoder; give what a training left (--trained FOLDER), or --untrained to train one from here")
     if settings.untrained is not None:
-        if any(name.startswith(("spam.", "mask_decoder.")) for name in gathered.tensors):
+        if any(name.startswith(NEW_STAGES) for name in gathered.tensors):
             raise ValueError("--untrained: the parts hold SPAM or a mask decoder already; leave it out")
         _new_parts(folder / UNTRAINED, config, settings.untrained)
         parts = dataclasses.replace(parts, trained=(*parts.trained, UNTRAINED))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from agvas.weights import LazyTensor
 
@@ -81,11 +81,13 @@ ADAPTER: Rules = (
 
 @dataclass(frozen=True)
 class Translated:
-    """Tensors by the names of AGVAS.state_dict(); the names not used, and those that no rule knows, as the file has them."""
+    """Tensors by the names of AGVAS.state_dict(); the names not used, and those that no rule knows, as the file has them; and by our
+    names, the file's."""
 
     tensors: dict[str, LazyTensor]
     unused: tuple[str, ...] = ()
     unknown: tuple[str, ...] = ()
+    names: dict[str, str] = field(default_factory=dict)
 
 
 def translate(tensors: Mapping[str, LazyTensor], rules: Rules) -> Translated:
@@ -107,7 +109,7 @@ def translate(tensors: Mapping[str, LazyTensor], rules: Rules) -> Translated:
             raise ValueError(f"{origins[new]} and {name} are both {new}; the files of two checkpoints are mixed, give those of one")
         else:
             ours[new], origins[new] = tensor, name
-    return Translated(ours, tuple(unused), tuple(unknown))
+    return Translated(ours, tuple(unused), tuple(unknown), origins)
 
 
 def rename(name: str, rules: Rules) -> tuple[bool, str | None]:

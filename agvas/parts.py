@@ -8,6 +8,8 @@ checkpoint (checkpoint.py), and how a configuration is had from the parts stands
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,10 +22,15 @@ from agvas.weights import LazyTensor, safetensors_file, safetensors_folder
 
 FILE = "parts.json"
 SAFETENSORS, PICKLED, TRAINED_FILE = "model.safetensors", "pytorch_model.bin", "trained.safetensors"
+RECORD = "trained.json"  # what agvas-train left beside it
 MODEL_STATES = "mp_rank_00_model_states.pt"  # DeepSpeed's, of the first of the processes that share a model (ZeRO stages 0 to 2)
-HEAD = "language.lm_head.weight"
+EMBEDDINGS, HEAD = "language.model.embed_tokens.weight", "language.lm_head.weight"
+NEW_STAGES = ("spam.", "mask_decoder.")  # which no published part has
 VITS = ("clip", "clip_vision_model", "siglip", "siglip_vision_model", "dinov2", "dinov3_vit")
 LLAVAS = ("llava_onevision", "llava")
+_LLAVAS_OWN = re.compile(r"model\.(?:layers|mm_projector|embed_tokens|vision_tower\.vision_tower)\.")
+_PUBLISHED_TOO = "give the same base in Hugging Face's, which llava-hf publishes (llava-hf/llava-onevision-qwen2-7b-ov-hf for instance)"
+_NUMBERED = re.compile(r"^(.*?\.)(\d+)(\..*)$")
 
 
 @dataclass(frozen=True)
@@ -57,42 +64,82 @@ class Parts:
         return parts
 
 
+@dataclass(frozen=True)
+class Trained:
+    """What a training left.
+
+    Attributes:
+        problems: what of it is damaged, in words.
+        recorded: whether all it should have is written down beside it, so that nothing can be missing unseen.
+    """
+
+    whole: Translated
+    adapters: lora.Adapters = field(default_factory=lora.Adapters)
+    problems: tuple[str, ...] = ()
+    recorded: bool = False
+
+
 @dataclass
 class Gathered:
     """The parts' tensors by our names.
 
     Attributes:
+        base, pixel_encoder: where these are; None where there are no parts, or the base has the pixel encoder.
         origins: the part each tensor comes from; of a merged one, the weight's.
+        names: what that part calls it.
         merged: weights that an adapter is added to, and the adapter's part.
         unused: names that the parts have and an AG-VAS does without, by part.
         problems: what does not fit together, in words.
+        notes: what fits, and a user should know all the same.
         published: whether the base is a LLaVA as it was published, whose tower may have layers that are not computed.
     """
 
+    base: Path | None = None
+    pixel_encoder: Path | None = None
     tensors: dict[str, LazyTensor] = field(default_factory=dict)
     origins: dict[str, Path] = field(default_factory=dict)
+    names: dict[str, str] = field(default_factory=dict)
     merged: dict[str, Path] = field(default_factory=dict)
     unused: dict[Path, list[str]] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     published: bool = False
 
     def put(self, part: Path, translated: Translated) -> None:
         self.tensors |= translated.tensors
         self.origins |= dict.fromkeys(translated.tensors, part)
+        self.names |= {name: translated.names.get(name, name) for name in translated.tensors}
         self.unused.setdefault(part, []).extend(translated.unused)
-        self.problems += [f"unexpected {name} in {part}" for name in translated.unknown]
+        self.problems += [
+            f"unexpected {name} in {part} (nothing here is called so: give the part as it was published or trained)"
+            for name in translated.unknown
+        ]
 
-    def add(self, part: Path, adapters: Mapping[str, lora.LoRA]) -> None:
-        for layer, adapter in adapters.items():
-            name = f"{layer}.weight"
+    def add(self, part: Path, adapters: lora.Adapters) -> None:
+        matrices = [name.removesuffix(".weight") for name, tensor in self.tensors.items() if len(tensor.shape) == 2]
+        self.problems += adapters.incomplete(part, matrices)
+        for layer, adapter in adapters.layers.items():
+            name, theirs = f"{layer}.weight", adapters.names[layer]
             shape = (adapter.up.shape[0], adapter.down.shape[-1])
             if name not in self.tensors:
-                self.problems.append(f"an adapter for {layer} in {part}, which no part has")
-            elif self.tensors[name].shape != shape:
-                self.problems.append(f"an adapter for {layer} in {part} makes {list(shape)}, expected {list(self.tensors[name].shape)}")
+                self.problems.append(f"an adapter for {theirs} in {part}, which no part has: give the base that it was trained on")
+            elif (expected := self.tensors[name].shape) != shape:
+                makes = f"makes {list(shape)}, expected {list(expected)}"
+                self.problems.append(f"an adapter for {theirs} in {part} {makes}: give the base that it was trained on")
             else:
                 self.tensors[name] = adapter.added_to(self.tensors[name])
                 self.merged[name] = part
+
+    def called(self, name: str) -> str | None:
+        """What the tensor's part calls it, or would call it: as it does in another layer. None where nothing tells."""
+        if name in self.names:
+            return self.names[name]
+        if not (wanted := _NUMBERED.match(name)):
+            return None
+        for ours, theirs in self.names.items():
+            if (other := _NUMBERED.match(ours)) and (other[1], other[3]) == (wanted[1], wanted[3]):
+                return re.sub(rf"\.{other[2]}\.", f".{wanted[2]}.", theirs, count=1)
+        return None
 
 
 def gather(folder: Path, parts: Parts) -> Gathered:
@@ -101,21 +148,39 @@ def gather(folder: Path, parts: Parts) -> Gathered:
     Raises:
         ValueError: a part is missing, damaged, or in no layout known here; says what to give.
     """
-    gathered = Gathered()
     base = _there(folder, parts.base, "base")
     if base.resolve() == folder.resolve():
         raise ValueError(f"{folder / FILE}: base: expected another checkpoint, got this one; write it anew with agvas-import")
+    gathered = Gathered(base)
     gathered.put(base, published_base(base))
     gathered.published = model_type(base) is not None
     if parts.pixel_encoder is not None:
-        path = _there(folder, parts.pixel_encoder, "pixel_encoder")
+        gathered.pixel_encoder = path = _there(folder, parts.pixel_encoder, "pixel_encoder")
         gathered.put(path, pixel_encoder(path))
-    for given in parts.trained:
-        path = _there(folder, given, "trained")
-        translated, adapters = trained(path)
-        gathered.put(path, translated)
-        gathered.add(path, adapters)
+    found = {path: trained(path) for path in (_there(folder, given, "trained") for given in parts.trained)}
+    for path, part in found.items():
+        gathered.put(path, part.whole)
+        gathered.add(path, part.adapters)
+        gathered.problems += part.problems
+    if not all(part.recorded for part in found.values()):
+        _note_what_is_the_bases(gathered)
     return gathered
+
+
+def _note_what_is_the_bases(gathered: Gathered) -> None:
+    """Whoever trained SPAM and a mask decoder has, as a rule, trained something of the language model, too; but nothing says it here."""
+    trained = {part for name, part in gathered.origins.items() if name.startswith(NEW_STAGES)} - {gathered.base}
+    if not trained:
+        return
+    for name in (EMBEDDINGS, HEAD):
+        if gathered.origins.get(name) == gathered.base:
+            gathered.notes.append(f"{name}: the base's, for no trained part has it; where it was trained, copy that part again")
+    layers = [part for name, part in gathered.origins.items() if name.startswith("language.model.layers.")]
+    if not gathered.merged and set(layers) == {gathered.base}:
+        gathered.notes.append(
+            f"the language model's layers are the base's: no trained part has any, or adapters; where it was trained with LoRA, copy "
+            f"{lora.CONFIG} and {lora.WEIGHTS}, too"
+        )
 
 
 def model_type(folder: Path) -> str | None:
@@ -127,9 +192,15 @@ def model_type(folder: Path) -> str | None:
         return None
 
 
-def _there(folder: Path, given: str, name: str) -> Path:
+def place(folder: Path, given: str) -> Path:
+    """Where a path of parts.json leads, in as few words as it can be said."""
     path = folder / given
-    if not path.exists():
+    short = Path(os.path.normpath(path))  # which is elsewhere where ".." follows a link
+    return short if short.exists() and path.exists() and short.samefile(path) else path
+
+
+def _there(folder: Path, given: str, name: str) -> Path:
+    if not (path := place(folder, given)).exists():
         raise ValueError(f"{folder / FILE}: {name}: {given} is not there; correct the path, or run agvas-import again")
     return path
 
@@ -141,12 +212,12 @@ def published_base(path: Path) -> Translated:
         translated = translate(_folder(path), LLAVA)
         if _is_tied(path) and HEAD in translated.tensors:  # stored all the same; whoever ties it does not look at it
             tensors = {name: tensor for name, tensor in translated.tensors.items() if name != HEAD}
-            return Translated(tensors, (*translated.unused, HEAD), translated.unknown)
+            return Translated(tensors, (*translated.unused, HEAD), translated.unknown, translated.names)
         return translated
     if found is not None:
         raise ValueError(
             f"{path} is a {found}, expected {' or '.join(LLAVAS)} (as Hugging Face has them) or a checkpoint of this package; "
-            "a base in LLaVA's own layout is published in Hugging Face's, too"
+            f"a base in LLaVA's own layout: {_PUBLISHED_TOO}"
         )
     from agvas.checkpoint import open_checkpoint  # which reads parts, this base's own maybe
 
@@ -189,7 +260,7 @@ def _halved(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
     return halved
 
 
-def trained(path: Path) -> tuple[Translated, dict[str, lora.LoRA]]:
+def trained(path: Path) -> Trained:
     """What a training left: whole tensors, and adapters by the layer's name.
 
     Raises:
@@ -199,54 +270,83 @@ def trained(path: Path) -> tuple[Translated, dict[str, lora.LoRA]]:
         return _state(path, _file(path))
     if states := deepspeed_weights(path):
         return _state(states, torch_file(states, "module"))
-    found: list[tuple[Translated, dict[str, lora.LoRA]]] = []
-    if (path / lora.CONFIG).is_file():
-        adapters, whole = lora.read_adapter(path)
-        found.append((translate(whole, ADAPTER), _layers(path, adapters, ADAPTER)))
-    if (path / TRAINED_FILE).is_file():
-        found.append((translate(safetensors_file(path / TRAINED_FILE), TRAINED), {}))
-    if not found:
+    has_adapter = any((path / name).is_file() for name in (lora.CONFIG, lora.WEIGHTS, lora.PICKLED))
+    has_rest = (path / TRAINED_FILE).is_file()
+    if not has_adapter and not has_rest:
         if not _holds(path, SAFETENSORS) and not _holds(path, PICKLED):
             raise ValueError(
                 f"{path} holds nothing that was trained: expected {TRAINED_FILE} or {lora.CONFIG} (agvas-train's trained/, peft), latest "
                 f"(DeepSpeed), {SAFETENSORS} or {PICKLED}; of a run give its folder trained/, or state/ where it was stopped"
             )
         return _state(path, _folder(path))
-    joined = Translated(
-        {name: tensor for part, _ in found for name, tensor in part.tensors.items()},
-        unknown=tuple(name for part, _ in found for name in part.unknown),
+    adapters, saved = lora.read_adapter(path) if has_adapter else (lora.Adapters(), {})
+    adapters, parts = _ours(path, adapters, ADAPTER), [translate(saved, ADAPTER)]
+    if has_rest:
+        parts.append(translate(safetensors_file(path / TRAINED_FILE), TRAINED))
+    whole = Translated(
+        {name: tensor for part in parts for name, tensor in part.tensors.items()},
+        unknown=tuple(name for part in parts for name in part.unknown),
+        names={ours: theirs for part in parts for ours, theirs in part.names.items()},
     )
-    return joined, {layer: adapter for _, adapters in found for layer, adapter in adapters.items()}
+    lacking, recorded = _against_record(path, whole.tensors, has_adapter)
+    return Trained(whole, adapters, (*adapters.misranked(), *lacking), recorded)
 
 
-def _state(path: Path, tensors: dict[str, LazyTensor]) -> tuple[Translated, dict[str, lora.LoRA]]:
+def _against_record(path: Path, tensors: Mapping[str, LazyTensor], has_adapter: bool) -> tuple[list[str], bool]:
+    """What the folder lacks of all that agvas-train says it left there, in words; and whether it says all."""
+    if not (file := path / RECORD).is_file():
+        return [], False
+    try:
+        fields = json.loads(file.read_text())
+        whole = "tensors" in fields  # earlier ones name the stages alone
+        names = list(map(str, fields["tensors"] if whole else fields["parts"]))
+        adapted = bool(fields.get("adapter"))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} cannot be read as what agvas-train leaves ({error!r}); copy the file again") from error
+    known = {*tensors, *(name.partition(".")[0] for name in tensors)}
+    lacking = [name for name in names if name not in known]
+    if adapted and not has_adapter:
+        lacking += [lora.CONFIG, lora.WEIGHTS]
+    if not lacking:
+        return [], whole
+    return [f"{path} lacks {lora.listed(lacking)}, which its {RECORD} names: copy the whole folder again"], whole
+
+
+def _state(path: Path, tensors: dict[str, LazyTensor]) -> Trained:
     """A state dictionary of the module that training wraps the model in, its adapters beside their weights."""
-    adapters: dict[str, lora.LoRA] = {}
+    adapters = lora.Adapters()
     if lora.has_factors(tensors):
         adapters, tensors = lora.split(path, tensors, _settings_of(path))
-        adapters = _layers(path, adapters, TRAINED)
-    return translate(tensors, TRAINED), adapters
+        adapters = _ours(path, adapters, TRAINED)
+    return Trained(translate(tensors, TRAINED), adapters, tuple(adapters.misranked()))
 
 
-def _layers(path: Path, adapters: dict[str, lora.LoRA], rules: Rules) -> dict[str, lora.LoRA]:
-    ours = {}
-    for layer, adapter in adapters.items():
-        _, name = rename(layer, rules)
+def _ours(path: Path, adapters: lora.Adapters, rules: Rules) -> lora.Adapters:
+    """The adapters by our names of their layers."""
+    layers, names = {}, {}
+    for theirs, adapter in adapters.layers.items():
+        _, name = rename(theirs, rules)
         if name is None:
-            raise ValueError(f"{path}: an adapter for {layer}, which is no layer of a language model known here; merge it with peft")
-        ours[name] = adapter
-    return ours
+            raise ValueError(f"{path}: an adapter for {theirs}, which is no layer of a language model known here; merge it with peft")
+        layers[name], names[name] = adapter, theirs
+    return lora.Adapters(layers, names, adapters.settings)
 
 
 def _settings_of(path: Path) -> lora.LoRASettings:
-    """The scale of a training state's adapters: in adapter_config.json beside it, or in the run's settings.json above it."""
+    """What is said of a training state's adapters: in adapter_config.json beside it, or in the run's settings.json above it."""
     for place in (path, *path.parents[:3]):
         if (place / lora.CONFIG).is_file():
             return lora.read_settings(place / lora.CONFIG)
         if (place / "settings.json").is_file():
             try:
                 found: dict[str, Any] = json.loads((place / "settings.json").read_text())["parts"]["lora"]
-                return lora.LoRASettings(float(found["alpha"]))
+                rank, targets = found.get("rank"), found.get("targets")
+                return lora.LoRASettings(
+                    place / "settings.json",
+                    float(found["alpha"]),
+                    rank=None if rank is None else int(rank),
+                    targets=None if targets is None else tuple(map(str, targets)),
+                )
             except (ValueError, KeyError, TypeError) as error:
                 file = place / "settings.json"
                 raise ValueError(f"{file} does not say parts.lora.alpha ({error!r}); put {lora.CONFIG} beside the weights") from error
