@@ -210,6 +210,10 @@ def published_base(path: Path) -> Translated:
     found = model_type(path)
     if found in LLAVAS:
         translated = translate(_folder(path), LLAVA)
+        own = [name for name in translated.unknown if _LLAVAS_OWN.match(name)]
+        if 2 * len(own) > len(translated.unknown) and len(own) > len(translated.tensors):
+            names = f"{path} has the names of LLaVA's own code ({lora.listed(own)})"
+            raise ValueError(f"{names}, expected Hugging Face's layout; {_PUBLISHED_TOO}")
         if _is_tied(path) and HEAD in translated.tensors:  # stored all the same; whoever ties it does not look at it
             tensors = {name: tensor for name, tensor in translated.tensors.items() if name != HEAD}
             return Translated(tensors, (*translated.unused, HEAD), translated.unknown, translated.names)
