@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import picture
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import check_target_module_exists
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -22,10 +23,16 @@ from transformers import LlavaForConditionalGeneration, LlavaOnevisionForConditi
 from agvas import AGVAS, CheckpointError, load, save
 from agvas.checkpoint import open_checkpoint, weight_files
 from agvas.config import ablated
+from agvas.contents import contents
 from agvas.import_cli import main
 from agvas.importing import ImportSettings, import_parts
+from agvas.lora import read_settings
 from agvas.training.adaptation import Adaptation, LoRASettings, TrainedParts
+from benchmarks.deepspeed_equivalence import difference_of_import
 
+BASE, ADAPTER = "onevision/model.safetensors", "trained/adapter_model.safetensors"
+UP = "language_model.model.layers.1.mlp.up_proj.weight"
+TABLES = ("language.model.embed_tokens.weight", "language.lm_head.weight")
 TARGETS = ("q_proj", "v_proj", "down_proj")
 TRAINED = TrainedParts(lora=LoRASettings(rank=3, alpha=7, targets=TARGETS))
 
@@ -235,6 +242,70 @@ def test_an_adapter_of_the_whole_llava_in_peft_s_names_is_merged_as_peft_merges_
     assert torch.equal(found["language.lm_head.weight"], expected["lm_head.weight"])
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": ["q_proj", "model.layers.1.mlp.up_proj"]},
+        {"target_modules": ["q_proj", "lm_head"], "exclude_modules": ["layers.2.self_attn.q_proj"]},
+        {"target_modules": r".*\.[12]\..*_proj", "exclude_modules": r".*mlp.*"},
+        {"target_modules": ["q_proj", "down_proj"], "layers_to_transform": [0, 2]},
+        {"target_modules": ["q_proj"], "layers_to_transform": 1, "layers_pattern": "layers"},
+        {"target_modules": ["q_proj"], "layers_to_transform": [1], "layers_pattern": ["h", "blocks"]},
+        {"target_modules": ["q_proj", "lm_head"], "modules_to_save": ["lm_head"]},
+    ],
+)
+def test_the_layers_that_have_adapters_are_peft_s(parts: Published, settings: dict[str, object], tmp_path: Path) -> None:
+    config = LoraConfig(r=2, lora_alpha=2, **settings)  # type: ignore[arg-type]
+    config.save_pretrained(str(tmp_path))
+    found = read_settings(tmp_path / "adapter_config.json")
+    for name, module in parts.merged.language.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            assert found.adapts(name) == bool(check_target_module_exists(config, name)), name
+
+
+@pytest.mark.parametrize(
+    ("targets", "gone"),
+    [
+        (["q_proj"], "model.language_model.layers.1.self_attn.q_proj"),
+        (["q_proj"], "model.vision_tower.encoder.layers.0.self_attn.q_proj"),
+        (r".*language_model.*(q_proj|up_proj)", "model.language_model.layers.2.mlp.up_proj"),
+    ],
+)
+def test_an_adapter_of_the_whole_llava_that_lacks_a_layer_is_refused(
+    parts: Published, targets: object, gone: str, tmp_path: Path
+) -> None:
+    whole = LlavaOnevisionForConditionalGeneration.from_pretrained(parts.onevision)
+    get_peft_model(whole, LoraConfig(r=2, lora_alpha=2, target_modules=targets)).save_pretrained(str(tmp_path / "adapter"))  # type: ignore[arg-type]
+    settings = ImportSettings(parts.start, tmp_path / "checkpoint", None, (tmp_path / "adapter",))
+    import_parts(settings)
+    _without("adapter/adapter_model.safetensors", re.escape(gone))(tmp_path)
+    with pytest.raises(CheckpointError, match=rf"lacks the adapters of a layer that adapter_config.json names \({gone}\)"):
+        import_parts(settings)
+
+
+@pytest.mark.parametrize("rest", [TrainedParts(lora=None), TrainedParts(lora=None, frozen=("language.",)), TrainedParts(frozen=TABLES)])
+def test_a_training_without_lora_or_with_frozen_parts_is_whole(parts: Published, rest: TrainedParts, tmp_path: Path) -> None:
+    adaptation = Adaptation(load(parts.start), rest, 0)
+    adaptation.save(tmp_path / "trained")
+    done = import_parts(ImportSettings(parts.onevision, tmp_path / "checkpoint", parts.sam, (tmp_path / "trained",)))
+    assert done.notes == ()
+    same_tensors(load(tmp_path / "checkpoint"), adaptation.merge().state_dict())
+
+
+def test_what_is_the_base_s_is_said_where_nothing_tells_whether_it_was_trained(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--base", str(copy / "onevision"), "--sam", str(copy / "sam_vit_mini.pth"), "--trained", str(copy / "trained")]
+    _removed("trained/trained.json")(copy)
+    assert main([*arguments, "--output", str(copy / "new")]) == 0 and "the base's" not in capsys.readouterr().out
+    _removed("trained/adapter_config.json", ADAPTER)(copy)
+    assert main([*arguments, "--output", str(copy / "new")]) == 0
+    said = capsys.readouterr().out
+    assert "note: the language model's layers are the base's: no trained part has any, or adapters; where it was trained with LoRA" in said
+    _trained_without(TABLES[1])(copy)
+    assert main([*arguments, "--output", str(copy / "new")]) == 0
+    said = capsys.readouterr().out
+    assert "note: language.lm_head.weight: the base's, for no trained part has it; where it was trained, copy that part again" in said
+
+
 def test_an_adapter_on_a_16_bit_base_is_not_rounded_away(parts: Published, tmp_path: Path) -> None:
     published.onevision(tmp_path / "half", dtype=torch.bfloat16)
     opened = import_parts(ImportSettings(tmp_path / "half", tmp_path / "checkpoint", parts.sam, (parts.trained,))).opened
@@ -344,6 +415,39 @@ def test_zero_stage_3_says_what_to_run(parts: Published, tmp_path: Path) -> None
         import_parts(ImportSettings(parts.start, tmp_path / "checkpoint", None, (state,)))
 
 
+@pytest.mark.parametrize(
+    ("within", "lora", "message"),
+    [
+        ("layers.2.mlp.down_proj.lora_", {}, r"a layer that settings.json names \(model.language.model.layers.2.mlp.down_proj\): copy"),
+        ("nothing", {"rank": 4}, "expected adapters of rank 4, as .*settings.json says, got rank 3; give the settings.json that was"),
+    ],
+)
+def test_a_state_s_adapters_are_those_of_its_run(
+    parts: Published, within: str, lora: dict[str, object], message: str, tmp_path: Path
+) -> None:
+    state = deepspeed_state(parts, tmp_path)
+    torch.save(
+        {"module": {name: tensor for name, tensor in parts.state.items() if within not in name}},
+        state / "pytorch_model" / "mp_rank_00_model_states.pt",
+    )
+    settings = {"rank": 3, "alpha": 7, "targets": list(TARGETS)} | lora
+    (tmp_path / "settings.json").write_text(json.dumps({"parts": {"lora": settings}}))
+    with pytest.raises(CheckpointError, match=message):
+        import_parts(ImportSettings(parts.start, tmp_path / "checkpoint", None, (state,)))
+
+
+def test_the_state_of_a_run_is_the_checkpoint_it_left(parts: Published, tmp_path: Path) -> None:
+    """By the measure of benchmarks/deepspeed_equivalence.py, which takes a state that DeepSpeed wrote."""
+    deepspeed_state(parts, tmp_path)
+    save(parts.merged, tmp_path / "checkpoint")
+    assert difference_of_import(parts.start, tmp_path) == 0
+    other = load(parts.checkpoint)
+    with torch.no_grad():
+        other.mask_decoder.queries += 0.25
+    save(other, tmp_path / "checkpoint")
+    assert difference_of_import(parts.start, tmp_path) == pytest.approx(0.25, abs=1e-5)
+
+
 def test_adapters_whose_scale_nothing_says_are_refused(parts: Published, tmp_path: Path) -> None:
     save_file(parts.state, tmp_path / "state.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match="holds adapters and nothing says their scale; put peft's adapter_config.json"):
@@ -403,21 +507,92 @@ def _in_config(change: Callable[[dict], object]) -> Callable[[Path], None]:  # t
     return apply
 
 
-def _trained_without(name: str) -> Callable[[Path], None]:
+def _changed(file: str, change: Callable[[dict[str, Tensor]], object]) -> Callable[[Path], None]:
+    """One safetensors file of the parts, or the shards of the base as one file, with other tensors in it."""
+
     def apply(folder: Path) -> None:
-        state = load_file(folder / "trained" / "trained.safetensors")
-        del state[name]
-        save_file(state, folder / "trained" / "trained.safetensors", metadata={"format": "pt"})
+        path = folder / file
+        state: dict[str, Tensor] = {}
+        for shard in sorted(path.parent.glob("model-*.safetensors")) or [path]:
+            state |= load_file(shard)
+            shard.unlink()
+        (path.parent / "model.safetensors.index.json").unlink(missing_ok=True)
+        change(state)
+        save_file(state, path, metadata={"format": "pt"})
 
     return apply
+
+
+def _without(file: str, *patterns: str) -> Callable[[Path], None]:
+    def change(state: dict[str, Tensor]) -> None:
+        gone = [name for name in state if any(re.search(pattern, name) for pattern in patterns)]
+        assert gone
+        for name in gone:
+            del state[name]
+
+    return _changed(file, change)
+
+
+def _trained_without(*names: str) -> Callable[[Path], None]:
+    return _without("trained/trained.safetensors", *names)
 
 
 def _trained_with(name: str) -> Callable[[Path], None]:
+    return _changed("trained/trained.safetensors", lambda state: state.update({name: torch.zeros(5)}))
+
+
+def _in_sam(change: Callable[[dict[str, Tensor]], object]) -> Callable[[Path], None]:
     def apply(folder: Path) -> None:
-        state = load_file(folder / "trained" / "trained.safetensors")
-        save_file(state | {name: torch.zeros(5)}, folder / "trained" / "trained.safetensors", metadata={"format": "pt"})
+        state = torch.load(folder / "sam_vit_mini.pth")
+        change(state)
+        torch.save(state, folder / "sam_vit_mini.pth")
 
     return apply
+
+
+def _in_json(file: str, **fields: object) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        (folder / file).write_text(json.dumps(json.loads((folder / file).read_text()) | fields))
+
+    return apply
+
+
+def _removed(*files: str) -> Callable[[Path], None]:
+    return lambda folder: [(folder / file).unlink() for file in files] and None
+
+
+def _all(*damages: Callable[[Path], object]) -> Callable[[Path], None]:
+    return lambda folder: [damage(folder) for damage in damages] and None
+
+
+def _with_tokens(folder: Path) -> None:
+    """More of them than the table has rows."""
+    tokenizer = Tokenizer.from_file(str(folder / "trained" / "tokenizer.json"))
+    tokenizer.add_special_tokens([f"<more {index}>" for index in range(published.VOCABULARY)])
+    tokenizer.save(str(folder / "trained" / "tokenizer.json"))
+
+
+def _llavas_own(name: str) -> str:
+    """As LLaVA's own code names what Hugging Face's calls `name`."""
+    changes = {
+        "language_model.model.": "model.",
+        "language_model.lm_head": "lm_head",
+        "multi_modal_projector.linear_1": "model.mm_projector.0",
+        "multi_modal_projector.linear_2": "model.mm_projector.2",
+        "vision_tower.": "model.vision_tower.vision_tower.vision_model.",
+        "image_newline": "model.image_newline",
+    }
+    theirs = next(theirs for theirs in changes if name.startswith(theirs))
+    return changes[theirs] + name.removeprefix(theirs)
+
+
+def _renamed(state: dict[str, Tensor]) -> None:
+    renamed = {_llavas_own(name): tensor for name, tensor in state.items()}
+    assert "model.layers.0.self_attn.q_proj.weight" in renamed and "model.mm_projector.0.weight" in renamed
+    state.clear()
+    state.update(renamed)
+
+
 
 
 @pytest.mark.parametrize(
@@ -432,6 +607,61 @@ def _trained_with(name: str) -> Callable[[Path], None]:
         (lambda folder: (folder / "sam_vit_mini.pth").write_bytes(b"version https://git-lfs"), "no file of torch.save"),
         (lambda folder: torch.save({"weight": torch.ones(3)}, folder / "sam_vit_mini.pth"), "has no image encoder of SAM"),
         (lambda folder: (folder / "trained" / "adapter_model.safetensors").unlink(), "adapter_config.json but neither"),
+        (_removed("trained/adapter_config.json"), "adapter_config.json cannot be read as peft's"),
+        (_removed("trained/adapter_config.json", ADAPTER), r"trained lacks adapter_config.json, adapter_model.*its trained.json names"),
+        (
+            _without(ADAPTER, r"layers\.0\..*q_proj"),
+            r"trained lacks the adapters of a layer that adapter_config.json names \(model.layers.0.self_attn.q_proj\): copy it again",
+        ),
+        (
+            _without(ADAPTER, "q_proj", "v_proj", r"layers\.[02]"),
+            r"lacks the adapters of 8 layers .*\(model.layers.0.mlp.down_proj, model.layers.0.self_attn.q_proj, .* and 5 more\)",
+        ),
+        (_without(ADAPTER, "lora_"), "adapter_model.safetensors: expected the adapters that adapter_config.json tells of, got none; copy"),
+        (
+            _in_json("trained/adapter_config.json", r=8),
+            r"model.layers.0.mlp.down_proj, .* and 6 more: expected adapters of rank 8, as trained/adapter_config.json says, got rank 3",
+        ),
+        (_in_json("trained/adapter_config.json", rank_pattern={"2.self_attn.v_proj": 4}), "layers.2.self_attn.v_proj: .* of rank 4"),
+        (_in_json("trained/adapter_config.json", target_modules="model.*("), "adapter_config.json cannot be read as peft's"),
+        (_in_json("trained/adapter_config.json", modules_to_save=["lm_head"]), "lacks lm_head, which adapter_config.json names in mod"),
+        (_trained_without(*TABLES), "lacks language.lm_head.weight, language.model.embed_tokens.weight, which its trained.json names"),
+        (_trained_without(TABLES[1]), "trained lacks language.lm_head.weight, which its trained.json names: copy the whole folder again"),
+        (
+            _all(_trained_without(*TABLES), _in_json("trained/trained.json", tensors=None)),
+            "trained.json cannot be read as what agvas-train leaves",
+        ),
+        (  # as agvas-train wrote it before
+            _all(_trained_without(*TABLES), lambda folder: (folder / "trained/trained.json").write_text('{"parts": ["language", "spam"]}')),
+            "trained lacks language, which its trained.json names",
+        ),
+        (
+            _without(BASE, UP),
+            rf"the parts do not fit together: missing language.model.layers.1.mlp.up_proj.weight \[37, 24\] "
+            rf"\({UP} of onevision: copy every file of it again\)\n$",
+        ),
+        (
+            _changed(BASE, lambda state: state.update({UP: torch.zeros(37, 20)})),
+            rf": language.model.layers.1.mlp.up_proj.weight is \[37, 20\], expected \[37, 24\] \({UP} of onevision: it is of another model",
+        ),
+        (
+            _changed(BASE, lambda state: state.update({UP.replace("1", "7"): torch.zeros(37, 24)})),
+            rf": unexpected language.model.layers.7.mlp.up_proj.weight \[37, 24\] \({UP.replace('1', '7')} of onevision: it is of another",
+        ),
+        (_changed(BASE, lambda state: state.update(other=torch.zeros(3))), r"unexpected other in onevision \(nothing here is called so"),
+        (
+            _in_sam(lambda state: state.pop("image_encoder.blocks.1.mlp.lin1.bias")),
+            r"layers.1.mlp.lin1.bias \[23\] \(image_encoder.blocks.1.mlp.lin1.bias of sam_vit_mini.pth: copy the whole file again\)",
+        ),
+        (
+            _in_sam(lambda state: state.update({"image_encoder.neck.2.weight": torch.zeros(3)})),
+            r"neck.conv2.weight is \[3\], .*\(image_encoder.neck.2.weight of sam_vit_mini.pth: it is of another model, give the part that",
+        ),
+        (
+            _changed(BASE, _renamed),
+            r"onevision has the names of LLaVA's own code \(model\..*, expected Hugging Face's layout; give the same base in .*llava-hf",
+        ),
+        (_with_tokens, rf"tokenizer.json has ids up to \d+, the vocabulary {published.VOCABULARY} rows \(give the tokenizer of"),
         (_trained_without("spam.query.bias"), r"missing spam.query.bias \[256\] \(it was trained"),
         (_trained_without("mask_decoder.frequencies"), r"missing mask_decoder.frequencies \[2, 16\]"),
         (_trained_with("spam.extra"), r"unexpected spam.extra \[5\]"),
@@ -468,6 +698,13 @@ def test_an_adapter_that_no_weight_can_take_up_is_refused(copy: Path, change: di
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(CheckpointError, match=message):
         import_parts(ImportSettings(copy / "onevision", copy / "new", copy / "sam_vit_mini.pth", (copy / "trained",)))
+
+
+def test_an_adapter_that_does_not_fit_its_configuration_is_told_by_itself(copy: Path) -> None:
+    assert contents(copy / "trained").problems == []
+    _in_json("trained/adapter_config.json", r=8)(copy)
+    (problem,) = contents(copy / "trained").problems
+    assert "expected adapters of rank 8" in problem
 
 
 # The folder
