@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from conftest import picture
 from peft import PeftConfig
 from transformers import LlavaOnevisionForConditionalGeneration
 
 from agvas import load
 from agvas.checkpoint import open_checkpoint, weight_files
+from agvas.config import tiny
+from agvas.importing import ImportSettings, import_parts
 from agvas.torch_file import torch_file
-from benchmarks.make_checkpoint import main
+from agvas.training.adaptation import Adaptation, TrainedParts
+from benchmarks.make_checkpoint import Size, main, make_parts
+from export.cli import main as export
+from runtime import Segmenter
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +52,22 @@ def test_peft_reads_the_adapter_and_it_changes_the_base(made: Path) -> None:
     assert PeftConfig.from_pretrained(str(made / "trained")).r == 16
     name = "language.model.layers.0.self_attn.v_proj.weight"
     assert open_checkpoint(made / "checkpoint").tensors[name].span is None
+
+
+def test_what_was_imported_is_exported_and_the_bundle_segments(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """All the way from published layouts to a mask: random encoders, and of the trained part what says the answer, with faint adapters.
+    In the sizes of the other tests' bundles, whose graphs are traced once."""
+    make_parts(Size(tiny(), torch.float32, 40_000), tmp_path)
+    Adaptation(load(tiny_checkpoint), TrainedParts(lora=None), 0).save(tmp_path / "trained")
+    path = tmp_path / "trained" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"lora_alpha": 0.01}))
+    import_parts(ImportSettings(tmp_path / "base", tmp_path / "checkpoint", tmp_path / "sam.pth", (tmp_path / "trained",)))
+    settings = ["--precision", "fp32", "--lmm", "float", "--parity", "none", "--output", str(tmp_path / "bundle")]
+    assert export(["--checkpoint", str(tmp_path / "checkpoint"), *settings]) == 0
+    found = Segmenter(tmp_path / "bundle", engine="onnxruntime")(picture())
+    expected = load(tmp_path / "checkpoint").segment(picture())
+    assert found.text == expected.text and expected.anchor_states is not None
+    np.testing.assert_allclose(found.anomaly_map, expected.anomaly_map, atol=1e-4)
 
 
 def test_the_same_seed_makes_the_same_and_a_folder_that_is_there_is_left_alone(
