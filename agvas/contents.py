@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from agvas import lora, parts
-from agvas.bundle_contents import Contents, bundle_contents, is_bundle
+from agvas.bundle_contents import MANIFEST, Contents, bundle_contents, is_bundle
 from agvas.checkpoint import NANO, CheckpointError, Examined, OpenedCheckpoint, examine
 from agvas.weights import LazyTensor
 
@@ -137,7 +137,7 @@ def _part(path: Path) -> Contents:
             try:
                 found = parts.trained(path)
             except ValueError as nothing:
-                raise CheckpointError(f"{nothing}" if kind is None else f"{no_encoder}") from nothing
+                raise CheckpointError(f"{nothing}; a bundle has {MANIFEST}" if kind is None else f"{no_encoder}") from nothing
             translated, adapters, problems = found.whole, found.adapters, list(found.problems)
             hint = f"agvas-import --base FOLDER --trained {path} --output CHECKPOINT"
     facts = [f"adapters for {len(adapters.layers)} layers"] if adapters.layers else []

@@ -28,6 +28,9 @@ def main(arguments: list[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         print(f'agvas-inspect: {error.name} is not installed; pip install "agvas[export]"', file=sys.stderr)
         return 2
+    except PermissionError as error:
+        print(f"agvas-inspect: {error.filename}: expected a readable file, got {error.strerror}; change its permissions", file=sys.stderr)
+        return 2
     except (ValueError, OSError) as error:
         print(f"agvas-inspect: {error}", file=sys.stderr)
         return 2

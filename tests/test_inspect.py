@@ -134,6 +134,18 @@ def test_what_is_nothing_known_is_one_line_and_exit_code_2(what: str, tmp_path: 
     assert captured.err.startswith("agvas-inspect: ") and len(captured.err.splitlines()) == 1 and captured.out == ""
     assert what in captured.err
     assert ("is a picture; agvas-segment takes those" in captured.err) is (what == "photo.png")
+    assert ("a bundle has manifest.json" in captured.err) is (what == "empty")
+
+
+def test_a_bundle_that_may_not_be_read_says_so(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(path: Path) -> None:
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr("agvas.bundle_contents.bundle_contents", refused)
+    assert main([str(tiny_bundle)]) == 2
+    assert f"{tiny_bundle}: expected a readable file, got Permission denied; change its permissions" in capsys.readouterr().err
 
 
 def test_what_exporting_takes_is_what_the_export_itself_foresees(tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
