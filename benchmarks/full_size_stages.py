@@ -1,9 +1,11 @@
-"""Do the full-size stages export? SAM ViT-H and a two-layer full-width Qwen2-7B, random weights, against transformers' own modules.
+"""Do the full-size stages export? SAM ViT-H and a two-layer full-width Qwen2-7B, random weights, against transformers' own modules, and two
+full-width layers of each other pixel encoder of the paper's table 7 against the reference's (tests hold that to transformers').
 
     python -m benchmarks.full_size_stages --output benchmarks/results/full_size_stages.json
+    python -m benchmarks.full_size_stages --models pixel_encoders --output benchmarks/results/full_size_pixel_encoders.json
 
-Needs about 16 GB of memory and some minutes; a person runs it, the tests do not. Whole checkpoints are another matter: this shows that
-sizes alone break nothing.
+Needs about 16 GB of memory and some minutes (5 for pixel_encoders); a person runs it, the tests do not. Whole checkpoints are another
+matter: this shows that sizes alone break nothing.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,7 +26,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from agvas.config import AGVASConfig, ov_7b
+from agvas.config import AGVASConfig, PixelEncoderConfig, ov_7b
 from agvas.encoders import language_model, pixel_encoder
 from benchmarks.environment import environment
 from engines import open_engine
@@ -35,11 +38,34 @@ from runtime.verify import peak_rss_bytes
 
 LAYERS = 2
 TOKENS, ROWS = 50, 8
+# At the widths and picture sizes that they are published in.
+PIXEL_ENCODERS = {
+    "sam_vit_b": PixelEncoderConfig(1024, 16, 768, LAYERS, 12, 3072, 14, (1,)),
+    "sam_vit_l": PixelEncoderConfig(1024, 16, 1024, LAYERS, 16, 4096, 14, (1,)),
+    "clip_vit_l": PixelEncoderConfig(336, 14, 1024, LAYERS, 16, 4096, 0, (), kind="clip"),
+    "siglip_so400m": PixelEncoderConfig(378, 14, 1152, LAYERS, 16, 4304, 0, (), kind="siglip"),
+    "dinov2_vit_l": PixelEncoderConfig(518, 14, 1024, LAYERS, 16, 4096, 0, (), kind="dinov2"),
+    "dinov3_vit_l": PixelEncoderConfig(512, 16, 1024, LAYERS, 16, 4096, 0, (), kind="dinov3", registers=4),
+}
 
 
 def sam_h(folder: Path) -> dict[str, Any]:
     """The pixel encoder at full size; the oracle is SamVisionEncoder itself."""
-    config = ov_7b()
+    return _pixel_encoder(ov_7b(), folder)
+
+
+def pixel_encoders(folder: Path) -> dict[str, Any]:
+    """Each of PIXEL_ENCODERS; the oracle is the reference's module."""
+    found, config = {}, ov_7b()
+    for name, pixel in PIXEL_ENCODERS.items():
+        (folder / name).mkdir()
+        settings = dataclasses.replace(config.preprocessing, pixel_size=pixel.image_size)
+        found[name] = _pixel_encoder(dataclasses.replace(config, pixel=pixel, preprocessing=settings), folder / name)
+        shutil.rmtree(folder / name)
+    return found
+
+
+def _pixel_encoder(config: AGVASConfig, folder: Path) -> dict[str, Any]:
     torch.manual_seed(0)
     encoder = pixel_encoder(config.pixel).eval()
     _spread(encoder)
@@ -129,12 +155,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, help="write the result as JSON")
     parser.add_argument("--folder", type=Path, help="where the graphs go (about 10 GB; default a temporary folder)")
+    models: dict[str, Callable[[Path], dict[str, Any]]] = {"sam_vit_h": sam_h, f"qwen2_7b_{LAYERS}_layers": language_two_layers}
+    models["pixel_encoders"] = pixel_encoders
+    parser.add_argument("--models", nargs="+", choices=list(models), default=list(models)[:2], help="default: the first two")
     options = parser.parse_args(arguments)
     result: dict[str, Any] = {"engine": "onnxruntime, CPU, fp32"}
-    for name, run in (("sam_vit_h", sam_h), (f"qwen2_7b_{LAYERS}_layers", language_two_layers)):
+    for name in options.models:
         folder = Path(tempfile.mkdtemp(dir=options.folder))
         try:
-            result[name] = run(folder)
+            result[name] = models[name](folder)
         finally:
             shutil.rmtree(folder)
         print(name, json.dumps(result[name]), flush=True)
