@@ -14,13 +14,14 @@ import os
 import shutil
 import uuid
 import warnings
-from collections.abc import Callable, Iterator, Sized
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from agvas.interruption import held_back
 from agvas.writing import FolderInUse, alone_in
+from export.progress import counted
 from runtime.bundle import MANIFEST, UNFINISHED
 from runtime.errors import AgvasError, OutputError
 
@@ -56,7 +57,7 @@ class Work:
             self.stages = stages
         else:
             if key is not None and isinstance(known, dict) and stages:
-                count = _counted(stages)
+                count = counted(len(stages), "finished stage")
                 if known.get("sources") == key.sources:
                     raise OutputError(
                         f"{folder}: expected the beginnings of this export ({key.choices}), got {count} of another "
@@ -73,7 +74,7 @@ class Work:
         if not self.stages:
             return "no stage was finished"
         stay = "stays" if len(self.stages) == 1 else "stay"
-        return f"{_counted(self.stages)} {stay} in {self.folder}, and the same command goes on with them"
+        return f"{counted(len(self.stages), 'finished stage')} {stay} in {self.folder}, and the same command goes on with them"
 
     def has(self, stage: str) -> bool:
         """Whether an earlier export left the stage whole."""
@@ -103,10 +104,6 @@ def _left(folder: Path) -> tuple[Any, dict[str, dict[str, int]]]:
         return None, {}
 
 
-def _counted(stages: Sized) -> str:
-    return "a finished stage" if len(stages) == 1 else f"{len(stages)} finished stages"
-
-
 def kept_folder(output: Path) -> Path:
     """Where an export that can be resumed works."""
     return output.parent / f".{output.name}.partial"
@@ -118,7 +115,7 @@ def left_over(output: Path) -> str:
     if not folder.is_dir():
         return ""
     _, stages = _left(folder)
-    held = f"{_counted(stages)}, which --resume and the same options go on with" if stages else "no finished stage"
+    held = f"{counted(len(stages), 'finished stage')}, which --resume and the same options go on with" if stages else "no finished stage"
     return f"this export begins anew; an earlier one left {folder} ({held}), which can be removed if no export is at work in it"
 
 

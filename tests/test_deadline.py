@@ -205,10 +205,8 @@ for work in (late(Engine()), lambda step: time.sleep(600)):
         print("missed", flush=True)
     del work
 """
-    began = time.monotonic()
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=AMPLE, cwd=Path(__file__).parents[1])
     assert (run.returncode, run.stderr, run.stdout.split()) == (0, "", ["missed", "missed", "gone"])
-    assert time.monotonic() - began < AMPLE
 
 
 def test_what_is_over_holds_no_picture(segmenter: Segmenter) -> None:

@@ -359,7 +359,7 @@ def test_stages_of_another_export_are_made_again(
     ready_graphs.clear()
     capsys.readouterr()
     export_bundle(settings, Progress())
-    told = ".bundle.partial held (a finished stage) was of another checkpoint, or of other code" in capsys.readouterr().err
+    told = ".bundle.partial held (1 finished stage) was of another checkpoint, or of other code" in capsys.readouterr().err
     assert told == (change != "damage")
     assert ready_graphs == [name for name in STAGES if not (change == "damage" and name == "semantic_encoder")] or change == "damage"
     assert "pixel_encoder" in ready_graphs
