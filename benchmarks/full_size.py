@@ -129,8 +129,9 @@ def _written(file: Path) -> int | None:
 
 def export(work: Work, kind: str) -> dict[str, Any]:
     """One export without its comparison, step by step. resumed: stages of an earlier one, which was stopped, were not made again."""
-    from export.bundle import ExportSettings, export_bundle
+    from export.bundle import export_bundle
     from export.progress import Progress
+    from export.settings import ExportSettings
     from runtime.contract import STAGES
     from runtime.verify import peak_rss_bytes as peak
 
@@ -171,8 +172,8 @@ def stages(work: Work, kind: str) -> dict[str, Any]:
     from agvas.checkpoint import open_checkpoint
     from engines import EngineOptions
     from engines.memory import available_memory
-    from export.bundle import verification_engine
     from export.estimate import TABLE
+    from export.judging import verification_engine
     from export.parity import layer_errors
     from export.pictures import procedural_picture
     from export.quantisation import Quantisation, fake_quantised_tensors, quantise

@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import shutil
-import time
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -25,33 +23,27 @@ from agvas.config import ROLES, AGVASConfig
 from agvas.interruption import held_back
 from agvas.model import AGVAS
 from agvas.weights import LazyTensor
-from engines import EngineOptions
 from engines.cache import CUDA_FORM
 from engines.memory import available_memory
 from export.adapters import axis_sizes
 from export.cuda_fusion import fuse
 from export.estimate import TABLE, Estimate, estimate
-from export.gate import MEASURED, GateBudget, Kept, by_sensitivity, search, sensitivities, with_effect
-from export.half_range import FULL_SIZE, HalfRange
+from export.gate import Kept
 from export.integer_weights import round_inputs, store_integers
+from export.judging import Verdict, decide, judge, judge_streamed, why_failed
 from export.onnx_writer import export_stage, stage_module, write
 from export.outcomes import OutcomesOnDisk
 from export.parity import (
     NOTHING_FOUND,
-    WORDS_PICTURES,
     ParityReport,
-    hardest,
-    measure,
-    measure_modes,
-    other_modes,
     outcome_of_reference,
 )
 from export.passes import LOW_TYPES, lower_precision
 from export.pictures import Pictures, parity_pictures
 from export.progress import Progress, counted
-from export.quantisation import ENCODERS, RTN, Quantisation, fake_quantised, quantise
+from export.quantisation import RTN, Quantisation, quantise
+from export.settings import PICTURES, STREAMED_PICTURES, ExportSettings
 from export.stage_weights import all_weights, stage_weights
-from export.streamed_reference import in_pieces, measure_streamed
 from export.streamed_tensor import StreamedTensor
 from export.work import Key, kept_folder, left_over, whole_or_nothing
 from runtime.bundle import (
@@ -69,73 +61,9 @@ from runtime.bundle import (
 )
 from runtime.contract import CONTRACT_VERSION, STAGES
 from runtime.errors import OutputError, ParityFailed, RequestError
-from runtime.parity import GATES, Outcome, compare, finite, together
-from runtime.verify import limits, open_pipeline, run_outcome
+from runtime.parity import GATES, Outcome, finite
 
 TOOLS = ("torch", "transformers", "onnx", "onnxscript", "onnx-ir", "onnxruntime", "openvino", "numpy", "pillow", "tokenizers")
-
-NAMED = 3  # layers that a failed search names
-PICTURES, STREAMED_PICTURES = 64, 2  # that parity is judged on where nothing else is asked for; layer by layer each takes minutes
-
-
-@dataclass(frozen=True)
-class ExportSettings:
-    """One export.
-
-    Attributes:
-        checkpoint: "nano" or a checkpoint folder.
-        precision: fp32, fp16, bf16, or int8: both encoders' linear layers in 8 bit, all else fp32.
-        output: the bundle's folder.
-        strict: fail when a gate fails; otherwise write the bundle with the failure in its manifest.
-        compare: compare with the reference; otherwise the bundle says that nobody did, and has no traces for agvas-verify.
-        images: folder of pictures to judge parity on; None takes procedural ones.
-        pictures: how many at most; None for PICTURES, or STREAMED_PICTURES where the reference is computed layer by layer.
-        lmm: the language model's weights: float, int8 or gptq4.
-        calibration: folder of the plan, or of a GPTQ checkpoint, that they come from; quantisation.RTN for plain rounding; None
-            calibrates on procedural pictures.
-        gates: what to change of the precision's gates, by field of runtime.parity.Gates.
-        budget: how far layers may go back to float when a gate fails.
-        head: the language model's head: float or int8.
-        streamed: compute the reference layer by layer; None does so where the model does not fit the memory.
-        resume: keep finished stages of an interrupted export, and go on with those of an earlier one; None does so where the reference is
-            computed layer by layer.
-        force: go on where the estimate says that memory or disk will not do.
-        threshold, relative_threshold: the bundle's, in place of the checkpoint's (runtime.masking); None keeps those. Parity is judged by
-            them, too.
-    """
-
-    checkpoint: str
-    precision: str
-    output: Path
-    strict: bool = True
-    images: Path | None = None
-    pictures: int | None = None
-    lmm: str = "float"
-    calibration: Path | None = None
-    gates: Mapping[str, Any] = field(default_factory=dict)
-    budget: GateBudget = GateBudget()
-    head: str = "float"
-    compare: bool = True
-    streamed: bool | None = None
-    resume: bool | None = None
-    force: bool = False
-    threshold: float | None = None
-    relative_threshold: float | None = None
-
-    @property
-    def calibrates(self) -> bool:
-        """Whether export has to calibrate by itself, for which the model has to be in memory."""
-        return self.calibration is None and (self.lmm != "float" or self.precision == "int8")
-
-    def stage_precision(self, stage: str) -> str:
-        """What a stage computes in, as the manifest tells it.
-
-        In bf16 the mask decoder stays fp32: its 8 bits alone moved nano's maps by 6e-3, all the other stages' by 1.5e-5.
-        """
-        if self.precision == "bf16" and stage == "mask_decoder":
-            return "fp32"
-        return self.precision if self.precision != "int8" or stage in ENCODERS else "fp32"
-
 
 def export_bundle(settings: ExportSettings, progress: Progress) -> tuple[Bundle, ParityReport | None]:
     """Export a checkpoint and compare it with the reference; None where no comparison was asked for.
@@ -197,27 +125,25 @@ def export_bundle(settings: ExportSettings, progress: Progress) -> tuple[Bundle,
         np.savez_compressed(folder / GOLDEN)  # filled below, once the bundle can be opened
         progress.begin("hash")
         _write_manifest(folder, _manifest(opened.config, settings, quantisation))
-        report: ParityReport | None = None
+        verdict: Verdict | None = None
         kept, sensitivity = Kept(), dict[str, float]()
         if not settings.compare:
             (folder / PARITY).write_text(json.dumps({"passed": False, "compared": False}) + "\n", encoding="utf-8")
             _write_manifest(folder, Bundle(folder, check_hashes=False, unfinished=True).manifest, {PARITY})
         elif streamed:
-            report = _verify_streamed(folder, opened, settings, quantisation, memory, pictures, progress)
+            verdict = judge_streamed(folder, opened, settings, quantisation, memory, pictures, progress)
         else:
             if graphs:
-                kept, sensitivity = _decide(folder, graphs, model, settings, quantisation, pictures, reference, progress)
+                put = partial(_put, folder, graphs, opened.config, settings, quantisation)
+                kept, sensitivity = decide(folder, put, model, settings, quantisation, pictures, reference, progress)
                 quantisation = quantisation.without(kept.names)
-            report = _verify(folder, model, settings, quantisation, kept, sensitivity, pictures, reference, progress)
-        if report is not None and report.failures and settings.strict:
-            raise ParityFailed(_failed(report, settings, quantisation, kept, sensitivity))
+            verdict = judge(folder, model, settings, quantisation, kept, sensitivity, pictures, reference, progress)
+        if verdict is not None:
+            _write_verdict(folder, verdict)
+            if verdict.report.failures and settings.strict:
+                raise ParityFailed(why_failed(verdict.report, settings, quantisation, kept, sensitivity))
     progress.end()
-    return Bundle(settings.output, check_hashes=held), report
-
-
-def verification_engine(precision: str) -> str:
-    """onnxruntime, the plainest; for bf16 OpenVINO, since onnxruntime's CPU provider has no bfloat16 kernels."""
-    return "openvino" if precision == "bf16" else "onnxruntime"
+    return Bundle(settings.output, check_hashes=held), None if verdict is None else verdict.report
 
 
 def _quantise(settings: ExportSettings, model: AGVAS, opened: OpenedCheckpoint, progress: Progress) -> Quantisation:
@@ -259,150 +185,27 @@ def write_cuda_form(folder: Path, stage: str) -> None:
         ir.save(model, folder / f"{stage}{CUDA_FORM}")
 
 
-def _decide(
+def _put(
     folder: Path,
     graphs: Mapping[str, ir.Model],
-    model: AGVAS,
+    config: AGVASConfig,
     settings: ExportSettings,
     quantisation: Quantisation,
-    pictures: Pictures,
-    reference: Sequence[Outcome],
-    progress: Progress,
-) -> tuple[Kept, dict[str, float]]:
-    """Which layers stay float, and the sensitivities that chose them (none where none had to). The folder then holds the graphs so."""
-    options, engine = EngineOptions(), verification_engine(settings.precision)
-    rule = model.config.mask_decoder.mask_rule
-
-    def put(names: Sequence[str]) -> Bundle:
-        left = quantisation.without(names)
-        for stage, graph in graphs.items():
-            shutil.rmtree(folder / stage)  # not written over: an engine may still have the file mapped
-            _write_stage(folder, stage, graph.clone(), settings, left)
-        _write_manifest(folder, _manifest(model.config, settings, left))
-        return Bundle(folder, unfinished=True)
-
-    def trial(names: Sequence[str]) -> list[str]:
-        progress.begin(f"try with {len(names)} layers in float", len(pictures))
-        bundle = put(names) if names else Bundle(folder, unfinished=True)  # as it was written
-        pipeline = open_pipeline(bundle, engine, options)
-        parts = []
-        for picture, wanted in zip(pictures, reference, strict=True):
-            parts.append(compare([run_outcome(pipeline, picture, rule)[0]], [wanted]))
-            progress.advance()
-        return limits(bundle, options).failures(together(parts))
-
-    failures = trial(())
-    if not failures:
-        return Kept(trials=[(0, [])]), {}
-    started, found = time.monotonic(), dict[str, float]()
-    if settings.budget.most(len(quantisation.weights)):
-        progress.begin("measure each layer's effect", len(quantisation.weights))
-        chosen, until = hardest(reference, rule)[:MEASURED], started + settings.budget.seconds
-        found = sensitivities(model, quantisation, [pictures[i] for i in chosen], [reference[i] for i in chosen], progress.advance, until)
-    kept = search(with_effect(found), trial, settings.budget, failures, started, len(quantisation.weights))
-    put(kept.names)  # the last trial was not always the chosen one
-    return kept, found
+    kept: Sequence[str],
+) -> Bundle:
+    """The bundle in this folder with these layers in float; `graphs` are the float graphs of the stages that hold integers."""
+    left = quantisation.without(kept)
+    for stage, graph in graphs.items():
+        shutil.rmtree(folder / stage)  # not written over: an engine may still have the file mapped
+        _write_stage(folder, stage, graph.clone(), settings, left)
+    _write_manifest(folder, _manifest(config, settings, left))
+    return Bundle(folder, unfinished=True)
 
 
-def _verify(
-    folder: Path,
-    model: AGVAS,
-    settings: ExportSettings,
-    quantisation: Quantisation,
-    kept: Kept,
-    sensitivity: Mapping[str, float],
-    pictures: Pictures,
-    reference: Sequence[Outcome],
-    progress: Progress,
-) -> ParityReport:
-    bundle, options = Bundle(folder, unfinished=True), EngineOptions()
-    engine = verification_engine(settings.precision)
-    exported = open_pipeline(bundle, engine, options)
-    progress.begin("compare with the reference", len(pictures))
-    twin = fake_quantised(model, quantisation) if quantisation.weights else None
-    gates, ranges = limits(bundle, options), HalfRange(bundle, engine)
-    report, golden = measure(model, exported, engine, pictures, gates, GATES["fp32"], progress.advance, reference, twin, ranges)
-    if modes := other_modes(model):
-        hard = hardest(reference, model.config.mask_decoder.mask_rule)[:WORDS_PICTURES]
-        progress.begin("compare the modes that write", len(modes) * len(hard))
-        report = replace(report, modes=measure_modes(model, exported, [pictures[index] for index in hard], progress.advance))
-    del exported  # its weights; what follows opens the stages again, one by one
-    report = _within_half_range(report, ranges, progress)
-    np.savez_compressed(folder / GOLDEN, **golden)  # type: ignore[arg-type]
-    kept_float = {name: f"{_effect(sensitivity[name])} when alone in integers" for name in kept.names}
-    gate = {
-        "limits": asdict(gates),
-        "kept_float": kept_float,
-        "trials": [{"kept_float": count, "failures": failures} for count, failures in kept.trials],
-        "stopped": kept.stopped,
-        "sensitivity": {name: sensitivity[name] for name in by_sensitivity(sensitivity)},
-    }
-    _write_report(folder, bundle.manifest, report, golden, gate)
-    return report
-
-
-def _effect(sensitivity: float) -> str:
-    return "changed the answer" if math.isinf(sensitivity) else f"changed the anomaly map by {sensitivity:.1e} on average"
-
-
-def _failed(
-    report: ParityReport, settings: ExportSettings, quantisation: Quantisation, kept: Kept, sensitivity: Mapping[str, float]
-) -> str:
-    """That a gate failed, which layers a search found the most sensitive, and what may help."""
-    told = f"the exported masks are not the reference's: {'; '.join(report.failures)}"
-    if kept.stopped:
-        told += f", though {counted(len(kept.names), 'layer')} went back to float, and {kept.stopped}"
-        if worst := with_effect(sensitivity)[:NAMED]:
-            told += f"; the most sensitive, alone in integers: {', '.join(f'{name} {_effect(sensitivity[name])}' for name in worst)}"
-    remedies = ["--precision fp32"]
-    if quantisation.weights and (kept.stopped or not kept.trials):  # otherwise the integers passed, and something else did not
-        remedies = ["a larger --gate-budget"] if "--gate-budget" in kept.stopped else []
-        if settings.lmm != "float" or settings.precision == "int8":
-            remedies.append("--calibration with a plan that agvas-calibrate made of your own pictures")
-        remedies += [f"{option} float" for option, choice in (("--lmm", settings.lmm), ("--head", settings.head)) if choice != "float"]
-        if settings.precision != "fp32":
-            remedies.append(f"--precision {'fp16' if settings.precision == 'int8' else 'fp32'}")
-    told += f". No bundle was written; try {', '.join(remedies)}"
-    return f"{told}, or --parity report to write it all the same and look into parity.json"
-
-
-def _verify_streamed(
-    folder: Path,
-    opened: OpenedCheckpoint,
-    settings: ExportSettings,
-    quantisation: Quantisation,
-    memory: int | None,
-    pictures: Pictures,
-    progress: Progress,
-) -> ParityReport:
-    bundle, options = Bundle(folder, check_hashes=False, unfinished=True), EngineOptions()
-    engine, gates = verification_engine(settings.precision), limits(bundle, options)
-    progress.begin("compare with the reference, layer by layer", len(pictures))
-    ranges = HalfRange(bundle, engine, in_pieces(bundle, memory))
-    report, golden = measure_streamed(opened, bundle, engine, memory, pictures, gates, progress.advance, quantisation, ranges)
-    if ranges.watches and memory is not None and memory < FULL_SIZE:
-        progress.note(f"not looked for fp16's end: it takes {FULL_SIZE >> 30} GiB of memory, and {memory / 2**30:.1f} are available")
-    else:
-        report = _within_half_range(report, ranges, progress)
-    gate = {"limits": asdict(gates), "kept_float": {}, "trials": [], "not_searched": "the model was not held in memory"}
-    _write_report(folder, bundle.manifest, report, golden, gate)
-    return report
-
-
-def _within_half_range(report: ParityReport, ranges: HalfRange, progress: Progress) -> ParityReport:
-    """The report with what fp16 stages reach, and with a failure for each that leaves fp16's range."""
-    if not ranges.watches:
-        return report
-    progress.begin("look for fp16's end")
-    ranges.measure()
-    progress.note(f"largest number in fp16: {ranges.largest()}")
-    return replace(report, fp16_range=ranges.to_json(), failures=[*report.failures, *ranges.failures()])
-
-
-def _write_report(
-    folder: Path, manifest: Manifest, report: ParityReport, golden: Mapping[str, np.ndarray], gate: Mapping[str, Any]
-) -> None:
-    np.savez_compressed(folder / GOLDEN, **golden)  # type: ignore[arg-type]
+def _write_verdict(folder: Path, verdict: Verdict) -> None:
+    report, gate = verdict.report, verdict.gate
+    manifest = Bundle(folder, check_hashes=False, unfinished=True).manifest  # before its files change
+    np.savez_compressed(folder / GOLDEN, **verdict.golden)  # type: ignore[arg-type]
     (folder / PARITY).write_text(json.dumps(finite(report.to_json() | {"gate": gate}), indent=2) + "\n", encoding="utf-8")
     summary = {"engine": report.engine, "passed": not report.failures, **report.chain.to_json(), "golden": report.golden.to_json()}
     manifest = replace(manifest, parity=summary)

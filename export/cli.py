@@ -104,9 +104,10 @@ def _main(options: argparse.Namespace) -> int:
 
 def _export(options: argparse.Namespace, started: float) -> int:
     from engines import EngineError
-    from export.bundle import ExportSettings, export_bundle
+    from export.bundle import export_bundle
     from export.gate import GateBudget
     from export.progress import Progress, counted
+    from export.settings import ExportSettings
     from runtime.bundle import MANIFEST
     from runtime.cli.common import json_line
     from runtime.footprint import footprints

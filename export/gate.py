@@ -115,6 +115,7 @@ def sensitivities(
     reference: Sequence[Outcome],
     progress: Callable[[], None] = lambda: None,
     until: float = math.inf,
+    rounds_inputs: bool = False,
 ) -> dict[str, float]:
     """What each layer, made integer alone, does to the anomaly map: mean absolute difference over the pictures; infinite where the
     model would then answer otherwise.
@@ -123,6 +124,7 @@ def sensitivities(
         images: uint8 RGB [H, W, 3] each.
         reference: the reference's outcome of each; one without anchors counts for nothing.
         until: of time.monotonic(); layers that it has no time for are left out.
+        rounds_inputs: measure each with its input in 8 bits as well (export.quantisation.one_layer).
     """
     prompt = model.prompt_encoder.encode()
     cases = []
@@ -139,7 +141,7 @@ def sensitivities(
             break
         seen_anew = not any(name.startswith(f"{whole}.") for whole in PARTS["language"].values())
         effects = []
-        with one_layer(model, quantisation, name):
+        with one_layer(model, quantisation, name, rounds_inputs):
             for inputs, answer, features, wanted, said in cases:
                 ours, says = _read(model, inputs, prompt, answer, None if seen_anew else features)
                 effects.append(float((ours - wanted).abs().mean()) if torch.equal(says, said) else math.inf)

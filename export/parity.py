@@ -3,7 +3,8 @@
 (1) the runtime's pipeline over torch stages against AGVAS.segment: the glue; (3) each exported stage fed the reference's inputs:
 conversion and precision; (4) the whole exported chain against AGVAS.segment: what a user gets. (2), where there are integers: the
 fake-quantised torch stages against the float ones, and (3) is then against the fake-quantised. (5), told and not gated: the chain in the
-modes whose words come from the model, where one other word, as good as the first, may move a mask.
+modes whose words come from the model, where one other word, as good as the first, may move a mask. (6), of a language model in 8 bit: (4)
+once more with its inputs rounded to 8 bits while running, gated like (4).
 """
 
 from __future__ import annotations
@@ -81,6 +82,7 @@ class ParityReport:
         layers: comparison (3) inside the language model: relative error of each layer's keys and values.
         fp16_range: the largest magnitude of each fp16 stage, see half_range.py; beyond fp16's end it is a failure.
         modes: comparison (5), by mode.
+        int8_inputs: comparison (6); None where it was not made.
     """
 
     glue: Parity | None
@@ -93,6 +95,7 @@ class ParityReport:
     layers: dict[str, list[float]] = field(default_factory=dict)
     fp16_range: dict[str, Any] = field(default_factory=dict)
     modes: dict[str, Parity] = field(default_factory=dict)
+    int8_inputs: Parity | None = None
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -108,6 +111,7 @@ class ParityReport:
             "layers": finite(self.layers),
             "fp16_range": finite(self.fp16_range),
             "modes": {mode: parity.to_json() for mode, parity in self.modes.items()},
+            "int8_inputs": None if self.int8_inputs is None else self.int8_inputs.to_json(),
         }
 
 

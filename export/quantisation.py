@@ -200,11 +200,19 @@ def fake_quantised(model: AGVAS, quantisation: Quantisation) -> AGVAS:
 
 
 @contextmanager
-def one_layer(model: AGVAS, quantisation: Quantisation, name: str) -> Iterator[None]:
-    """While it lasts, one layer of the model computes with its integers."""
+def one_layer(model: AGVAS, quantisation: Quantisation, name: str, rounds_inputs: bool = False) -> Iterator[None]:
+    """While it lasts, one layer of the model computes with its integers.
+
+    Args:
+        rounds_inputs: its input, where it has no calibrated range, is rounded to 8 bits as well, a token by its own largest number: no
+            finer than what engines do while running (inference precision int8), who take a block of 32 or 128 of a token's numbers.
+    """
     layer = linear_of(model, name)
-    kept = layer.weight
-    handle = layer.register_forward_pre_hook(_rounding(quantisation.ranges[name])) if name in quantisation.ranges else None
+    kept, handle = layer.weight, None
+    if name in quantisation.ranges:
+        handle = layer.register_forward_pre_hook(_rounding(quantisation.ranges[name]))
+    elif rounds_inputs:
+        handle = layer.register_forward_pre_hook(_rounding_tokens)
     try:
         put_weight(model, name, quantisation.weights[name].read())
         yield
@@ -223,6 +231,11 @@ def round_inputs_of(module: nn.Module, ranges: Mapping[str, float]) -> None:
 def _rounding(most: float) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
     scale = float(np.float32(most / 127))
     return lambda _, inputs: ((inputs[0] / scale).round().clamp(-128, 127) * scale,)
+
+
+def _rounding_tokens(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    scale = inputs[0].abs().amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) / 127
+    return ((inputs[0] / scale).round() * scale,)
 
 
 def _settings(model: AGVAS, lmm: str) -> GPTQSettings:

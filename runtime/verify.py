@@ -141,10 +141,9 @@ def gates_for(bundle: Bundle, options: EngineOptions) -> str:
 
 def limits(bundle: Bundle, options: EngineOptions) -> Gates:
     """The gates that hold: those that export judged by, or laxer ones where the engine is asked for a coarser precision."""
-    gates = Gates(**bundle.manifest.gates) if bundle.manifest.gates else GATES[gates_for(bundle, EngineOptions())]
-    if options.inference_precision == "graph":
-        return gates
-    return gates.allowing(GATES[gates_for(bundle, options)])
+    named, asked = gates_for(bundle, EngineOptions()), gates_for(bundle, options)
+    gates = Gates(**bundle.manifest.gates) if bundle.manifest.gates else GATES[named]
+    return gates if asked == named else gates.allowing(GATES[asked])
 
 
 def golden_limits(bundle: Bundle, options: EngineOptions) -> Gates:

@@ -166,8 +166,9 @@ def tiny_checkpoint(tiny_model: AGVAS, tmp_path_factory: pytest.TempPathFactory)
 @pytest.fixture(scope="session")
 def tiny_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Its fp32 bundle. Do not write into it: copy it first (`copy_of_bundle`)."""
-    from export.bundle import ExportSettings, export_bundle
+    from export.bundle import export_bundle
     from export.progress import Progress
+    from export.settings import ExportSettings
 
     output = tmp_path_factory.mktemp("bundle") / "tiny-fp32"
     export_bundle(ExportSettings(str(tiny_checkpoint), "fp32", output, pictures=6), Progress(quiet=True))

@@ -76,8 +76,9 @@ def talker() -> AGVAS:
 
 @pytest.fixture(scope="module")
 def talking_bundle(talker: AGVAS, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from export.bundle import ExportSettings, export_bundle
+    from export.bundle import export_bundle
     from export.progress import Progress
+    from export.settings import ExportSettings
 
     folder = tmp_path_factory.mktemp("talker")
     save(talker, folder / "checkpoint")

@@ -25,11 +25,12 @@ from torch import nn
 import export.bundle as writer
 from agvas import AGVAS
 from agvas.config import tiny
-from export.bundle import ExportSettings, export_bundle
+from export.bundle import export_bundle
 from export.cli import main
 from export.parity import GOLDEN_PICTURES, NEAR, TRACED_PICTURES, hardest, measure, pipeline_over, torch_stages
 from export.pictures import parity_pictures
 from export.progress import Progress
+from export.settings import ExportSettings
 from runtime import Segmenter
 from runtime.bundle import Bundle
 from runtime.contract import STAGES

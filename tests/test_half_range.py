@@ -14,9 +14,10 @@ from onnx import TensorProto, helper, numpy_helper
 
 from agvas import load, save
 from engines import EngineOptions, StageSpec, TensorSpec, open_engine
-from export.bundle import ExportSettings, export_bundle
+from export.bundle import export_bundle
 from export.half_range import LARGEST, HalfRange, peak_of
 from export.progress import Progress
+from export.settings import ExportSettings
 from runtime.bundle import Bundle, Manifest
 
 SPEC = StageSpec("spam", (TensorSpec("x", "float32", (4,)), TensorSpec("past", "float32", ("K",))), (TensorSpec("y", "float32", (4,)),))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,6 +16,7 @@ from conftest import picture, teach
 from PIL import Image
 
 import export.bundle as writer
+import export.judging as judging
 import export.quantisation as export_quantisation
 from agvas import AGVAS, save
 from agvas.config import LanguageConfig, tiny
@@ -24,13 +26,17 @@ from calibration.calibrate import CalibrationSettings, calibrate
 from calibration.gptq import GPTQSettings
 from calibration.gptq_checkpoint import write_gptq_checkpoint
 from calibration.plan import read_plan, write_plan
+from calibration.truth import linear_of
 from calibration.weights import QuantizedWeight
 from engines import EngineOptions, EngineUnavailable
 from engines.openvino import bytes_saturate
-from export.bundle import ExportSettings, export_bundle
+from export.bundle import export_bundle
 from export.cli import main
+from export.gate import GateBudget
+from export.half_range import HalfRange
 from export.progress import Progress
 from export.quantisation import encoder_linears, quantise
+from export.settings import ExportSettings
 from runtime import Segmenter
 from runtime.bundle import SCHEMA_VERSION, Bundle, Manifest
 from runtime.contract import STAGES
@@ -143,6 +149,8 @@ def test_int8_weights_have_one_scale_an_output_and_engines_may_round_activations
 ) -> None:
     bundle, report = export_bundle(ready(tmp_path / "bundle", lmm="int8", calibration=wide / "plan8"), QUIET)
     assert not report.failures and report.chain.mask_iou_min > 0.97
+    assert report.int8_inputs.mask_iou_min > 0.95 and report.int8_inputs.map_max_abs > report.chain.map_max_abs
+    assert json.loads((bundle.folder / "parity.json").read_text())["int8_inputs"] == report.int8_inputs.to_json()
     assert set(bundle.manifest.quantisation["layers"].values()) == {"int8, one scale an output"}
     assert {*INTEGER_CANDIDATES} < {*candidates_for(bundle, "cpu")}
     wanted = wide_model.segment(picture()).anomaly_map
@@ -216,11 +224,41 @@ def test_a_layer_that_costs_masks_is_put_back_to_float_and_told(
     assert verify(bundle, open_pipeline(bundle, "onnxruntime", options), options).passed
 
 
+OUTLIERS = ("language.model.layers.1.mlp.gate_proj", "language.model.layers.1.mlp.up_proj")
+
+
+@pytest.fixture(scope="module")
+def with_outliers(wide_model: AGVAS, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint and an 8-bit plan of the wide model where one number in 32 that OUTLIERS read is huge, with weights of zero."""
+    model, folder = copy.deepcopy(wide_model), tmp_path_factory.mktemp("outliers")
+    with torch.no_grad():
+        for name in OUTLIERS:
+            linear_of(model, name).weight[:, ::32] = 0
+        model.language.model.layers[1].post_attention_layernorm.weight[::32] = 1e5
+    save(model, folder / "checkpoint")
+    write_plan(folder / "plan8", *calibrate(model, [picture(4)], CalibrationSettings(GPTQSettings(bits=8, group=0))))
+    return folder
+
+
+def test_a_layer_whose_inputs_are_lost_in_8_bits_goes_back_to_float_and_no_other(
+    with_outliers: Path, wide: Path, tmp_path: Path
+) -> None:
+    checkpoint, pictures = str(with_outliers / "checkpoint"), wide / "pictures"
+    settings = ExportSettings(checkpoint, "fp32", tmp_path / "bundle", images=pictures, lmm="int8", calibration=with_outliers / "plan8")
+    bundle, report = export_bundle(settings, QUIET)
+    gate = json.loads((bundle.folder / "parity.json").read_text())["gate"]
+    assert all(failure.startswith("with inputs in 8 bits, ") for trial in gate["trials"] for failure in trial["failures"])
+    assert bundle.manifest.quantisation["kept_float"].keys() == set(OUTLIERS)
+    assert report is not None and not report.failures and report.int8_inputs is not None
+    options = EngineOptions(inference_precision="int8")
+    assert verify(bundle, open_pipeline(bundle, "onnxruntime", options), options).passed
+
+
 def test_a_chain_that_fails_with_all_the_budget_spent_makes_no_bundle(
     ready: Callable[..., ExportSettings], wide: Path, wide_model: AGVAS, tmp_path: Path
 ) -> None:
     plan = spoilt_plan(wide, wide_model, tmp_path / "plan", *SPOILT)
-    settings = ready(tmp_path / "out" / "bundle", lmm="int8", calibration=plan, budget=writer.GateBudget(layers=1))
+    settings = ready(tmp_path / "out" / "bundle", lmm="int8", calibration=plan, budget=GateBudget(layers=1))
     with pytest.raises(ParityFailed, match="though 1 layer went back to float, and no more than 1 layer") as failed:
         export_bundle(settings, QUIET)
     assert not list((tmp_path / "out").iterdir())
@@ -235,7 +273,7 @@ def test_the_chosen_layers_are_in_the_bundle_though_fewer_were_tried_last(
 ) -> None:
     needed = {*(f"language.model.layers.0.mlp.{name}_proj" for name in ("gate", "up", "down")), SPOILT[2]}
     plan = spoilt_plan(wide, wide_model, tmp_path / "plan", *needed)
-    settings = ready(tmp_path / "bundle", lmm="int8", calibration=plan, budget=writer.GateBudget(layers=4))
+    settings = ready(tmp_path / "bundle", lmm="int8", calibration=plan, budget=GateBudget(layers=4))
     bundle, report = export_bundle(settings, QUIET)
     trials = json.loads((bundle.folder / "parity.json").read_text())["gate"]["trials"]
     assert [(trial["kept_float"], bool(trial["failures"])) for trial in trials] == [(0, True), (1, True), (2, True), (4, False), (3, True)]
@@ -268,7 +306,7 @@ def test_where_no_layer_was_looked_for_what_helps_against_the_integers_is_named(
 def test_where_the_integers_passed_and_something_else_did_not_other_integers_are_no_advice(
     ready: Callable[..., ExportSettings], wide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(writer.HalfRange, "failures", lambda ranges: ["fp16: spam reaches 7.0e+04"])
+    monkeypatch.setattr(HalfRange, "failures", lambda ranges: ["fp16: spam reaches 7.0e+04"])
     with pytest.raises(ParityFailed, match="reaches 7.0e.04. No bundle was written; try --precision fp32, or --parity report"):
         export_bundle(ready(tmp_path / "bundle", "fp16", lmm="int8", calibration=wide / "plan8"), QUIET)
 
@@ -276,10 +314,10 @@ def test_where_the_integers_passed_and_something_else_did_not_other_integers_are
 def test_where_no_layer_may_go_back_none_is_measured(
     ready: Callable[..., ExportSettings], wide: Path, wide_model: AGVAS, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(writer, "sensitivities", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr(judging, "sensitivities", lambda *_: pytest.fail("measured"))
     plan = spoilt_plan(wide, wide_model, tmp_path / "plan", SPOILT[0])
     with pytest.raises(ParityFailed, match="though 0 layers went back to float, and no more than 0 layer"):
-        export_bundle(ready(tmp_path / "bundle", lmm="int8", calibration=plan, budget=writer.GateBudget(layers=0)), QUIET)
+        export_bundle(ready(tmp_path / "bundle", lmm="int8", calibration=plan, budget=GateBudget(layers=0)), QUIET)
 
 
 def test_a_layer_that_changed_nothing_stays_integer_whatever_fails(ready: Callable[..., ExportSettings], tmp_path: Path) -> None:

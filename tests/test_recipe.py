@@ -27,8 +27,9 @@ from agvas.training.losses import anchor_losses
 from agvas.training.pool import PoolSettings, ProceduralSource, SamplePool
 from agvas.training.pretraining import PixelPretraining, hand_over
 from agvas.training.recipe import FROZEN, Recipe, new_model, pieces_config, semantic_config, train_from_nothing
-from export.bundle import ExportSettings, export_bundle
+from export.bundle import export_bundle
 from export.progress import Progress
+from export.settings import ExportSettings
 
 BASE = Recipe(config="tiny")
 SMALL = replace(

@@ -32,13 +32,14 @@ from calibration.gptq import GPTQSettings, round_to_nearest, rounded_to_nearest
 from engines import Engine, EngineFailed, EngineOptions, open_engine
 from export import work
 from export.adapters import axis_sizes, example_inputs
-from export.bundle import ExportSettings, export_bundle
+from export.bundle import export_bundle
 from export.cli import main
 from export.onnx_writer import export_stage, stage_module, write
 from export.outcomes import OutcomesOnDisk
 from export.passes import lower_precision, turn_weights
 from export.piecewise import PiecewiseStage, cut
 from export.progress import Progress
+from export.settings import ExportSettings
 from export.stage_weights import all_weights, held, stage_weights
 from export.streamed_reference import EmbeddingRows, streamed_pipeline, streamed_stages
 from export.streamed_tensor import StreamedTensor
