@@ -90,21 +90,20 @@ def stage_work(config: AGVASConfig, text_tokens: int = CHAT_TOKENS, rows: int = 
 
 
 def pixel_encoder(config: AGVASConfig) -> list[Product]:
-    """SAM's ViT. Windows are padded, and so are the tokens that queries, keys, values and the output map are computed at."""
+    """SAM's ViT as it is exported: attention covers whole windows, all else the picture's tokens (export.adapters.WindowLayer)."""
     pixel = config.pixel
     grid, width, heads = pixel.grid**2, pixel.width, pixel.heads
     found = [Product(grid, 3 * pixel.patch_size**2, width)] if pixel.stem == "linear" else _stem(config)
     for layer in range(pixel.layers):
         side = pixel.grid if layer in pixel.global_layers else pixel.window
         windows = (-(-pixel.grid // side)) ** 2
-        tokens = windows * side**2
         found += [
-            Product(tokens, width, 3 * width),
+            Product(grid, width, 3 * width),
             Product(side**2, width // heads, side**2, windows * heads, weights=False),
             Product(side**2, side**2, width // heads, windows * heads, weights=False),
             # Relative positions: each query with the rows' and the columns' table.
             Product(side**2, width // heads, side, 2 * windows * heads, weights=False),
-            Product(tokens, width, width),
+            Product(grid, width, width),
             Product(grid, width, pixel.mlp_width),
             Product(grid, pixel.mlp_width, width),
         ]

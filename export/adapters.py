@@ -11,7 +11,9 @@ import copy
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb, repeat_kv
+from transformers.models.sam.modeling_sam import SamVisionEncoder, SamVisionLayer
 
 from agvas.config import AGVASConfig
 from agvas.model import AGVAS
@@ -27,9 +29,56 @@ class PixelEncoderStage(nn.Module):
             # Batch norms are folded in fp32, before any precision is lowered; into a copy, since the reference stays as it is.
             self.encoder = copy.deepcopy(self.encoder)
             self.encoder.patch_embed.fold()
+        if isinstance(self.encoder, SamVisionEncoder):
+            self.encoder = without_padded_products(self.encoder)
 
     def forward(self, pixel_image: Tensor) -> tuple[Tensor]:
         return (self.encoder(pixel_image).last_hidden_state,)
+
+
+class WindowLayer(SamVisionLayer):
+    """SAM's layer of windowed attention, whose linear layers see the picture's tokens alone.
+
+    Windows that do not divide the grid are filled up with zeros before keys, queries and values are made of them, which are then their
+    biases, and what attention makes of the filling is projected and thrown away. Here both products stand outside the windows: of
+    ViT-H's 4,900 tokens they leave out 804. The result is the same, sum by sum.
+    """
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        attention, size = self.attn, hidden.shape[1:3]
+        projected = F.linear(self.layer_norm1(hidden), attention.qkv.weight)  # [B, G, G, 3 D]
+        windows, padded = self.window_partition(projected, self.window_size)  # [n, w, w, 3 D]
+        mixed = _attend(attention, windows if attention.qkv.bias is None else windows + attention.qkv.bias)
+        hidden = hidden + attention.proj(self.window_unpartition(mixed, self.window_size, padded, size))
+        return hidden + self.mlp(self.layer_norm2(hidden))
+
+
+def _attend(attention: nn.Module, projected: Tensor) -> Tensor:
+    """SAM's attention with relative positions in windows [n, w, w, 3 D] of queries, keys and values: [n, w, w, D]."""
+    count, height, width, _ = projected.shape
+    size, heads = (height, width), attention.num_attention_heads
+    query, key, value = projected.reshape(count, height * width, 3, heads, -1).permute(2, 0, 3, 1, 4).unbind(0)  # [n, heads, w w, C]
+    bias = attention.get_decomposed_rel_pos(query.flatten(0, 1), attention.rel_pos_h, attention.rel_pos_w, size, size)
+    bias = bias.reshape(count, heads, height * width, height * width)
+    mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+    return mixed.transpose(1, 2).reshape(count, height, width, -1)
+
+
+def without_padded_products(encoder: SamVisionEncoder) -> SamVisionEncoder:
+    """The encoder with a WindowLayer wherever windows have to be filled up, over the same weights; itself where they divide the grid."""
+    grid = encoder.config.image_size // encoder.config.patch_size
+    if all(grid % (layer.window_size or grid) == 0 for layer in encoder.layers):
+        return encoder
+    twin = copy.copy(encoder)
+    twin._modules = dict(encoder._modules)
+    twin.layers = nn.ModuleList(_window_layer(layer) if layer.window_size else layer for layer in encoder.layers)
+    return twin
+
+
+def _window_layer(layer: SamVisionLayer) -> SamVisionLayer:
+    twin = copy.copy(layer)
+    twin.__class__ = WindowLayer
+    return twin
 
 
 class SemanticEncoderStage(nn.Module):
