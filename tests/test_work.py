@@ -58,10 +58,14 @@ def test_the_weights_counted_are_the_models_but_for_biases_norms_and_tables(mode
 
 
 def test_the_papers_model_costs_what_its_parts_are_known_to_cost() -> None:
-    """SAM ViT-H 5.96 TFLOP (2.98 TMAC, Kirillov et al. 2023), SigLIP so400m at 384 px 0.67, Qwen2-7B at 1,536 tokens 20.5."""
+    """SAM ViT-H 5.96 TFLOP (2.98 TMAC, Kirillov et al. 2023), SigLIP so400m at 384 px 0.67, Qwen2-7B at 1,536 tokens 20.5.
+
+    Of SAM's, products of weights with the 804 tokens that fill its windows up are not computed here (export.adapters.WindowLayer).
+    """
+    filling = 28 * 804 * 2 * 4 * 1280**2 / 1e12
     found = work.stage_work(ov_7b())
     tera = {name: stage.flops / 1e12 for name, stage in found.items()}
-    assert tera["pixel_encoder"] == pytest.approx(5.96, rel=0.02)
+    assert tera["pixel_encoder"] == pytest.approx(5.96 - filling, rel=0.01)
     assert tera["semantic_encoder"] == pytest.approx(0.67, rel=0.05)
     assert tera["language"] == pytest.approx(20.5, rel=0.05)
     assert tera["spam"] + tera["mask_decoder"] < 0.3
