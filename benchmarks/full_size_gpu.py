@@ -217,7 +217,7 @@ def packed(codes: torch.Tensor) -> torch.Tensor:
 def reference(kind: str, weights: Weights, work: Path, calls: int) -> dict[str, Any]:
     """The PyTorch reference: generating as the paper does, or with the fixed answer as a draft in one pass."""
     from agvas.checkpoint import fill_buffers
-    from benchmarks.bench_candidates import _ModuleClock
+    from benchmarks.bench_candidates import ModuleClock
     from export.pictures import procedural_picture
     from runtime import preprocess
 
@@ -228,7 +228,7 @@ def reference(kind: str, weights: Weights, work: Path, calls: int) -> dict[str, 
     fill_buffers(model)
     model = model.to(GPU).eval()
     load = time.monotonic() - began
-    clock, prompt = _ModuleClock(model, GPU), model.prompt_encoder.encode()
+    clock, prompt = ModuleClock(model, GPU), model.prompt_encoder.encode()
     assert prompt.draft is not None
     kept: dict[str, np.ndarray] = {}
 
@@ -255,9 +255,9 @@ def reference(kind: str, weights: Weights, work: Path, calls: int) -> dict[str, 
             kept["map"] = anomaly_map
 
     def call(image: np.ndarray) -> dict[str, float]:
-        clock.spent.clear()
+        clock.clear()
         one_pass(image) if "one-pass" in kind else model.segment(image)
-        return dict(clock.spent)
+        return clock.spent()
 
     told = timed(call, [procedural_picture(*picture) for picture in PICTURES], calls)
     if kind == REFERENCE:
