@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.bench_result import read_result
+from benchmarks.bench_result import check_run, read_result
 from engines import ENGINES, EngineError
 from runtime.cli.common import AUTO, Progress, engine_options, json_line
 from runtime.errors import AgvasError, OutputError, RequestError
@@ -37,6 +37,7 @@ its masks are its own); each may be given once or more.
   agvas-bench --bundle bundle --images my_parts/ --fps 10 --quick
   agvas-bench --compare before.json after.json --threshold 1.05        (exit code 1 where something got worse)
   agvas-bench --roofline --model ov_7b                                 (what each device could do at best)
+  agvas-bench --roofline --json run.json                               (and how far a run is from what its own machine could do)
 
 --compare fails (1), too, where masks got worse (mean IoU by more than 0.002, the least by 0.02, more flips), where memory rose by more
 than a tenth, and where a candidate or a stage that counts is gone; other conditions are told.
@@ -129,7 +130,6 @@ def _measure(options: argparse.Namespace) -> int:
     )
     with Progress() as progress:
         result = measure(request, progress)
-    result["full"] = not options.quick and not changes
     from benchmarks.report import markdown, write_report
 
     print(markdown(result))
@@ -152,21 +152,25 @@ def _compare(options: argparse.Namespace) -> int:
 
 
 def _roofline(options: argparse.Namespace) -> int:
-    from benchmarks.roofline import measure_here, roofline, table
+    from benchmarks.roofline import against_floor, machine_of, measured_table, roofline, table, this_machine
 
-    config, text_tokens, run = _config(options), None, None
+    config, tokens, told = _config(options), None, None
     if options.json is not None:
         told = read_result(options.json)
         if told.get("model") != config.name:
             raise RequestError(f"{options.json}: expected a run of {config.name}, got one of {told.get('model')}; give that run's --bundle")
-        run = told["runs"]["ours"]
+        run, tokens = check_run(told), told.get("text_tokens")
     if options.bundle is not None:
+        from benchmarks.bench_measure import text_tokens
         from runtime.bundle import Bundle
 
-        prompt = Bundle(options.bundle, check_hashes=False).prompt_encoder().encode()
-        text_tokens = len(prompt.prefix + prompt.suffix + (prompt.draft or ())[:-1])
-    result = roofline(config, measure_here(options.threads or usable_cpus()), run, text_tokens)
+        tokens = text_tokens(Bundle(options.bundle, check_hashes=False))
+    machine = machine_of(told) if told is not None else this_machine(options.threads or usable_cpus())
+    result = roofline(config, machine, tokens)
     print(table(result))
+    if told is not None:
+        result["measured"] = against_floor(config, machine, run, tokens)
+        print("\n" + measured_table(result["measured"]))
     print(json_line(result))
     return 0
 
