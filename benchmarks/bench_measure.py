@@ -156,7 +156,7 @@ def measure(request: Request, show: Show) -> dict[str, Any]:
         if name != OURS
     }
     show("the processor's ceilings", 0, 1)
-    best = ceilings(request.threads, min(1.0, request.effort.seconds)) if request.device == "cpu" else None
+    best = _ceilings(request) if request.device == "cpu" else None
     show("the processor's ceilings", 1, 1)
     return {
         "runs": runs,
@@ -175,6 +175,14 @@ def measure(request: Request, show: Show) -> dict[str, Any]:
         "power": sampler.summary(),
         "environment": told,
     }
+
+
+def _ceilings(request: Request) -> dict[str, Any]:
+    """As ceilings.py says, or {"reason"}: what has been measured by now is not lost for want of them."""
+    try:
+        return ceilings(request.threads, min(1.0, request.effort.seconds))
+    except EngineFailed as error:
+        return {"reason": str(error)}
 
 
 def text_tokens(bundle: Bundle) -> int:

@@ -59,7 +59,8 @@ def machine_of(result: Mapping[str, Any]) -> Device:
         number = int(device.partition(":")[2] or 0)
         listed = environment.get("gpu") or []
         return device_of(listed[number].get("name") if number < len(listed) else None)
-    if told := result.get("ceilings"):
+    told = result.get("ceilings") or {}
+    if "flops" in told:
         return _measured("the run's machine", told, "measured in the run: ")
     here, there = processor(), str(environment.get("processor"))
     if not same_processor(here, there):

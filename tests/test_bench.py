@@ -22,13 +22,14 @@ from PIL import Image
 
 from agvas import AGVAS, load, save
 from agvas.config import nano
-from benchmarks import bench
+from benchmarks import bench, bench_measure
 from benchmarks.bench_candidates import Candidate, ModuleClock, open_candidate
 from benchmarks.bench_measure import FULL, QUICK, Request, is_full, reference_in_words, torch_device
 from benchmarks.bench_power import PowerSampler, read_tegrastats_line
 from benchmarks.bench_statistics import deadline, paired_ratio, percentiles
 from benchmarks.midsize import random_checkpoint
 from benchmarks.work import stage_work
+from engines import EngineFailed
 from runtime.bundle import GOLDEN, SEAL, Bundle, seal_of, sha256_of
 from runtime.contract import STAGES
 from runtime.errors import RequestError
@@ -103,6 +104,14 @@ def test_a_run_on_the_cpu_has_its_machines_ceilings_and_what_others_took_of_it(m
     flops = planned["stages"]["pixel_encoder"]["flops"]
     share = flops / told["runs"]["ours"]["stages_ms"]["pixel_encoder"] * 1e3 / told["ceilings"]["flops"]["fp32"]
     assert planned["measured"]["stages"]["pixel_encoder"]["share"] == pytest.approx(share)
+
+
+def test_ceilings_that_cannot_be_measured_lose_no_result(monkeypatch: pytest.MonkeyPatch, tiny_bundle: Path) -> None:
+    def fails(*_: Any) -> dict[str, Any]:
+        raise EngineFailed("no memory")
+
+    monkeypatch.setattr(bench_measure, "ceilings", fails)
+    assert bench_measure._ceilings(Request(tiny_bundle, "auto", "cpu", None, 1, (), None, None, None, QUICK)) == {"reason": "no memory"}
 
 
 def test_the_full_setting_may_be_exceeded_and_wants_pictures_that_differ() -> None:
@@ -243,6 +252,8 @@ def test_without_a_reference_the_golden_masks_judge(tiny_bundle: Path, capsys: p
     told = last_line(capsys)
     assert told["reference"] == "the bundle's golden traces" and told["pictures"]["source"] == "golden"
     assert told["pictures"]["count"] == told["runs"]["ours"]["queries"] == 2, "no more than were asked for"
+    golden = Bundle(tiny_bundle).golden()
+    assert {tuple(size) for size in told["pictures"]["sizes"]} == {golden[f"{index}.image"].shape[:2] for index in range(2)}
     assert told["mask_iou_mean"] > 0.99 and told["ratios"] == {}
     assert "samples" not in told["runs"]["ours"]
 
