@@ -3,7 +3,7 @@
 The command parses, measures (bench_measure.py), plans (roofline.py) or compares (bench_statistics.py), and prints. The last line of
 stdout is JSON without raw samples, unless --json FILE has it all, with them. No candidate runs in this process.
 
-Exit codes: 0 done, 1 --compare found something slower, 2 it could not be run, 130 interrupted.
+Exit codes: 0 done, 1 --compare found something slower or worse, 2 it could not be run, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -11,12 +11,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.bench_result import check_run, read_result
 from engines import ENGINES, EngineError
 from runtime.cli.common import AUTO, Progress, engine_options, json_line
 from runtime.errors import AgvasError, OutputError, RequestError
@@ -33,8 +35,12 @@ its masks are its own); each may be given once or more.
 
   agvas-bench --bundle bundle --against torch --against torch-bf16 --against plain-onnx --json run.json --report report
   agvas-bench --bundle bundle --images my_parts/ --fps 10 --quick
-  agvas-bench --compare before.json after.json --threshold 1.05        (exit code 1 where something got slower)
+  agvas-bench --compare before.json after.json --threshold 1.05        (exit code 1 where something got worse)
   agvas-bench --roofline --model ov_7b                                 (what each device could do at best)
+  agvas-bench --roofline --json run.json                               (and how far a run is from what its own machine could do)
+
+--compare fails (1), too, where masks got worse (mean IoU by more than 0.002, the least by 0.02, more flips), where memory rose by more
+than a tenth, and where a candidate or a stage that counts is gone; other conditions are told.
 
 the full setting is MLPerf's single stream: 50 warm-ups, at least 1,024 queries and 60 s of the bundle's own time; --quick has 40 queries.
 procedural pictures are drawn by OpenCV and need a reference for their masks: PyTorch and --checkpoint (of nano's bundle, nano itself).
@@ -77,9 +83,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--fps", type=float, metavar="N", help="frames a second of a line: tells how many come too late")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result with raw samples (stdout's last line: without)")
     parser.add_argument("--report", type=Path, metavar="DIR", help="write report.html, report.md, plots and result.json (needs matplotlib)")
-    parser.add_argument("--compare", type=Path, nargs=2, metavar=("A.json", "B.json"), help="what got slower from A to B, by stage too")
-    parser.add_argument("--threshold", type=float, default=1.05, help="of --compare: slower beyond this ratio (default 1.05)")
-    parser.add_argument("--roofline", action="store_true", help="work of each stage, floors of devices; with --bundle, --model or --json")
+    parser.add_argument("--compare", type=Path, nargs=2, metavar=("A.json", "B.json"), help="what got slower or worse from A to B")
+    parser.add_argument("--threshold", type=float, default=1.05, help="of --compare: slower from this ratio on (default 1.05)")
+    parser.add_argument("--roofline", action="store_true", help="work of each stage, floors of devices; with --model, --bundle or --json")
     parser.add_argument("--model", metavar="NAME", help="of --roofline: ov_7b, nano, tiny, or a checkpoint's folder")
     parser.set_defaults(low_memory=False, remeasure=False)  # what engine_options reads, and what a latency is never measured with
     return parser
@@ -92,8 +98,10 @@ def _measure(options: argparse.Namespace) -> int:
         raise RequestError("--bundle: expected the folder that agvas-export wrote, got none; or give --compare or --roofline")
     if options.threads < 0:
         raise RequestError(f"--threads: expected 1 or more, got {options.threads}; leave it out for all usable CPUs")
-    if options.fps is not None and not options.fps > 0:
+    if options.fps is not None and not 0 < options.fps < math.inf:
         raise RequestError(f"--fps: expected a number above 0, got {options.fps:g}; leave it out where no line waits")
+    if options.seconds is not None and not 0 <= options.seconds < math.inf:
+        raise RequestError(f"--seconds: expected 0 or more, got {options.seconds:g}; leave it out for the default")
     options.threads = options.threads or usable_cpus()
     engine_options(options)  # refuses what no engine has, before anything is made
     changes = {name: getattr(options, name) for name in ("pictures", "queries", "seconds") if getattr(options, name) is not None}
@@ -122,7 +130,6 @@ def _measure(options: argparse.Namespace) -> int:
     )
     with Progress() as progress:
         result = measure(request, progress)
-    result["full"] = not options.quick and not changes
     from benchmarks.report import markdown, write_report
 
     print(markdown(result))
@@ -137,29 +144,33 @@ def _measure(options: argparse.Namespace) -> int:
 def _compare(options: argparse.Namespace) -> int:
     from benchmarks.bench_statistics import compare, comparison_table
 
-    before, after = (_read(path) for path in options.compare)
+    before, after = (read_result(path) for path in options.compare)
     comparison = compare(before, after, options.threshold)
     print(comparison_table(comparison))
     print(json_line(comparison))
-    return 1 if comparison["slower"] else 0
+    return 1 if comparison["slower"] or comparison["worse"] else 0
 
 
 def _roofline(options: argparse.Namespace) -> int:
-    from benchmarks.roofline import measure_here, roofline, table
+    from benchmarks.roofline import against_floor, machine_of, measured_table, roofline, table, this_machine
 
-    config, text_tokens, run = _config(options), None, None
+    config, tokens, told = _config(options), None, None
     if options.json is not None:
-        told = _read(options.json)
+        told = read_result(options.json)
         if told.get("model") != config.name:
             raise RequestError(f"{options.json}: expected a run of {config.name}, got one of {told.get('model')}; give that run's --bundle")
-        run = told["runs"]["ours"]
+        run, tokens = check_run(told), told.get("text_tokens")
     if options.bundle is not None:
+        from benchmarks.bench_measure import text_tokens
         from runtime.bundle import Bundle
 
-        prompt = Bundle(options.bundle, check_hashes=False).prompt_encoder().encode()
-        text_tokens = len(prompt.prefix + prompt.suffix + (prompt.draft or ())[:-1])
-    result = roofline(config, measure_here(options.threads or usable_cpus()), run, text_tokens)
+        tokens = text_tokens(Bundle(options.bundle, check_hashes=False))
+    machine = machine_of(told) if told is not None else this_machine(options.threads or usable_cpus())
+    result = roofline(config, machine, tokens)
     print(table(result))
+    if told is not None:
+        result["measured"] = against_floor(config, machine, run, tokens)
+        print("\n" + measured_table(result["measured"]))
     print(json_line(result))
     return 0
 
@@ -174,7 +185,7 @@ def _config(options: argparse.Namespace) -> Any:
 
         name = Bundle(options.bundle, check_hashes=False).manifest.model
     if name is None and options.json is not None:
-        name = str(_read(options.json).get("model"))
+        name = str(read_result(options.json).get("model"))
     if name is None:
         raise RequestError("--roofline: expected --model, --bundle or --json to say which model, got none; try --model ov_7b")
     if name in NAMED:
@@ -194,18 +205,6 @@ def without_samples(result: Mapping[str, Any]) -> dict[str, Any]:
     """What fits on a line."""
     runs = {name: {key: value for key, value in run.items() if key != "samples"} for name, run in result["runs"].items()}
     return dict(result) | {"runs": runs}
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        told = json.loads(path.read_text())
-    except OSError as error:
-        raise RequestError(f"{path}: expected what agvas-bench --json wrote, got {error.strerror}; check the path") from error
-    except ValueError as error:
-        raise RequestError(f"{path}: expected what agvas-bench --json wrote, got {error}; measure again") from error
-    if not isinstance(told, dict) or not {"runs", "environment"} <= told.keys():
-        raise RequestError(f"{path}: expected what agvas-bench --json wrote, got other JSON; measure again")
-    return told
 
 
 if __name__ == "__main__":

@@ -67,7 +67,8 @@ class Opened:
 
     Attributes:
         bytes: on disk of what it loaded.
-        precision: that it computes in, in words.
+        precision: that its encoders compute in.
+        lmm: how the language model's weights are stored, of a bundle with integers: int8 or gptq4.
         stream: results of many pictures through overlapped stages; None where the candidate has no such thing.
     """
 
@@ -75,6 +76,7 @@ class Opened:
     bytes: int
     precision: str
     stream: Callable[[Iterable[np.ndarray]], Iterator[Any]] | None = None
+    lmm: str = "float"
 
 
 def open_candidate(candidate: Candidate) -> Opened:
@@ -108,7 +110,7 @@ def _bundle(candidate: Candidate) -> Opened:
 
     manifest = segmenter.bundle.manifest
     inside = manifest.precision["pixel_encoder"] if candidate.inference_precision == "graph" else candidate.inference_precision
-    return Opened(segment, segmenter.bundle.bytes, inside, segmenter.stream)
+    return Opened(segment, segmenter.bundle.bytes, inside, segmenter.stream, manifest.lmm)
 
 
 def _torch(candidate: Candidate) -> Opened:
@@ -117,6 +119,11 @@ def _torch(candidate: Candidate) -> Opened:
     from agvas import load
     from agvas.checkpoint import checkpoint_folder
 
+    if candidate.device != "cpu" and not torch.cuda.is_available():
+        raise RequestError(
+            f"{candidate.kind}: expected a PyTorch that computes on {candidate.device}, got {torch.__version__}, which does not; "
+            f"install one for CUDA (pytorch.org), or leave {candidate.kind} out"
+        )
     torch.set_num_threads(candidate.threads)
     dtype = torch.bfloat16 if "bf16" in candidate.kind else torch.float32
     model = load(candidate.source, dtype).to(candidate.device)
@@ -124,15 +131,15 @@ def _torch(candidate: Candidate) -> Opened:
     prompt = model.prompt_encoder.encode()
     if candidate.kind in SINGLE_PASS and prompt.draft is None:
         raise RequestError(f"{candidate.kind}: the checkpoint has no fixed answer to verify in one pass; leave it out")
-    clock = _ModuleClock(model, candidate.device)
+    clock = ModuleClock(model, candidate.device)
 
     def segment(image: np.ndarray) -> Segmented:
-        clock.spent.clear()
+        clock.clear()
         result = one_pass(image) if candidate.kind in SINGLE_PASS else None
         if result is None:
             reference = model.segment(image)
             result = Segmented(reference.mask, reference.score)
-        result.stages = dict(clock.spent)
+        result.stages = clock.spent()
         return result
 
     @torch.inference_mode()
@@ -151,17 +158,17 @@ def _torch(candidate: Candidate) -> Opened:
     return Opened(segment, size, "bf16" if dtype == torch.bfloat16 else "fp32")
 
 
-class _ModuleClock:
+class ModuleClock:
     """Milliseconds inside the reference's parts, by hooks, so that the reference itself stays as it is.
 
-    The language model's are those of all its steps together. On a GPU each part is waited for.
+    The language model's are those of all its steps together. On a GPU its own events mark where parts begin and end, and are read when
+    the picture is done: nothing waits for the GPU in between, which would slow the whole.
     """
 
     PARTS = ("pixel_encoder", "semantic_encoder", "spam", "language", "mask_decoder")
 
     def __init__(self, model: Any, device: str) -> None:
-        self.spent: dict[str, float] = {}
-        self._began: dict[str, float] = {}
+        self._marks: dict[str, list[Any]] = {}
         self._device = device
         for name in self.PARTS:
             part = getattr(model, name)
@@ -169,27 +176,38 @@ class _ModuleClock:
                 continue
             # A pass with a given answer calls Qwen2 and its head apart; generation calls the whole.
             for module in (part.model, part.lm_head) if name == "language" else (part,):
-                module.register_forward_pre_hook(self._start(name))
-                module.register_forward_hook(self._stop(name))
+                module.register_forward_pre_hook(self._mark(name))
+                module.register_forward_hook(self._mark(name))
 
-    def _start(self, name: str) -> Callable[..., None]:
-        def start(*_: Any) -> None:
-            self._began[name] = self._now()
+    def clear(self) -> None:
+        """Before a picture."""
+        self._marks.clear()
 
-        return start
-
-    def _stop(self, name: str) -> Callable[..., None]:
-        def stop(*_: Any) -> None:
-            self.spent[name] = self.spent.get(name, 0.0) + (self._now() - self._began[name]) * 1e3
-
-        return stop
-
-    def _now(self) -> float:
+    def spent(self) -> dict[str, float]:
+        """After a picture, whose mask is in memory: milliseconds by part."""
         if self._device != "cpu":
             import torch
 
-            torch.cuda.synchronize()
-        return time.perf_counter()
+            torch.cuda.synchronize(self._device)
+        return {name: sum(map(self._between, marks[::2], marks[1::2])) for name, marks in self._marks.items()}
+
+    def _mark(self, name: str) -> Callable[..., None]:
+        def mark(*_: Any) -> None:
+            self._marks.setdefault(name, []).append(self._now())
+
+        return mark
+
+    def _now(self) -> Any:
+        if self._device == "cpu":
+            return time.perf_counter()
+        import torch
+
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self._device))
+        return event
+
+    def _between(self, start: Any, stop: Any) -> float:
+        return (stop - start) * 1e3 if self._device == "cpu" else float(start.elapsed_time(stop))
 
 
 def _plain(candidate: Candidate) -> Opened:

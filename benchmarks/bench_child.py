@@ -33,7 +33,8 @@ def main() -> int:
         _say(channel, {"error": f"{type(error).__name__}: {error}"})
         return 1
     load_ms = (time.perf_counter() - started) * 1e3
-    _say(channel, {"load_ms": load_ms, "bytes": opened.bytes, "precision": opened.precision, "streams": opened.stream is not None})
+    inside = {"precision": opened.precision, "lmm": opened.lmm}
+    _say(channel, {"load_ms": load_ms, "bytes": opened.bytes, **inside, "streams": opened.stream is not None})
     for line in sys.stdin:
         request = json.loads(line)
         try:

@@ -8,6 +8,7 @@ are timed and compared with the PyTorch reference's (or the bundle's golden trac
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib.util
 import json
 import subprocess
@@ -25,8 +26,10 @@ from PIL import Image
 from benchmarks.bench_candidates import BUNDLE, DETECTOR, PLAIN, TORCH, Candidate
 from benchmarks.bench_power import PowerSampler
 from benchmarks.bench_statistics import Show, deadline, paired_ratio, percentiles
+from benchmarks.ceilings import ceilings
 from benchmarks.detectors import SUFFIX, existing_model
 from benchmarks.environment import environment
+from benchmarks.other_work import counted, other_work
 from engines import EngineFailed, EngineOptions
 from runtime.bundle import Bundle
 from runtime.errors import RequestError, choose
@@ -68,6 +71,12 @@ FULL = Effort(warmups=50, queries=1024, seconds=60.0, pictures=64, frames=512)
 QUICK = Effort(warmups=5, queries=40, seconds=0.0, pictures=8, frames=60)
 
 
+def is_full(effort: Effort, distinct: int) -> bool:
+    """Whether figures may be published: no less of anything than in the full setting, on as many pictures that differ."""
+    reached = (effort.warmups, effort.queries, effort.seconds, distinct)
+    return all(had >= wanted for had, wanted in zip(reached, (FULL.warmups, FULL.queries, FULL.seconds, FULL.pictures), strict=True))
+
+
 @dataclass(frozen=True)
 class Request:
     """What is to be measured.
@@ -103,8 +112,9 @@ def measure(request: Request, show: Show) -> dict[str, Any]:
     """
     bundle = Bundle(request.bundle)
     reference = _reference(request, bundle)
+    where = torch_device(request) if reference is not None else request.device
     if reference is not None:
-        _check_reference(reference, bundle, request, show)
+        _check_reference(reference, bundle, where, request.threads, show)
     told = environment(request.threads, bundle.id)  # now: what the machine did before the candidates made it busy
     with tempfile.TemporaryDirectory(prefix="agvas-bench-") as work, contextlib.ExitStack() as open_children:
         candidates = _candidates(request, Path(work), show)
@@ -118,14 +128,17 @@ def measure(request: Request, show: Show) -> dict[str, Any]:
             sampler.watch(child.pid)
             child.first(pictures[0])
         show("opening candidates", len(candidates), len(candidates))
+        pids = [child.pid for child in children.values()]
+        before = counted(pids)
         samples = _take_turns(children, pictures, request.effort, Path(work), show)
+        busy = other_work(before, counted(pids))
         streamed = {name: _streamed(child, pictures, request.effort) for name, child in children.items()}
         for name, child in children.items():
             for index, path in enumerate(golden):
                 child.segment(path, Path(work) / f"{name}-golden-{index}.npz")
         truth: list[np.ndarray] | None = _golden_masks(bundle) if bundle.compared else None
         if reference:
-            truth = _reference_masks(reference, pictures, samples, Path(work), request, show)
+            truth = _reference_masks(reference, pictures, samples, Path(work), where, request.threads, show)
         kept = "golden-" if reference is None else ""
         quality = {
             name: _NOT_JUDGED if truth is None or child.candidate.kind == DETECTOR else _quality(Path(work), f"{name}-{kept}", truth)
@@ -135,30 +148,53 @@ def measure(request: Request, show: Show) -> dict[str, Any]:
             name: _run(child, samples[name], len(pictures), streamed[name], quality[name], sampler, request.fps)
             for name, child in children.items()
         }
+        sizes = sorted({tuple(Image.open(path).size[::-1]) for path in pictures})
+        distinct = len({hashlib.sha256(path.read_bytes()).digest() for path in pictures})
     spreads = {
         f"{name}/{OURS}": paired_ratio([s["ms"] for s in taken], [s["ms"] for s in samples[OURS]])
         for name, taken in samples.items()
         if name != OURS
     }
-    sizes = sorted({tuple(Image.open(path).size[::-1]) for path in pictures if path.exists()} or {SIZE})
+    show("the processor's ceilings", 0, 1)
+    best = _ceilings(request) if request.device == "cpu" else None
+    show("the processor's ceilings", 1, 1)
     return {
         "runs": runs,
         "ratios": {name: spread["median"] for name, spread in spreads.items()},
         "ratio_spreads": spreads,
         "mask_iou_mean": runs[OURS]["mask_iou_mean"],
         "flips": runs[OURS]["flips"],
-        "reference": _reference_in_words(reference, bundle),
+        "reference": reference_in_words(reference, bundle, where, request.device),
         "model": bundle.manifest.model,
-        "pictures": {"source": source, "count": len(pictures), "sizes": sizes[:8]},
+        "text_tokens": text_tokens(bundle),
+        "pictures": {"source": source, "count": distinct, "sizes": sizes[:8]},
         "effort": asdict(request.effort),
+        "full": is_full(request.effort, distinct),
+        "other_work": busy,
+        "ceilings": best,
         "power": sampler.summary(),
         "environment": told,
     }
 
 
-def _reference_in_words(reference: str | None, bundle: Bundle) -> str:
+def _ceilings(request: Request) -> dict[str, Any]:
+    """As ceilings.py says, or {"reason"}: what has been measured by now is not lost for want of them."""
+    try:
+        return ceilings(request.threads, min(1.0, request.effort.seconds))
+    except EngineFailed as error:
+        return {"reason": str(error)}
+
+
+def text_tokens(bundle: Bundle) -> int:
+    """Tokens of a language pass that are no image's: prompt, default instruction and draft."""
+    prompt = bundle.prompt_encoder().encode()
+    return len(prompt.prefix + prompt.suffix + (prompt.draft or ())[:-1])
+
+
+def reference_in_words(reference: str | None, bundle: Bundle, where: str, asked: str) -> str:
     if reference:
-        return f"torch fp32 with generate, {Path(reference).name}"
+        elsewhere = "" if where == asked else f", on the {where}: the PyTorch here does not compute on {asked}"
+        return f"torch fp32 with generate, {Path(reference).name}{elsewhere}"
     return "the bundle's golden traces" if bundle.compared else "nothing: the bundle was exported without a comparison"
 
 
@@ -175,14 +211,38 @@ def _reference(request: Request, bundle: Bundle) -> str | None:
     return _absolute(checkpoint) if checkpoint and has_torch else None
 
 
-def _check_reference(checkpoint: str, bundle: Bundle, request: Request, show: Show) -> None:
+def torch_device(request: Request) -> str:
+    """Where the reference computes the masks that others are judged by: on the device that was asked for, or, beside a PyTorch that cannot
+    compute there, on the CPU, where its masks are as good.
+
+    Raises:
+        RequestError: PyTorch is itself to be timed on that device.
+    """
+    if request.device == "cpu":
+        return "cpu"
+    number = request.device.partition(":")[2]
+    # In a process of its own: this one loads no PyTorch.
+    asked = f"import torch; print(torch.__version__, torch.cuda.is_available() and torch.cuda.device_count() > {int(number)})"
+    finished = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True)
+    version, _, able = finished.stdout.strip().rpartition(" ")
+    if able == "True":
+        return request.device
+    if timed := [name for name in request.against if name in TORCH]:
+        raise RequestError(
+            f"--against {timed[0]}: expected a PyTorch that computes on {request.device}, got {version or 'one that does not load'}, which "
+            f"does not; install one for CUDA (pytorch.org), or leave {', '.join(timed)} out"
+        )
+    return "cpu"
+
+
+def _check_reference(checkpoint: str, bundle: Bundle, device: str, threads: int, show: Show) -> None:
     """RequestError where the checkpoint does not draw the bundle's golden masks: one of the same name that was tuned, for instance."""
     if not bundle.compared:  # exported with --parity none: it has no golden pictures to tell by
         return
     golden = _golden_masks(bundle)[:CHECKED]
     with tempfile.TemporaryDirectory(prefix="agvas-bench-") as name:
         work = Path(name)
-        with _opened(Candidate(REFERENCE, "torch", checkpoint, device=request.device, threads=request.threads), work) as child:
+        with _opened(Candidate(REFERENCE, "torch", checkpoint, device=device, threads=threads), work) as child:
             for index, path in enumerate(_golden_pictures(bundle, work)[:CHECKED]):
                 child.segment(path, work / f"{index}.npz")
                 show("checking the reference", index + 1, len(golden))
@@ -355,13 +415,13 @@ def _streamed(child: _Child, pictures: Sequence[Path], effort: Effort) -> float 
 
 
 def _reference_masks(
-    checkpoint: str, pictures: Sequence[Path], samples: Mapping[str, Any], work: Path, request: Request, show: Show
+    checkpoint: str, pictures: Sequence[Path], samples: Mapping[str, Any], work: Path, device: str, threads: int, show: Show
 ) -> list[np.ndarray]:
     """Masks of torch fp32 with generate: of the candidate where it took part, else of a process for this alone."""
     if "torch" in samples:
         return [_mask(work / f"torch-{index}.npz") for index in range(len(pictures))]
     found = []
-    with _opened(Candidate(REFERENCE, "torch", checkpoint, device=request.device, threads=request.threads), work) as child:
+    with _opened(Candidate(REFERENCE, "torch", checkpoint, device=device, threads=threads), work) as child:
         for index, path in enumerate(pictures):
             child.segment(path, work / f"{REFERENCE}-{index}.npz")
             found.append(_mask(work / f"{REFERENCE}-{index}.npz"))
@@ -425,6 +485,7 @@ def _run(
         "engine": candidate.engine or ("onnxruntime" if candidate.kind == PLAIN else "torch"),
         "inference_precision": candidate.inference_precision,
         "precision": child.told["precision"],
+        "lmm": child.told["lmm"],
         "device": candidate.device,
         **quality,
         "unsteady": sum(len(found) > 1 for found in masks.values()),

@@ -1,4 +1,7 @@
-"""What a measurement ran on: processor, memory and library versions, for every result file. No host names, no paths."""
+"""What a measurement ran on: this package's commit, processor, memory and library versions, for every result file.
+
+No host names, no paths.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 PACKAGES = ("agvas", "torch", "transformers", "onnx", "onnxruntime", "openvino", "numpy", "pillow", "tokenizers", "opencv-python-headless")
+ROOT = Path(__file__).parents[1]
+UNKNOWN = "unknown"  # commit of what is no checkout: an installed package
 GPU_PACKAGES = ("onnxruntime-gpu", "tensorrt", "tensorrt-rtx", "nvidia-ml-py")  # told where they are installed
 
 
@@ -32,7 +37,8 @@ def environment(threads: int | None = None, bundle: str | None = None) -> dict[s
     packages = {name: found for name in GPU_PACKAGES if (found := _version(name)) is not None}
     load = os.getloadavg() if hasattr(os, "getloadavg") else None
     return {
-        "processor": _processor(),
+        **revision(),
+        "processor": processor(),
         "cpus": os.cpu_count(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "system": f"{platform.system()} {platform.machine()}",
@@ -46,7 +52,25 @@ def environment(threads: int | None = None, bundle: str | None = None) -> dict[s
     }
 
 
-def _processor() -> str:
+def revision(root: Path = ROOT) -> dict[str, Any]:
+    """{"commit", "dirty"}: of the checkout that `root` is, and whether tracked files differ from it; UNKNOWN and None where it is none."""
+    unknown: dict[str, Any] = {"commit": UNKNOWN, "dirty": None}
+    # A package that is installed inside another project's checkout is not of its commit.
+    if not (root / ".git").exists() or not shutil.which("git"):
+        return unknown
+    try:
+        commit, changed = (_git(root, *asked) for asked in (("rev-parse", "HEAD"), ("status", "--porcelain", "--untracked-files=no")))
+    except (OSError, subprocess.SubprocessError):
+        return unknown
+    return {"commit": commit, "dirty": bool(changed)}
+
+
+def _git(root: Path, *arguments: str) -> str:
+    return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+
+
+def processor() -> str:
+    """Its name, family and model, and the extensions that products are fast with."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -3,6 +3,7 @@
     python -m benchmarks.full_size_gpu prepare --output graphs                            # anywhere: needs no GPU and no weights
     python -m benchmarks.full_size_gpu measure --graphs graphs --work DIR --output JSON   # on the GPU; 45 GB in DIR, /dev/shm for instance
     python -m benchmarks.full_size_gpu profile --work DIR --output TEXT                   # there, afterwards
+    python -m benchmarks.full_size_gpu floors --json JSON                                 # anywhere: how far each stage is from its floor
 
 What is prepared are the stages' graphs as agvas-export writes them, some MB, and a list of what each place in their weight files holds. The
 values are drawn on the GPU where they are measured, by name and seed, so nothing large travels. Weights have the scales of trained ones
@@ -34,6 +35,7 @@ from benchmarks.random_checkpoint import TABLE, reduced, scale_of, spoken_rows, 
 from engines.cache import CUDA_FORM
 from runtime.bundle import EMBEDDINGS
 from runtime.contract import AXIS_NAMES, STAGES
+from runtime.errors import RequestError
 
 SIZES = ("7b", "reduced", "small")
 LMMS = ("float", "gptq4")
@@ -217,7 +219,7 @@ def packed(codes: torch.Tensor) -> torch.Tensor:
 def reference(kind: str, weights: Weights, work: Path, calls: int) -> dict[str, Any]:
     """The PyTorch reference: generating as the paper does, or with the fixed answer as a draft in one pass."""
     from agvas.checkpoint import fill_buffers
-    from benchmarks.bench_candidates import _ModuleClock
+    from benchmarks.bench_candidates import ModuleClock
     from export.pictures import procedural_picture
     from runtime import preprocess
 
@@ -228,7 +230,7 @@ def reference(kind: str, weights: Weights, work: Path, calls: int) -> dict[str, 
     fill_buffers(model)
     model = model.to(GPU).eval()
     load = time.monotonic() - began
-    clock, prompt = _ModuleClock(model, GPU), model.prompt_encoder.encode()
+    clock, prompt = ModuleClock(model, GPU), model.prompt_encoder.encode()
     assert prompt.draft is not None
     kept: dict[str, np.ndarray] = {}
 
@@ -255,9 +257,9 @@ def reference(kind: str, weights: Weights, work: Path, calls: int) -> dict[str, 
             kept["map"] = anomaly_map
 
     def call(image: np.ndarray) -> dict[str, float]:
-        clock.spent.clear()
+        clock.clear()
         one_pass(image) if "one-pass" in kind else model.segment(image)
-        return dict(clock.spent)
+        return clock.spent()
 
     told = timed(call, [procedural_picture(*picture) for picture in PICTURES], calls)
     if kind == REFERENCE:
@@ -412,12 +414,49 @@ def measure(graphs: Path, work: Path, output: Path, candidates: list[str], calls
     return int(failed)
 
 
+def floors(path: Path) -> str:
+    """Markdown: each stage's median and how many times the floor of the run's GPU it takes, of what has one.
+
+    Candidates in one pass, that is: a floor is of one pass, and generating makes nine. fp32 has none, since only the tensor cores' peaks
+    are known; nor have resizing and what is between stages, which are in the total.
+
+    Raises:
+        RequestError: it is no result of `measure`, or its GPU's peaks are not known.
+    """
+    told = json.loads(path.read_text())
+    if not isinstance(told, dict) or not isinstance(runs := told.get("runs", [told]), list) or "candidates" not in runs[0]:
+        raise RequestError(f"{path}: expected what full_size_gpu measure wrote, got other JSON; give its --output")
+    return "\n\n".join(_floors_of(run) for run in runs)
+
+
+def _floors_of(run: dict[str, Any]) -> str:
+    from benchmarks.devices import device_of
+    from benchmarks.roofline import against_floor
+
+    config, device = config_of(run["size"]), device_of(run["environment"]["gpu"][0]["name"])
+    columns: dict[str, dict[str, Any]] = {}
+    for name, one in run["candidates"].items():
+        if "p50_ms" not in one or name not in (*OURS, "torch-bf16-one-pass"):
+            continue
+        form = {"precision": "bf16", "lmm": "float"} if name in TORCH else {"precision": "fp16", "lmm": name.partition("-")[0]}
+        columns[name] = against_floor(config, device, {"p50_ms": one["p50_ms"], "stages_ms": one["stages_p50_ms"], **form})
+    lines = [
+        f"| {device.name}: stage, ms (times its floor) | floor, ms | {' | '.join(columns)} |",
+        f"| --- | --- |{' --- |' * len(columns)}",
+    ]
+    for stage in (*STAGES, "total"):
+        rows = [told["total"] if stage == "total" else told["stages"][stage] for told in columns.values()]
+        cells = [f"{row['ms']:.1f} ({row['times']:.1f})" for row in rows]
+        lines.append(f"| {stage} | {min(row['floor_ms'] for row in rows):.3g} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit code 0 when every candidate was measured, 1 when one failed."""
+    """Exit code 0 when every candidate was measured, 1 when one failed, 2 for a file that `floors` cannot read."""
     global GPU
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     tasks = parser.add_subparsers(dest="task", required=True)
@@ -437,10 +476,19 @@ def main(arguments: list[str] | None = None) -> int:
     showing.add_argument("--work", type=Path, required=True)
     showing.add_argument("--output", type=Path, required=True)
     showing.add_argument("--device", default=GPU)
+    comparing = tasks.add_parser("floors", help="stages of what measure wrote against the least time that the GPU needs")
+    comparing.add_argument("--json", type=Path, required=True, help="what measure wrote")
     options = parser.parse_args(arguments)
     GPU = getattr(options, "device", GPU)
     if options.task == "prepare":
         prepare(options.size, options.output)
+        return 0
+    if options.task == "floors":
+        try:
+            print(floors(options.json))
+        except (OSError, ValueError) as error:
+            print(f"full_size_gpu: {error}", file=sys.stderr)
+            return 2
         return 0
     if options.task == "profile":
         profile(options.work, options.output)

@@ -9,6 +9,7 @@ The paper's 1.0 s and 20.8 GB are drawn as what they are: the paper's figures, o
 
 from __future__ import annotations
 
+import argparse
 import base64
 import html
 import importlib.util
@@ -18,11 +19,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from benchmarks.bench_result import check_report, read_result
+from benchmarks.other_work import BUSY as BUSY_OTHERS
 from runtime.errors import RequestError
 
 PAPER_SECONDS, PAPER_GIGABYTES = 1.0, 20.8
 PAPER = f"paper, its model on its hardware: {PAPER_SECONDS:.1f} s, {PAPER_GIGABYTES} GB"
-BUSY = 0.5  # load average before measuring, from which figures are marked
+BUSY = 0.5  # load average before measuring, from which figures are marked; what others took while measuring is BUSY_OTHERS
 STAGES = ("preprocess", "pixel_encoder", "semantic_encoder", "spam", "language", "graph", "mask_decoder", "postprocess")
 COLOURS = ("#9c9c9c", "#1f77b4", "#17a2b8", "#7b5ea7", "#d0582e", "#8c564b", "#2e8b57", "#c9a227")
 REST_COLOUR = "#e3e3e3"
@@ -37,19 +40,17 @@ def check_plots() -> None:
 def markdown(result: Mapping[str, Any]) -> str:
     """The table that belongs beside any of its figures: times, memory and masks together."""
     runs, environment = result["runs"], result["environment"]
-    lines = [
-        "| candidate | precision, engine | p50 ms | p90 | p99 | max | stream, fps | peak RSS, MB | disk, MB | load, s | mask IoU | flips |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    on_gpu = any(run["device_memory_bytes"] for run in runs.values())
+    head = ["candidate", "precision, engine", "p50 ms", "p90", "p99", "max", "stream, fps", "peak RSS, MB"]
+    head += [*(["GPU memory, MB"] if on_gpu else []), "disk, MB", "load, s", "mask IoU", "flips"]
+    lines = [_row(head), _row(["---"] * len(head))]
     for name, run in runs.items():
         streamed = "" if run["stream_fps"] is None else f"{run['stream_fps']:.1f}"
-        peak = "" if run["peak_rss_bytes"] is None else f"{run['peak_rss_bytes'] / 1e6:.0f}"
-        masks = "not judged | " if run["mask_iou_mean"] is None else f"{run['mask_iou_mean']:.4f} | {run['flips']}"
-        lines.append(
-            f"| {name} | {run['precision']}, {run['engine']} | {run['p50_ms']:.1f} | {run['p90_ms']:.1f} | {run['p99_ms']:.1f} | "
-            f"{run['max_ms']:.1f} | {streamed} | {peak} | {run['bytes'] / 1e6:.1f} | {run['load_ms'] / 1e3:.2f} | "
-            f"{masks} |"
-        )
+        peak, on_device = (f"{run[key] / 1e6:.0f}" if run[key] else "" for key in ("peak_rss_bytes", "device_memory_bytes"))
+        masks = ["not judged", ""] if run["mask_iou_mean"] is None else [f"{run['mask_iou_mean']:.4f}", str(run["flips"])]
+        times = [f"{run[key]:.1f}" for key in ("p50_ms", "p90_ms", "p99_ms", "max_ms")]
+        cells = [name, f"{_precision(run)}, {run['engine']}", *times, streamed, peak, *([on_device] if on_gpu else [])]
+        lines.append(_row([*cells, f"{run['bytes'] / 1e6:.1f}", f"{run['load_ms'] / 1e3:.2f}", *masks]))
     if result["ratios"]:
         lines.append("")
     for name, spread in result["ratio_spreads"].items():
@@ -59,8 +60,8 @@ def markdown(result: Mapping[str, Any]) -> str:
         )
     lines += ["", "| stage, median ms | " + " | ".join(runs) + " |", f"| --- |{' --- |' * len(runs)}"]
     for stage in (*_stages(result), "gap"):
-        cells = (run["gap_ms"] if stage == "gap" else run["stages_ms"].get(stage) for run in runs.values())
-        lines.append(f"| {stage} | {' | '.join('' if cell is None else f'{cell:.2f}' for cell in cells)} |")
+        spent = (run["gap_ms"] if stage == "gap" else run["stages_ms"].get(stage) for run in runs.values())
+        lines.append(_row([stage, *("" if ms is None else f"{ms:.2f}" for ms in spent)]))
     lines.append("")
     for name, run in runs.items():
         if told := run.get("deadline"):
@@ -69,8 +70,9 @@ def markdown(result: Mapping[str, Any]) -> str:
                 f"{told['missed_in_queue']:.2%} are late when frames queue"
             )
     pictures, power = result["pictures"], result["power"]
+    sizes = ", ".join(f"{height} × {width}" for height, width in pictures["sizes"])
     lines += [
-        f"{pictures['count']} distinct pictures ({pictures['source']}, sizes {pictures['sizes']}), {runs['ours']['queries']} queries each; "
+        f"{pictures['count']} distinct pictures ({pictures['source']}, {sizes}), {runs['ours']['queries']} queries each; "
         f"masks against {result['reference']}, on {runs['ours']['judged']} pictures. Gap: time that is in no stage. "
         f"Disk and decoding, in no figure above: {runs['ours']['disk_ms']:.2f} and {runs['ours']['decode_ms']:.2f} ms. "
         f"First result {runs['ours']['first_result_ms'] / 1e3:.2f} s after the process began (files may be in the system's cache).",
@@ -79,12 +81,42 @@ def markdown(result: Mapping[str, Any]) -> str:
         f"{_power(power)}.",
         f"{PAPER}. The ratio of two machines and two models is no speed-up.",
     ]
-    load = environment["load_average"]
-    if load is not None and load[0] > BUSY:
-        lines.append(f"The machine was busy when this began (load average {load[0]:.1f}): times and ratios are not to be trusted.")
-    if not result.get("full"):
-        lines.append("Short of the full setting (50 warm-ups, 1,024 queries, 60 s, 64 pictures): no figures to publish.")
+    lines += _warnings(result)
     return "\n".join(lines)
+
+
+def _row(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _precision(run: Mapping[str, Any]) -> str:
+    """Of the encoders, and how the language model's weights are stored where that is another."""
+    lmm = run.get("lmm", "float")
+    return str(run["precision"]) if lmm == "float" else f"{run['precision']}, language model {lmm}"
+
+
+def _warnings(result: Mapping[str, Any]) -> list[str]:
+    """What keeps figures from being trusted or published, and how busy others made the machine."""
+    lines, busy, load = [], result.get("other_work", {}), result["environment"]["load_average"]
+    if "others" in busy:
+        told = f"took {busy['others']:.1%} of the processors' time while this was measured, the host's other guests {busy['steal']:.1%}"
+        verdict = ": times and ratios are not to be trusted" if busy["others"] + busy["steal"] > BUSY_OTHERS else ""
+        lines.append(f"Other processes {told}{verdict}.")
+    elif "reason" in busy:
+        lines.append(f"What other processes took of the processors is not told: {busy['reason']}.")
+    if load is not None and load[0] > BUSY:
+        lines.append(
+            f"The machine was busy before this began (load average {load[0]:.1f})"
+            + ("." if "others" in busy else ", and nothing tells how busy others kept it: times and ratios are not to be trusted.")
+        )
+    if any(run["device_memory_bytes"] is None and run.get("device", "cpu") != "cpu" for run in result["runs"].values()):
+        reasons = sorted({run["device_memory_reason"] for run in result["runs"].values() if "device_memory_reason" in run})
+        lines.append(f"GPU memory is not told: {'; '.join(reasons)}.")
+    if not result.get("full"):
+        effort = result["effort"]
+        had = f"{effort['warmups']}, {effort['queries']:,}, {effort['seconds']:g} s and {result['pictures']['count']}"
+        lines.append(f"Short of the full setting (50 warm-ups, 1,024 queries, 60 s, 64 pictures), with {had}: no figures to publish.")
+    return lines
 
 
 def write_report(result: Mapping[str, Any], folder: Path) -> Path:
@@ -148,18 +180,21 @@ def _html(table: str) -> str:
 
 
 def _waterfall(result: Mapping[str, Any], path: Path) -> None:
-    """A bar for each candidate, its stages one after the other, what is in no stage at the end."""
+    """A bar for each candidate, its stages one after the other, what is in no stage at the end.
+
+    A bar ends at its label, the median of whole pictures: medians of stages do not sum up to it, and what is left is between them.
+    """
     plot = _pyplot()
     figure, axes = plot.subplots(figsize=(10, 1.2 + 0.55 * len(result["runs"])))
     names, shown = list(result["runs"])[::-1], set()
     for row, name in enumerate(names):
         run, left = result["runs"][name], 0.0
         for stage in (*_stages(result), "gap"):
-            spent = max(0.0, run["gap_ms"]) if stage == "gap" else run["stages_ms"].get(stage, 0.0)
+            spent = max(0.0, run["p50_ms"] - left) if stage == "gap" else run["stages_ms"].get(stage, 0.0)
             if not spent:
                 continue
             colour = REST_COLOUR if stage == "gap" else dict(zip(STAGES, COLOURS)).get(stage, "#555555")
-            label = None if stage in shown else "in no stage" if stage == "gap" else stage
+            label = None if stage in shown else "between stages" if stage == "gap" else stage
             axes.barh(row, spent, left=left, color=colour, edgecolor="white", label=label)
             shown.add(stage)
             left += spent
@@ -184,7 +219,7 @@ def _distribution(result: Mapping[str, Any], path: Path) -> None:
     axes.set_xlabel("milliseconds")
     axes.set_ylabel("share of the queries that take longer")
     axes.grid(alpha=0.3, which="both")
-    axes.legend(loc="lower left", framealpha=0.9)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncol=4, frameon=False)  # tails reach into every corner
     _save(figure, path)
 
 
@@ -196,7 +231,7 @@ def _time_and_memory(result: Mapping[str, Any], path: Path) -> None:
         held = run["device_memory_bytes"] or run["peak_rss_bytes"]
         if held is None:
             continue
-        axes.plot(run["p50_ms"], held / 1e9, "o", label=f"{name}, {run['precision']}")
+        axes.plot(run["p50_ms"], held / 1e9, "o", label=f"{name}, {_precision(run)}")
     axes.plot(PAPER_SECONDS * 1e3, PAPER_GIGABYTES, "k*", markersize=12)
     axes.axvline(PAPER_SECONDS * 1e3, color="black", linestyle=":", alpha=0.5)
     axes.axhline(PAPER_GIGABYTES, color="black", linestyle=":", alpha=0.5)
@@ -206,7 +241,7 @@ def _time_and_memory(result: Mapping[str, Any], path: Path) -> None:
     axes.set_xlabel("milliseconds, median")
     axes.set_ylabel("GB at peak")
     axes.grid(alpha=0.3, which="both")
-    axes.legend(loc="center left")  # not at the points: candidates of one kind lie side by side
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncol=4, frameon=False)
     _save(figure, path)
 
 
@@ -237,5 +272,21 @@ def _power(power: Mapping[str, Any]) -> str:
     return ", ".join(text.format(power[name]) for name, text in named.items() if power[name] is not None)
 
 
+def main(arguments: list[str] | None = None) -> int:
+    """Exit code 2 where the file is no result, or there is no matplotlib."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description="The report of a result of agvas-bench.")
+    parser.add_argument("result", type=Path, metavar="RUN.json", help="what agvas-bench --json wrote")
+    parser.add_argument("folder", type=Path, metavar="DIR", help="where the report goes")
+    options = parser.parse_args(arguments)
+    try:
+        result = read_result(options.result)
+        check_report(result)
+        print(write_report(result, options.folder))
+    except (RequestError, OSError) as error:
+        print(f"report: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
 if __name__ == "__main__":
-    print(write_report(json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])))
+    sys.exit(main())

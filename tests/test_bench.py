@@ -1,4 +1,4 @@
-"""agvas-bench says what was timed, against what, and with which masks; compares two runs by their samples; makes reports of them."""
+"""agvas-bench says what was timed, against what, and with which masks; its statistics, and what of the machine it can tell."""
 
 from __future__ import annotations
 
@@ -7,47 +7,37 @@ import copy
 import io
 import json
 import re
+import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from bench_results import samples
 from conftest import picture
 from PIL import Image
 
 from agvas import AGVAS, load, save
-from agvas.config import nano, ov_7b
-from benchmarks import bench
+from agvas.config import nano
+from benchmarks import bench, bench_measure
+from benchmarks.bench_candidates import Candidate, ModuleClock, open_candidate
+from benchmarks.bench_measure import FULL, QUICK, Request, is_full, reference_in_words, torch_device
 from benchmarks.bench_power import PowerSampler, read_tegrastats_line
-from benchmarks.bench_statistics import compare, deadline, paired_ratio, percentiles, slower
+from benchmarks.bench_statistics import deadline, paired_ratio, percentiles
 from benchmarks.midsize import random_checkpoint
-from benchmarks.roofline import DEVICES, Device, floor_ms, roofline
-from benchmarks.roofline import table as roofline_table
-from benchmarks.work import StageWork, stage_work
-from runtime.bundle import GOLDEN, SEAL, seal_of, sha256_of
+from benchmarks.work import stage_work
+from engines import EngineFailed
+from runtime.bundle import GOLDEN, SEAL, Bundle, seal_of, sha256_of
 from runtime.contract import STAGES
+from runtime.errors import RequestError
 
 
 def last_line(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
     told: dict[str, Any] = json.loads(capsys.readouterr().out.splitlines()[-1])
     return told
-
-
-def samples(seed: int, median: float, count: int = 400) -> list[float]:
-    """Skewed, with drifts, as latencies are."""
-    rng = np.random.default_rng(seed)
-    drift = 1 + 0.05 * np.sin(np.arange(count) / 25)
-    return list(median * drift * (1 + rng.gamma(1.0, 0.03, count)))
-
-
-def run_of(ms: list[float], stages: dict[str, list[float]] | None = None) -> dict[str, Any]:
-    return {"samples": {"ms": ms, "stages_ms": stages or {}}}
-
-
-def result_of(**runs: dict[str, Any]) -> dict[str, Any]:
-    return {"runs": runs, "environment": {"processor": "one", "threads": 2}}
 
 
 # Measured
@@ -97,6 +87,88 @@ def test_every_candidate_has_times_memory_and_masks_of_the_same_run(measured: Pa
     assert told["mask_iou_mean"] == told["runs"]["ours"]["mask_iou_mean"]
     assert told["pictures"] == {"source": "parts", "count": 3, "sizes": [[40, 60], [41, 60], [42, 60]]}
     assert not told["full"] and told["environment"]["threads"] == 1 and len(told["environment"]["bundle"]) == 64
+    assert {run["lmm"] for run in told["runs"].values()} == {"float"}
+
+
+def test_a_run_on_the_cpu_has_its_machines_ceilings_and_what_others_took_of_it(measured: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """So that each stage can be set against them by a later command, wherever that runs."""
+    told = json.loads(measured.read_text())
+    assert told["ceilings"]["flops"]["fp32"] > 1e8 and told["ceilings"]["bandwidth"] > 1e8 and "1 threads" in told["ceilings"]["source"]
+    if "others" in told["other_work"]:
+        assert 0 <= told["other_work"]["others"] <= 1 and told["other_work"]["seconds"] > 0
+    told["environment"]["processor"] = "a processor of another machine"
+    measured.with_name("elsewhere.json").write_text(json.dumps(told))
+    assert bench.main(["--roofline", "--json", str(measured.with_name("elsewhere.json"))]) == 0
+    planned = last_line(capsys)
+    assert planned["measured"]["device"] == "the run's machine" and planned["measured"]["stages"].keys() == set(STAGES)
+    flops = planned["stages"]["pixel_encoder"]["flops"]
+    share = flops / told["runs"]["ours"]["stages_ms"]["pixel_encoder"] * 1e3 / told["ceilings"]["flops"]["fp32"]
+    assert planned["measured"]["stages"]["pixel_encoder"]["share"] == pytest.approx(share)
+
+
+def test_ceilings_that_cannot_be_measured_lose_no_result(monkeypatch: pytest.MonkeyPatch, tiny_bundle: Path) -> None:
+    def fails(*_: Any) -> dict[str, Any]:
+        raise EngineFailed("no memory")
+
+    monkeypatch.setattr(bench_measure, "ceilings", fails)
+    assert bench_measure._ceilings(Request(tiny_bundle, "auto", "cpu", None, 1, (), None, None, None, QUICK)) == {"reason": "no memory"}
+
+
+def test_the_full_setting_may_be_exceeded_and_wants_pictures_that_differ() -> None:
+    assert is_full(FULL, 64) and is_full(replace(FULL, queries=2048, seconds=120.0), 100)
+    assert not is_full(FULL, 12) and not is_full(QUICK, 64)
+    for less in ({"queries": 1023}, {"seconds": 59.0}, {"warmups": 49}):
+        assert not is_full(replace(FULL, **less), 64), less  # type: ignore[arg-type]
+
+
+def test_a_picture_that_is_there_twice_counts_once(tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("a", "b"):
+        Image.fromarray(picture()).save(tmp_path / f"{name}.png")
+    arguments = ["--bundle", str(tiny_bundle), "--engine", "onnxruntime", "--threads", "1", "--images", str(tmp_path)]
+    assert bench.main([*arguments, "--quick", "--queries", "2"]) == 0
+    assert last_line(capsys)["pictures"]["count"] == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="wants a PyTorch without CUDA")
+def test_beside_a_pytorch_without_cuda_the_reference_is_the_cpus_and_torch_is_refused(tiny_bundle: Path, tiny_checkpoint: Path) -> None:
+    request = Request(tiny_bundle, "onnxruntime", "cuda:0", None, 1, (), str(tiny_checkpoint), None, None, QUICK)
+    assert torch_device(request) == "cpu"
+    assert "on the cpu: the PyTorch here does not compute on cuda:0" in reference_in_words("nano", Bundle(tiny_bundle), "cpu", "cuda:0")
+    with pytest.raises(RequestError, match="--against torch-bf16: expected a PyTorch that computes on cuda:0"):
+        torch_device(replace(request, against=("torch-bf16",)))
+    with pytest.raises(RequestError, match="torch: expected a PyTorch that computes on cuda:0"):
+        open_candidate(Candidate("torch", "torch", str(tiny_checkpoint), device="cuda:0"))
+
+
+def test_on_a_gpu_the_parts_are_timed_by_its_events_and_nothing_waits_within_a_picture(
+    tiny_model: AGVAS, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Waiting at each part would slow the whole, which is timed as well: ours waits for nothing in between."""
+    waits = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self, stream: Any) -> None:
+            self.at = time.perf_counter()
+
+        def elapsed_time(self, end: Event) -> float:
+            return (end.at - self.at) * 1e3
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *device: waits.append(device))
+    model = copy.deepcopy(tiny_model)
+    clock = ModuleClock(model, "cuda:0")
+    for _ in range(2):
+        clock.clear()
+        started = time.perf_counter()
+        model.segment(picture())
+        whole = (time.perf_counter() - started) * 1e3
+        assert waits == [] and set(clock.spent()) == set(STAGES) and waits.pop() == ("cuda:0",)
+        assert 0 < sum(clock.spent().values()) < whole
+        waits.clear()
 
 
 def test_a_checkpoint_may_be_named_by_a_relative_path(
@@ -180,6 +252,8 @@ def test_without_a_reference_the_golden_masks_judge(tiny_bundle: Path, capsys: p
     told = last_line(capsys)
     assert told["reference"] == "the bundle's golden traces" and told["pictures"]["source"] == "golden"
     assert told["pictures"]["count"] == told["runs"]["ours"]["queries"] == 2, "no more than were asked for"
+    golden = Bundle(tiny_bundle).golden()
+    assert {tuple(size) for size in told["pictures"]["sizes"]} == {golden[f"{index}.image"].shape[:2] for index in range(2)}
     assert told["mask_iou_mean"] > 0.99 and told["ratios"] == {}
     assert "samples" not in told["runs"]["ours"]
 
@@ -192,6 +266,9 @@ def test_without_a_reference_the_golden_masks_judge(tiny_bundle: Path, capsys: p
         (["--bundle", "BUNDLE", "--against", "torhc"], "did you mean"),
         (["--bundle", "BUNDLE", "--against", "torch"], "--checkpoint"),
         (["--bundle", "BUNDLE", "--queries", "0"], "--queries"),
+        (["--bundle", "BUNDLE", "--seconds", "nan"], "--seconds"),
+        (["--bundle", "BUNDLE", "--seconds", "inf"], "--seconds"),
+        (["--bundle", "BUNDLE", "--fps", "inf"], "--fps"),
         (["--bundle", "BUNDLE", "--json", "no/such/folder/run.json"], "existing folder"),
         (["--roofline", "--model", "ov_8b"], "ov_7b"),
         (["--compare", "no.json", "none.json"], "no.json"),
@@ -204,53 +281,7 @@ def test_a_wrong_request_ends_with_2_and_says_what_to_do(
     assert words in capsys.readouterr().err
 
 
-# Compared
-
-
-def test_compare_ends_with_1_only_where_a_run_or_stage_got_slower(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    before = {"pixel_encoder": samples(1, 80.0), "spam": samples(2, 20.0)}
-    worse = {"pixel_encoder": samples(3, 80.0), "spam": samples(4, 26.0)}
-    files = {}
-    for name, stages, whole in (("a", before, 100.0), ("same", before, 100.0), ("stage", worse, 100.5), ("all", before, 115.0)):
-        files[name] = tmp_path / f"{name}.json"
-        files[name].write_text(json.dumps(result_of(ours=run_of(samples(len(name), whole), stages))))
-    assert bench.main(["--compare", str(files["a"]), str(files["same"])]) == 0
-    capsys.readouterr()
-    assert bench.main(["--compare", str(files["a"]), str(files["stage"])]) == 1
-    assert last_line(capsys)["slower"] == ["ours/spam"]
-    assert bench.main(["--compare", str(files["a"]), str(files["all"])]) == 1
-    assert last_line(capsys)["slower"] == ["ours"]
-    assert bench.main(["--compare", str(files["a"]), str(files["all"]), "--threshold", "1.3"]) == 0
-
-
-def test_noise_alone_is_not_slower_and_a_few_spikes_are_not_either() -> None:
-    found = [slower(samples(seed, 50.0, 200), samples(seed + 100, 50.0, 200), 1.0)["slower"] for seed in range(40)]
-    assert sum(found) <= 3  # at 99 %, with the threshold at nothing
-    spiked = samples(7, 50.0)
-    spiked[::20] = [500.0] * len(spiked[::20])
-    assert not slower(samples(8, 50.0), spiked, 1.05)["slower"]
-
-
-def test_a_loss_beyond_the_threshold_is_found_in_noise() -> None:
-    assert all(slower(samples(seed, 50.0), samples(seed + 100, 55.0), 1.05)["slower"] for seed in range(20))
-
-
-def test_a_stage_that_hardly_counts_fails_nothing() -> None:
-    a = result_of(ours=run_of(samples(1, 100.0), {"spam": samples(2, 0.1)}))
-    b = result_of(ours=run_of(samples(3, 100.0), {"spam": samples(4, 0.2)}))
-    comparison = compare(a, b, 1.05)
-    assert comparison["runs"]["ours"]["stages"]["spam"]["ratio"] > 1.5
-    assert comparison["slower"] == []
-
-
-def test_runs_of_other_machines_are_told_apart_and_strangers_refused() -> None:
-    a = result_of(ours=run_of(samples(1, 100.0)))
-    b = result_of(ours=run_of(samples(2, 100.0))) | {"environment": {"processor": "another", "threads": 2}}
-    assert compare(a, b, 1.05)["other_machine"] == ["processor"]
-    with pytest.raises(ValueError, match="in common"):
-        compare(a, result_of(torch=run_of(samples(1, 100.0))), 1.05)
-    with pytest.raises(ValueError, match="raw samples"):
-        compare(a, result_of(ours={}), 1.05)
+# Statistics
 
 
 def test_percentiles_and_ratios_of_pairs() -> None:
@@ -289,33 +320,6 @@ def test_what_the_platform_does_not_tell_is_none_with_a_reason(monkeypatch: pyte
         pass
     told = sampler.summary()
     assert told["power_watts"] is None and told["clock_mhz"] is None and told["reason"]
-
-
-# Planned
-
-
-def test_a_floor_is_the_larger_of_arithmetic_and_traffic() -> None:
-    device = Device("a", {"bf16": 1e12, "int4": 1e12}, 1e9, "made up")
-    assert floor_ms(StageWork(flops=10**12, parameters=1000, passed=0), device, "bf16") == pytest.approx(1000)
-    assert floor_ms(StageWork(flops=1000, parameters=500_000, passed=0), device, "bf16") == pytest.approx(1)
-    assert floor_ms(StageWork(flops=1000, parameters=500_000, passed=250_000), device, "bf16") == pytest.approx(2)
-    assert floor_ms(StageWork(flops=1000, parameters=500_000, passed=0), device, "int4") < 0.3  # type: ignore[operator]
-    assert floor_ms(StageWork(1, 1, 1), device, "fp8") is None
-
-
-def test_the_devices_floors_for_the_papers_model_are_those_known() -> None:
-    """About 27 TFLOP: derived by hand for H100, RTX 4000 Ada, AGX Orin and Orin NX in 16 bit (34, 255, 643, 1821 ms with all of 32.6)."""
-    here = Device("this machine", {"fp32": 1e11}, 1e10, "made up")
-    told = roofline(ov_7b(), here, {"stages_ms": {"pixel_encoder": 1e6}, "p50_ms": 2e6, "precision": "fp32"})
-    floors = {name: device["floors"].get("bf16", {}).get("total_ms") for name, device in told["devices"].items()}
-    assert floors["H100 SXM"] == pytest.approx(27, rel=0.05)
-    assert floors["RTX 4000 Ada"] == pytest.approx(252, rel=0.05)
-    assert floors["Jetson AGX Orin 64GB"] == pytest.approx(632, rel=0.05)
-    assert floors["Jetson Orin NX 16GB"] == pytest.approx(1790, rel=0.05)
-    assert {device.name for device in DEVICES} < told["devices"].keys() and all(device.source for device in DEVICES)
-    assert told["measured"]["stages"]["pixel_encoder"]["times"] == pytest.approx(1e6 / (5.67e12 / 1e11 * 1e3), rel=0.02)
-    text = roofline_table(told)
-    assert "RTX A2000" in text and "datasheet" in text and "| total |" in text
 
 
 # The random checkpoint
