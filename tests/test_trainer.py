@@ -222,6 +222,39 @@ def test_exit_codes_tell_wrong_input_from_a_run_that_diverged(
     assert (str(error) or "training-run") in capsys.readouterr().err
 
 
+def test_after_divergence_each_kind_of_run_is_told_what_can_be_done(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def diverges(options: object) -> None:
+        raise Diverged("text is nan at step 4; the state of step 4 is in run")
+
+    for door in ("_tune", "_from_nothing"):
+        monkeypatch.setattr(cli, door, diverges)
+    assert cli.main(["--checkpoint", "nano", "--output", str(tmp_path)]) == 1
+    assert "is in run. Look at the samples of this step, or give a lower learning_rate" in capsys.readouterr().err
+    assert cli.main(["--output", str(tmp_path)]) == 1
+    assert "is in run. The rates of --config are its recipe's" in capsys.readouterr().err
+
+
+def test_a_tuning_goes_on_with_a_lower_rate_from_its_settings_file(
+    mixture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save(new_tiny(), tmp_path / "base")
+    arguments = ["--checkpoint", str(tmp_path / "base"), "--mixture", str(mixture), "--settings", str(tmp_path / "s.json")]
+    arguments += ["--steps", "1", "--batch", "2", "--output", str(tmp_path / "run")]
+    for rate in (1e-3, 1e-4):
+        (tmp_path / "s.json").write_text(json.dumps({"loop": {"precision": "no", "learning_rate": rate}}))
+        assert cli.main(arguments) == 0
+    assert "goes on at step 1 with other settings: learning_rate was 0.001, is 0.0001" in capsys.readouterr().err
+    (tmp_path / "run" / "state.safetensors").write_bytes(b"half")
+    assert cli.main(arguments) == 2
+    assert "state.safetensors: expected a whole state" in capsys.readouterr().err
+    (tmp_path / "run" / "settings.json").unlink()  # the remedy where it is damaged: a run's folder all the same
+    (tmp_path / "run" / "state.safetensors").unlink()
+    (tmp_path / "run" / "state").mkdir()
+    assert cli.main(arguments) == 0
+
+
 def test_a_fault_of_ours_is_no_diverged_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cli, "_from_nothing", lambda options: 1 // 0)
     with pytest.raises(ZeroDivisionError):
