@@ -255,6 +255,28 @@ def test_a_tuning_goes_on_with_a_lower_rate_from_its_settings_file(
     assert cli.main(arguments) == 0
 
 
+def test_a_changed_mixture_is_another_run(mixture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save(new_tiny(), tmp_path / "base")
+    arguments = ["--checkpoint", str(tmp_path / "base"), "--mixture", str(mixture), "--steps", "1", "--batch", "2"]
+    arguments += ["--output", str(tmp_path / "run")]
+    assert cli.main(arguments) == 0
+    begun, manifest = json.loads(mixture.read_text()), tmp_path / "data" / "manifest.csv"
+    mixture.write_text(json.dumps({"anomaly": begun["anomaly"] | {"anomalous_share": 0.25}}))
+    assert cli.main(arguments) == 2
+    assert "describes another run (mixture_groups.anomaly.anomalous_share was 0.5, is 0.25)" in capsys.readouterr().err
+    mixture.write_text(json.dumps(begun))
+    listed = manifest.read_text()
+    manifest.write_text(listed.replace("1.png,1_mask.png", "0.png,1_mask.png"))  # as many pictures, and other ones
+    assert cli.main(arguments) == 2
+    assert "mixture_groups.anomaly.sources[0].records_sha256 was " in capsys.readouterr().err
+    manifest.write_text(listed)
+    kept = json.loads((tmp_path / "run" / "settings.json").read_text())
+    del kept["mixture_groups"]
+    (tmp_path / "run" / "settings.json").write_text(json.dumps(kept | {"mixture": "| group | source |"}))
+    assert cli.main(arguments) == 2
+    assert "another version's, without or with mixture, mixture_groups: whether this is the same run" in capsys.readouterr().err
+
+
 def test_a_fault_of_ours_is_no_diverged_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cli, "_from_nothing", lambda options: 1 // 0)
     with pytest.raises(ZeroDivisionError):

@@ -158,7 +158,7 @@ def _tune(options: argparse.Namespace) -> Path | None:
     mixture = Mixture(mixture_settings, prompts.anchors, TextLimits(model.tokenizer, prompts))
     if is_main_process():
         print(mixture.describe(), file=sys.stderr)
-    facts = {"checkpoint": str(options.checkpoint), "mixture": mixture.describe()}
+    facts = {"checkpoint": str(options.checkpoint), "mixture_groups": mixture.facts()}
     tune(model, mixture, settings, options.output, options.device, options.workers, options.feature_cache, facts)
     return options.output / "checkpoint" if is_main_process() else None
 
