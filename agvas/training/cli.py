@@ -112,7 +112,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch", type=int, help="samples an optimiser step learns from, over all processes")
     parser.add_argument("--micro-batch", type=int, help="samples a process computes with at a time")
     parser.add_argument("--samples", type=int, help="procedural samples in the pool, with --config")
-    parser.add_argument("--ablation", choices=ABLATIONS, help="leave a part out, with --config")
+    parser.add_argument("--ablation", choices=ABLATIONS, help="leave a part out (the paper's table 3)")
     parser.add_argument("--seed", type=int, help="of weights and of the order of samples (default: the recipe's, 0)")
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda:N; with torchrun or accelerate launch: cpu or cuda")
     parser.add_argument("--workers", type=int, default=2, help="processes or threads that make samples (default 2; 0: none of their own)")
@@ -139,12 +139,12 @@ def _from_nothing(options: argparse.Namespace) -> Path | None:
 
 
 def _tune(options: argparse.Namespace) -> Path | None:
-    for name in ("samples", "ablation"):
-        if getattr(options, name) is not None:
-            raise ValueError(f"--{name} is for training from nothing; leave it or --checkpoint out")
+    if options.samples is not None:
+        raise ValueError("--samples is for training from nothing; leave it or --checkpoint out")
     if options.mixture is None:
         raise ValueError("--checkpoint needs what to tune on; give --mixture FILE.json (see agvas/training/README.md)")
     from agvas.checkpoint import load
+    from agvas.training.ablation import leave_out
     from agvas.training.mixture import Mixture, MixtureSettings
     from agvas.training.processes import is_main_process
     from agvas.training.text_limits import TextLimits
@@ -154,6 +154,10 @@ def _tune(options: argparse.Namespace) -> Path | None:
     settings = replace(settings, loop=_changed_loop(settings.loop, options))
     mixture_settings = MixtureSettings.read(options.mixture)
     model = load(options.checkpoint)
+    if options.ablation is not None:
+        told = leave_out(model, options.ablation)
+        if is_main_process():
+            print(told, file=sys.stderr)
     prompts = model.config.prompts
     mixture = Mixture(mixture_settings, prompts.anchors, TextLimits(model.tokenizer, prompts))
     if is_main_process():
