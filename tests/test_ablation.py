@@ -14,7 +14,6 @@ from torch import Tensor
 
 from agvas import AGVAS, load, save
 from agvas.config import ABLATIONS, ANCHORS, ablated
-from agvas.importing import ImportSettings, import_parts
 from agvas.training import cli
 from agvas.training.ablation import leave_out
 from benchmarks.predictors import Source, open_predictor
@@ -107,15 +106,3 @@ def test_agvas_train_tunes_an_ablation_of_a_checkpoint(
     with pytest.raises(ValueError, match=rf"fusion weight: expected a checkpoint with all of .*, got tiny-{ablation} with "):
         open_predictor(Source(checkpoint=str(tmp_path / "run" / "checkpoint"), fusion_weight=0.9))
     open_predictor(Source(checkpoint=str(tmp_path / "run" / "checkpoint")))
-
-
-def test_what_an_ablation_trained_is_imported_over_its_base(mixture: Path, tmp_path: Path) -> None:
-    """A base with a SPAM that the ablation lacks is refused by name; one of Hugging Face's has none."""
-    save(new_tiny(), tmp_path / "base")
-    arguments = ["--checkpoint", str(tmp_path / "base"), "--mixture", str(mixture), "--steps", "1", "--batch", "1"]
-    assert cli.main([*arguments, "--ablation", "no-seg", "--output", str(tmp_path / "run")]) == 0
-    import_parts(ImportSettings(tmp_path / "base", tmp_path / "imported", trained=(tmp_path / "run" / "trained",)))
-    imported, expected = load(tmp_path / "imported").state_dict(), load(tmp_path / "run" / "checkpoint").state_dict()
-    assert imported.keys() == expected.keys()
-    for name, tensor in imported.items():
-        torch.testing.assert_close(tensor, expected[name], atol=1e-6, rtol=0, msg=name)
