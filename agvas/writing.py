@@ -42,6 +42,34 @@ def disk_errors(path: Path) -> Iterator[None]:
         raise OSError(f"{path}: expected to be written whole, got: {error}; free some space, then the same command again") from error
 
 
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file beside `path` to be written, which then takes its place: after a power cut, too, there is the old one or the new one, whole.
+
+    Raises:
+        OSError: it cannot be written; `path` is as it was.
+    """
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        with disk_errors(partial):
+            yield partial
+            on_disk(partial)
+            os.replace(partial, path)
+            if os.name == "posix":  # Windows opens no folders
+                on_disk(path.parent)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def on_disk(path: Path) -> None:
+    """Wait until what was written to a file, or the names in a folder, would outlast a power cut."""
+    opened = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
+
+
 def write_tensors(path: Path, tensors: LazyTensors, metadata: Mapping[str, str] | None = None) -> None:
     """A .safetensors file of tensors that are read one after the other: the library's own writer wants all of them in memory.
 

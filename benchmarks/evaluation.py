@@ -81,9 +81,9 @@ def evaluate(
 
     Metrics are fractions, or None where they are undefined: ap, f1_max, aupro, iou_anomalous and found_anomalous (the share with a mask
     that is not empty, wherever it lies) without anomalous pictures, empty_normal without normal ones, image_auroc without both, aupro also
-    without normal pixels. Beside them stand the counts images and normal_images, and ap_error and aupro_error, the most by which binning
-    can have moved the two (see PixelScores). The mean is over categories, ignoring None; its counts are sums, its errors the largest.
-    Pictures of which nothing is known count as images only.
+    without normal pixels. Beside them stand the counts images and normal_images, and ap_error, f1_max_error and aupro_error, the most by
+    which binning can have moved the three (F1-max downwards alone, see PixelScores). The mean is over categories, ignoring None; its counts
+    are sums, its errors the largest. Pictures of which nothing is known count as images only.
 
     `progress` wraps the sequence of items, as tqdm does; they are taken category by category, so that one category's pixels are held at a
     time. With a region (bool [H, W], of every picture's size), pixels outside it are not judged, and a picture whose defect lies outside
@@ -136,10 +136,11 @@ def _evaluate_category(
             anomalous.append(is_anomalous)
         for observe in observers:
             observe(Observation(item, prediction, is_anomalous, truth, iou, ap, seconds))
-    ap, aupro = pixels.average_precision(), pixels.aupro()
+    ap, f1_max, aupro = pixels.average_precision(), pixels.f1_max(), pixels.aupro()
+    f1_bound = pixels.f1_max_bound()
     return {
         "ap": ap,
-        "f1_max": pixels.f1_max(),
+        "f1_max": f1_max,
         "aupro": aupro,
         "iou_anomalous": _mean(overlaps),
         "found_anomalous": _mean(found),
@@ -148,6 +149,7 @@ def _evaluate_category(
         "images": images,
         "normal_images": len(empty),
         "ap_error": _error(ap, pixels.average_precision_bounds()),
+        "f1_max_error": None if f1_max is None or f1_bound is None else f1_bound - f1_max,
         "aupro_error": _error(aupro, pixels.aupro_bounds()),
     }
 
@@ -191,7 +193,7 @@ def mean_metrics(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The macro mean of categories, or of data sets' means: None is left out, counts are summed, of errors the largest is taken."""
     mean: dict[str, Any] = {name: _mean([part[name] for part in parts if part[name] is not None]) for name in METRICS}
     mean |= {name: sum(part[name] for part in parts) for name in ("images", "normal_images")}
-    errors = ("ap_error", "aupro_error")
+    errors = ("ap_error", "f1_max_error", "aupro_error")
     return mean | {name: max((part[name] for part in parts if part[name] is not None), default=None) for name in errors}
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from agvas.config import ROLES, AGVASConfig
 from benchmarks.datasets import Judged
 from benchmarks.evaluation import Predict, Prediction
 from runtime.errors import choose
@@ -236,13 +237,15 @@ def _bundle_predictor(source: Source, question: Question) -> Predictor:
 
 def _checkpoint_predictor(source: Source, question: Question) -> Predictor:
     import agvas
-    from agvas.checkpoint import checkpoint_folder, weight_files
+    from agvas.checkpoint import checkpoint_folder, open_checkpoint, weight_files
     from agvas.training.device import check_device
     from runtime.bundle import sha256_of
     from runtime.images import read_image
 
     if source.device is not None:
         check_device(source.device)  # first: a 7B is read for minutes
+    if source.fusion_weight is not None:
+        _check_fusion(open_checkpoint(source.checkpoint or "").config)
     model = agvas.load(source.checkpoint or "")
     if source.device is not None:
         model = model.to(source.device)
@@ -273,6 +276,14 @@ def _checkpoint_predictor(source: Source, question: Question) -> Predictor:
         "fusion_weight": decoder.fusion_weight,
     }
     return Predictor(predict, judged)
+
+
+def _check_fusion(config: AGVASConfig) -> None:
+    if len(config.mask_decoder.roles) < len(ROLES):
+        raise ValueError(
+            f"fusion weight: expected a checkpoint with all of {', '.join(ROLES)}, whose maps it weighs, got {config.name} with "
+            f"{', '.join(config.mask_decoder.roles)} alone; leave --fusion-weight out"
+        )
 
 
 def _prediction(result: Any) -> Prediction:

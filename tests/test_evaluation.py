@@ -23,7 +23,18 @@ def test_a_perfect_prediction_scores_one_in_everything(parts: Path) -> None:
     bolt = result["categories"]["bolt"]
     for name in evaluation.METRICS:
         assert bolt[name] == 1.0
-    assert (bolt["images"], bolt["normal_images"], bolt["ap_error"]) == (4, 2, 0.0)
+    assert (bolt["images"], bolt["normal_images"], bolt["ap_error"], bolt["f1_max_error"]) == (4, 2, 0.0, 0.0)
+
+
+def test_errors_of_binning_stand_beside_what_it_moved(parts: Path) -> None:
+    """Scores that share a bin: the exact F1-max is 1, and the error says that it may be."""
+    almost = np.where(truth(), np.float32(0.3) + np.float32(2**-20), np.float32(0.3))
+    assert len(np.unique(almost)) == 2
+    result = evaluate(read_manifest(parts)[:1], says(almost, truth()))
+    bolt = result["categories"]["bolt"]
+    assert bolt["f1_max"] < 0.9 and bolt["f1_max"] + bolt["f1_max_error"] == pytest.approx(1)
+    assert bolt["ap"] < 0.9 and bolt["ap_error"] > 0.1 and bolt["aupro_error"] > 0.1
+    assert result["mean"]["f1_max_error"] == bolt["f1_max_error"]
 
 
 def test_predicting_nothing_scores_the_share_of_pixels_and_empties_every_normal(parts: Path) -> None:
@@ -106,7 +117,8 @@ def test_undefined_metrics_are_none_and_left_out_of_the_mean(parts: Path) -> Non
     assert result["mean"]["images"] == 5
     normals = [item for item in read_manifest(parts) if not item.is_anomalous]
     bolt = evaluate(normals, perfect)["categories"]["bolt"]
-    assert bolt["ap"] is bolt["f1_max"] is bolt["iou_anomalous"] is bolt["found_anomalous"] is bolt["ap_error"] is None
+    assert bolt["ap"] is bolt["f1_max"] is bolt["iou_anomalous"] is bolt["found_anomalous"] is None
+    assert bolt["ap_error"] is bolt["f1_max_error"] is bolt["aupro_error"] is None
     assert bolt["empty_normal"] == 1.0
 
 

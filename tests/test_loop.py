@@ -97,7 +97,7 @@ def test_a_state_that_cannot_be_written_is_told_in_words_and_the_run_goes_on_onc
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))  # as a full disk, for the state is larger and all else smaller
     try:
-        with pytest.raises(OSError, match=r"state\.partial: expected to be written whole, got: .*; free some space"):
+        with pytest.raises(OSError, match=r"state\.safetensors\.partial: expected to be written whole, got: .*; free some space"):
             trained(tmp_path / "run")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -223,7 +223,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_leaves_the_last_save(tmp_pat
             losses = super().forward(batch, step)
             return losses | {"brightness": losses["brightness"] * (spoil(1.0) if step == 4 else 1.0)}
 
-    with pytest.raises(Diverged, match="brightness is (nan|inf) at step 4"):
+    with pytest.raises(Diverged, match="brightness is (nan|inf) at step 4; the state of step 4 is in "):
         trained(tmp_path, module=Spoiled())
     with safe_open(tmp_path / "state.safetensors", "pt") as file:
         assert file.metadata() == {"step": "4"}
@@ -231,10 +231,106 @@ def test_a_loss_that_is_no_number_stops_the_run_and_leaves_the_last_save(tmp_pat
     assert not list(tmp_path.glob("*.partial"))
 
 
+@pytest.mark.parametrize(("step", "left"), [(3, "the state of step 2 is in "), (1, "no state has been saved")])
+def test_weights_that_are_no_numbers_never_become_the_state(tmp_path: Path, step: int, left: str) -> None:
+    """A step whose loss and gradient were finite may still end in a weight that is not."""
+
+    class Overflowing(Learner):
+        def forward(self, batch: Batch, at: int) -> dict[str, Tensor]:
+            losses = super().forward(batch, at)
+            if at == step:
+                self.layers[4].bias.data.fill_(math.inf)
+            return losses
+
+    with pytest.raises(Diverged, match=rf"layers\.4\.bias is no finite number behind step {step}; {left}"):
+        trained(tmp_path, replace(SETTINGS, micro_batch=4), module=Overflowing())
+    assert (tmp_path / "state.safetensors").exists() == (step == 3)
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[: len(data) // 2], lambda data: b"\0" * len(data), lambda data: b""])
+def test_a_damaged_state_is_named_with_what_to_do(tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
+    trained(tmp_path, replace(SETTINGS, steps=2))
+    state = tmp_path / "state.safetensors"
+    state.write_bytes(damage(state.read_bytes()))
+    with pytest.raises(ValueError, match=r"state\.safetensors: expected a whole state, got: .*; remove the file to begin again at step 0"):
+        trained(tmp_path, replace(SETTINGS, steps=2))
+
+
+def test_a_state_of_another_model_is_refused(tmp_path: Path) -> None:
+    trained(tmp_path)
+    wider = Learner()
+    wider.layers[4] = nn.Linear(6, 2)
+    with pytest.raises(ValueError, match=r"expected the state of this model, got another one's \(see average\.layers\.4\.bias\)"):
+        trained(tmp_path, replace(SETTINGS, average_decay=0.9), module=wider)
+
+
+def test_damaged_settings_are_named_and_the_run_goes_on_without_them(tmp_path: Path, uninterrupted: Any) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        trained(tmp_path, source=Noise(4), workers=0)
+    settings = tmp_path / "settings.json"
+    settings.write_text(settings.read_text()[:40])
+    with pytest.raises(ValueError, match=r"settings\.json: expected a whole JSON file, got .*; if this command began the run, remove the"):
+        trained(tmp_path)
+    settings.unlink()
+    assert_same(trained(tmp_path), uninterrupted[0])
+
+
+def test_files_are_on_the_disk_before_they_take_the_place_of_older_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[tuple[str, str]] = []
+    sync, move = os.fsync, os.replace
+
+    def synced(opened: int) -> None:
+        done.append(("synced", Path(os.readlink(f"/proc/self/fd/{opened}")).name))
+        sync(opened)
+
+    def moved(before: Any, after: Any) -> None:
+        done.append(("moved", Path(after).name))
+        move(before, after)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", moved)
+    trained(tmp_path, replace(SETTINGS, steps=1))
+    for name in ("settings.json", "state.safetensors"):
+        at = done.index(("moved", name))
+        assert done[at - 1 : at + 2] == [("synced", f"{name}.partial"), ("moved", name), ("synced", tmp_path.name)]
+
+
 def test_a_folder_holds_one_run_and_says_what_differs(tmp_path: Path) -> None:
     trained(tmp_path)
-    with pytest.raises(ValueError, match=r"learning_rate was 0.05, is 0.1.*choose another folder"):
-        trained(tmp_path, replace(SETTINGS, learning_rate=0.1))
+    with pytest.raises(ValueError, match=r"seed was 0, is 1.*choose another folder"):
+        trained(tmp_path, replace(SETTINGS, seed=1))
+    with pytest.raises(ValueError, match=r"steps was 7, is 6"):
+        trained(tmp_path, replace(SETTINGS, steps=6))
+
+
+def test_a_run_goes_on_with_another_rate_and_more_steps_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        trained(tmp_path, source=Noise(4), workers=0)
+    trained(tmp_path, replace(SETTINGS, learning_rate=0.01, warmup_steps=0, steps=9))
+    told = "training: goes on at step 4 with other settings: learning_rate was 0.05, is 0.01; steps was 7, is 9; warmup_steps was 2, is 0"
+    assert told in capsys.readouterr().err
+    kept = json.loads((tmp_path / "settings.json").read_text())
+    assert (kept["learning_rate"], kept["steps"], kept["warmup_steps"]) == (0.01, 9, 0)
+    assert [line["step"] for line in logged(tmp_path)] == list(range(9))
+    assert logged(tmp_path)[4]["rate"] == pytest.approx(0.01 * warmup_decay(4, 0, 9))
+    trained(tmp_path, replace(SETTINGS, learning_rate=0.01, warmup_steps=0, steps=9))
+    assert "other settings" not in capsys.readouterr().err
+
+
+def test_a_run_of_a_version_that_kept_other_settings_is_refused_in_these_words(tmp_path: Path) -> None:
+    trained(tmp_path)
+    kept = json.loads((tmp_path / "settings.json").read_text())
+    del kept["clip_norm"]
+    (tmp_path / "settings.json").write_text(json.dumps(kept))
+    with pytest.raises(ValueError, match="got another version's, without or with clip_norm: whether this is the same run cannot be told"):
+        trained(tmp_path)
+
+
+def test_a_run_shorter_than_its_warm_up_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trained(tmp_path / "short", replace(SETTINGS, steps=3, warmup_steps=6))
+    assert "training: 3 steps end within the warm-up of 6: the rate reaches 50% of learning_rate" in capsys.readouterr().err
+    trained(tmp_path / "long", replace(SETTINGS, steps=3, warmup_steps=3))
+    assert "warm-up" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -247,6 +343,14 @@ def test_a_folder_holds_one_run_and_says_what_differs(tmp_path: Path) -> None:
             for name in ("steps", "global_batch", "micro_batch", "save_every", "log_every")
             for number in (0, -1)
         ],
+        *[
+            ({name: value}, f"{name}: expected a finite number above 0, got {value:g}")
+            for name in ("learning_rate", "clip_norm")
+            for value in (0.0, -5.0, math.inf, math.nan)
+        ],
+        ({"warmup_steps": -5}, "warmup_steps: expected 0 or more, got -5"),
+        *[({"weight_decay": value}, "weight_decay: expected a finite number of 0 or more") for value in (-0.1, math.inf, math.nan)],
+        *[({"betas": betas}, "betas: expected two numbers of 0 or more and below 1") for betas in ((0.9, 1.0), (-0.1, 0.9))],
         *[({"average_decay": decay}, f"average_decay: expected a number between 0 and 1, got {decay:g}") for decay in (0.0, 1.0, 1.5)],
     ],
 )

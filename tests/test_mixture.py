@@ -23,9 +23,12 @@ from agvas.training import mixture
 from agvas.training.batch import collate
 from agvas.training.instructions import Description
 from agvas.training.mixture import GroupSettings, Mixture, MixtureSettings
+from agvas.training.record_digest import digest_of
 from agvas.training.sample import TrainingSample
 from agvas.training.sources.catalogue import GROUPS, OPTIONS, SourceSettings
+from agvas.training.sources.coco import CocoImage
 from agvas.training.sources.errors import DatasetError
+from agvas.training.sources.index_masks import IndexedImage
 from agvas.training.text_limits import TextLimits
 from runtime.prompts import MODES, PromptEncoder
 
@@ -482,3 +485,56 @@ def test_a_relative_root_starts_at_the_settings_file_and_options_reach_the_reade
     assert settings.anomaly is not None and settings.anomaly.sources[0].root == str(sets / "goods")
     (row,) = (line for line in Mixture(settings).describe().splitlines() if "goods-ad" in line)
     assert "| 2 " in row  # the two normal pictures of train
+
+
+# --- what a stopped run compares ---
+
+
+def test_the_facts_of_a_mixture_change_with_every_setting_and_every_annotation(sets: Path, tmp_path: Path) -> None:
+    shutil.copytree(sets, tmp_path / "sets")
+
+    def facts(content: dict[str, Any]) -> str:
+        return json.dumps(Mixture(read(tmp_path / "sets", content)).facts())
+
+    before = facts(groups())
+    assert facts(groups()) == before
+    changed = []
+    for group, key, value in [("anomaly", "anomalous_share", 0.4), ("conversation", "probability", None)]:
+        content = groups()
+        content[group][key] = value if value is not None else content[group].pop("probability", 0.1)
+        changed.append(facts(content))
+    assert changed[0] != before and changed[1] == before, "a default that is written out is no change"
+    for group, option in [("instruct", {"modes": ["direct"]}), ("anomaly", {"split": "train"}), ("general", {"split": "training"})]:
+        content = groups()
+        content[group]["sources"][0] |= option
+        changed.append(facts(content))
+    turns = tmp_path / "sets/llava/llava_instruct_150k.json"
+    turns.write_text(turns.read_text().replace("A can.", "A cup."))
+    changed.append(facts(groups()))
+    manifest = tmp_path / "sets/cracks/manifest.csv"
+    lines = manifest.read_text().splitlines(keepends=True)
+    manifest.write_text("".join([lines[0], *lines[:0:-1]]))
+    changed.append(facts(groups()))
+    del changed[1]
+    assert len({before, *changed}) == len(changed) + 1
+
+
+def test_a_digest_sees_what_a_record_holds_and_not_how_it_is_kept() -> None:
+    names = {1: ("the wall",), 2: ("the sky",)}
+    polygon = np.arange(3000, dtype=np.float64)
+    path = Path("a.png")
+
+    def digest(**changes: Any) -> str:
+        record = CocoImage(path, 5, 7, {1: (polygon,)}, names, Path("a.json"))
+        return digest_of([record, replace(record, **changes)])
+
+    plain = digest()
+    assert digest(names=dict(reversed(names.items()))) == plain and digest(shapes={1: (polygon.copy(),)}) == plain
+    moved = polygon.copy()
+    moved[1500] += 1e-9
+    others = [digest(shapes={1: (moved,)}), digest(shapes={2: (polygon,)}), digest(names={1: ("the wall",), 2: ("the sea",)})]
+    others += [digest(image=Path("b.png")), digest(height=7, width=5), digest(shapes={1: ({"size": [5, 7], "counts": [35]},)})]
+    assert len({plain, *others}) == len(others) + 1
+    indexed = IndexedImage(path, path, {1: "wall"}, frozenset({0, 255}))
+    assert digest_of([indexed]) == digest_of([replace(indexed, ignored=frozenset({255, 0}))])
+    assert digest_of([indexed]) != digest_of([replace(indexed, ignored=frozenset({0}))])

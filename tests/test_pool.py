@@ -258,6 +258,16 @@ def test_a_pool_of_other_settings_is_not_reused(tmp_path: Path, monkeypatch: pyt
         SamplePool(tmp_path, replace(settings, samples=4))
 
 
+@pytest.mark.parametrize("damage", ['{"settings": {"samp', "", "[]", '{"made": 3}'])
+def test_a_damaged_record_of_a_pool_is_named_with_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str) -> None:
+    monkeypatch.setattr(pool_module, "make_samples", stand_in_samples)
+    settings = PoolSettings(samples=3, plain=1, side=6, seed=40)
+    SamplePool.make(tmp_path, settings, 0)
+    (tmp_path / "pool.json").write_text(damage)
+    with pytest.raises(ValueError, match=rf"pool\.json: expected .*; remove the folder {tmp_path}: its samples are made again"):
+        SamplePool.make(tmp_path, settings, 0)
+
+
 def test_light_falls_off_towards_the_sides_of_a_quarter_of_the_pictures_and_leaves_their_middle() -> None:
     image = np.full((60, 80, 3), 120, np.uint8)
     shaded = [pool_module._shade_sides(image, np.random.default_rng(seed)) for seed in range(400)]

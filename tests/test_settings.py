@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -78,3 +79,27 @@ def test_a_file_that_is_no_json_is_named_with_its_line_and_what_to_do(tmp_path: 
         read_settings(tmp_path / "settings.json", TuningSettings())
     with pytest.raises(ValueError, match=r"nowhere\.json: expected a JSON file with settings, found no such file; correct the path"):
         read_settings(tmp_path / "nowhere.json", TuningSettings())
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"loop": {"clip_norm": 0}}, "clip_norm: expected a finite number above 0, got 0"),
+        ({"loop": {"learning_rate": 0}}, "learning_rate: expected a finite number above 0, got 0"),
+        ({"loop": {"warmup_steps": -5}}, "warmup_steps: expected 0 or more, got -5"),
+        ({"objective": {"mask": {"bce": -5}}}, "mask.bce: expected a finite weight of 0 or more, got -5"),
+        ({"objective": {"early_mask": {"dice": float("inf")}}}, "mask.dice: expected a finite weight of 0 or more, got inf"),
+        ({"objective": {"text": -1}}, "objective.text: expected a finite weight of 0 or more, got -1"),
+        ({"objective": {"image": float("nan")}}, "objective.image: expected a finite weight of 0 or more, got nan"),
+        ({"objective": {"text": 0, "mask": {"bce": 0, "dice": 0}}}, "objective: expected a term with a weight above 0, got none"),
+        ({"parts": {"slow_share": 0}}, "slow_share: expected a finite share above 0, got 0"),
+    ],
+)
+def test_what_would_train_nothing_or_the_wrong_way_is_refused(tmp_path: Path, values: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        read(tmp_path, values)
+
+
+def test_a_term_may_be_left_out(tmp_path: Path) -> None:
+    objective = read(tmp_path, {"objective": {"text": 0, "mask": {"bce": 0}}}).objective
+    assert (objective.text, objective.mask) == (0, MaskLossWeights(bce=0, dice=2.0))

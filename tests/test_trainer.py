@@ -222,6 +222,61 @@ def test_exit_codes_tell_wrong_input_from_a_run_that_diverged(
     assert (str(error) or "training-run") in capsys.readouterr().err
 
 
+def test_after_divergence_each_kind_of_run_is_told_what_can_be_done(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def diverges(options: object) -> None:
+        raise Diverged("text is nan at step 4; the state of step 4 is in run")
+
+    for door in ("_tune", "_from_nothing"):
+        monkeypatch.setattr(cli, door, diverges)
+    assert cli.main(["--checkpoint", "nano", "--output", str(tmp_path)]) == 1
+    assert "is in run. Look at the samples of this step, or give a lower learning_rate" in capsys.readouterr().err
+    assert cli.main(["--output", str(tmp_path)]) == 1
+    assert "is in run. The rates of --config are its recipe's" in capsys.readouterr().err
+
+
+def test_a_tuning_goes_on_with_a_lower_rate_from_its_settings_file(
+    mixture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save(new_tiny(), tmp_path / "base")
+    arguments = ["--checkpoint", str(tmp_path / "base"), "--mixture", str(mixture), "--settings", str(tmp_path / "s.json")]
+    arguments += ["--steps", "1", "--batch", "2", "--output", str(tmp_path / "run")]
+    for rate in (1e-3, 1e-4):
+        (tmp_path / "s.json").write_text(json.dumps({"loop": {"precision": "no", "learning_rate": rate}}))
+        assert cli.main(arguments) == 0
+    assert "goes on at step 1 with other settings: learning_rate was 0.001, is 0.0001" in capsys.readouterr().err
+    (tmp_path / "run" / "state.safetensors").write_bytes(b"half")
+    assert cli.main(arguments) == 2
+    assert "state.safetensors: expected a whole state" in capsys.readouterr().err
+    (tmp_path / "run" / "settings.json").unlink()  # the remedy where it is damaged: a run's folder all the same
+    (tmp_path / "run" / "state.safetensors").unlink()
+    (tmp_path / "run" / "state").mkdir()
+    assert cli.main(arguments) == 0
+
+
+def test_a_changed_mixture_is_another_run(mixture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save(new_tiny(), tmp_path / "base")
+    arguments = ["--checkpoint", str(tmp_path / "base"), "--mixture", str(mixture), "--steps", "1", "--batch", "2"]
+    arguments += ["--output", str(tmp_path / "run")]
+    assert cli.main(arguments) == 0
+    begun, manifest = json.loads(mixture.read_text()), tmp_path / "data" / "manifest.csv"
+    mixture.write_text(json.dumps({"anomaly": begun["anomaly"] | {"anomalous_share": 0.25}}))
+    assert cli.main(arguments) == 2
+    assert "describes another run (mixture_groups.anomaly.anomalous_share was 0.5, is 0.25)" in capsys.readouterr().err
+    mixture.write_text(json.dumps(begun))
+    listed = manifest.read_text()
+    manifest.write_text(listed.replace("1.png,1_mask.png", "0.png,1_mask.png"))  # as many pictures, and other ones
+    assert cli.main(arguments) == 2
+    assert "mixture_groups.anomaly.sources[0].records_sha256 was " in capsys.readouterr().err
+    manifest.write_text(listed)
+    kept = json.loads((tmp_path / "run" / "settings.json").read_text())
+    del kept["mixture_groups"]
+    (tmp_path / "run" / "settings.json").write_text(json.dumps(kept | {"mixture": "| group | source |"}))
+    assert cli.main(arguments) == 2
+    assert "another version's, without or with mixture, mixture_groups: whether this is the same run" in capsys.readouterr().err
+
+
 def test_a_fault_of_ours_is_no_diverged_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cli, "_from_nothing", lambda options: 1 // 0)
     with pytest.raises(ZeroDivisionError):

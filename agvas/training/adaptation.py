@@ -7,6 +7,7 @@ kept apart from the base, in peft's adapter layout beside one safetensors file, 
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +25,8 @@ ADAPTER = "default"
 
 @dataclass(frozen=True)
 class LoRASettings:
-    """Low-rank adapters of the language model's linear layers; rank 16 is the paper's, the rest LISA's (the paper gives none)."""
+    """Low-rank adapters of the language model's linear layers; rank 16 is the paper's, which gives no more. Layers, dropout and
+    the ratio of alpha to rank, 2, are LISA's, whose rank is 8 and alpha 16."""
 
     rank: int = 16
     alpha: int = 32
@@ -55,6 +57,10 @@ class TrainedParts:
     slow: tuple[str, ...] = ()
     slow_share: float = 1.0
     frozen: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not 0 < self.slow_share < math.inf:
+            raise ValueError(f"slow_share: expected a finite share above 0, got {self.slow_share:g}; `frozen` keeps parameters still")
 
 
 class Adaptation:

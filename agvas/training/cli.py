@@ -37,7 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> int:
     try:
         from agvas.training.device import check_device
-        from agvas.training.loop import Diverged
+        from agvas.training.state import Diverged
     except ModuleNotFoundError as error:
         return _lacking(error)
     try:
@@ -53,7 +53,7 @@ def _run(options: argparse.Namespace) -> int:
         print(f"agvas-train: {error}", file=sys.stderr)
         return 2
     except Diverged as error:
-        print(f"agvas-train: {error}", file=sys.stderr)
+        print(f"agvas-train: {error}. {_after_divergence(options)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"agvas-train: stopped; the same command goes on from what was saved in {options.output}", file=sys.stderr)
@@ -61,6 +61,15 @@ def _run(options: argparse.Namespace) -> int:
     if output is not None:
         print(f"saved {output}")
     return 0
+
+
+def _after_divergence(options: argparse.Namespace) -> str:
+    if options.checkpoint is None:
+        return "The rates of --config are its recipe's and the same command comes to the same step; try another --seed in another --output"
+    return (
+        "Look at the samples of this step, or give a lower learning_rate or clip_norm or more warmup_steps under \"loop\" in the file of "
+        "--settings; then the same command goes on from that state, or begins again where there is none"
+    )
 
 
 def _lacking(error: ModuleNotFoundError) -> int:
@@ -76,7 +85,7 @@ def _check_output(folder: Path) -> None:
     """ValueError for a folder of something else: a run is many files, which no one would want among pictures."""
     if not folder.is_dir() or not (found := sorted(path.name for path in folder.iterdir())):
         return
-    if not {"recipe.json", "settings.json", "pool", "pretraining"} & {*found}:
+    if not {"recipe.json", "settings.json", "state.safetensors", "state", "pool", "pretraining"} & {*found}:
         raise ValueError(f"--output {folder}: expected a new or empty folder, or that of a run, got one with {found[0]}; choose another")
 
 
@@ -103,7 +112,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch", type=int, help="samples an optimiser step learns from, over all processes")
     parser.add_argument("--micro-batch", type=int, help="samples a process computes with at a time")
     parser.add_argument("--samples", type=int, help="procedural samples in the pool, with --config")
-    parser.add_argument("--ablation", choices=ABLATIONS, help="leave a part out, with --config")
+    parser.add_argument("--ablation", choices=ABLATIONS, help="leave a part out (the paper's table 3)")
     parser.add_argument("--seed", type=int, help="of weights and of the order of samples (default: the recipe's, 0)")
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda:N; with torchrun or accelerate launch: cpu or cuda")
     parser.add_argument("--workers", type=int, default=2, help="processes or threads that make samples (default 2; 0: none of their own)")
@@ -114,7 +123,7 @@ def _from_nothing(options: argparse.Namespace) -> Path | None:
     for name in ("mixture", "settings", "feature_cache"):
         if getattr(options, name) is not None:
             raise ValueError(f"--{name.replace('_', '-')} is for tuning; give --checkpoint, too")
-    from agvas.training.loop import is_main_process
+    from agvas.training.processes import is_main_process
     from agvas.training.recipe import Recipe, train_from_nothing
 
     recipe = Recipe(config=options.config or "nano", ablation=options.ablation).with_seed(options.seed or 0)
@@ -130,14 +139,14 @@ def _from_nothing(options: argparse.Namespace) -> Path | None:
 
 
 def _tune(options: argparse.Namespace) -> Path | None:
-    for name in ("samples", "ablation"):
-        if getattr(options, name) is not None:
-            raise ValueError(f"--{name} is for training from nothing; leave it or --checkpoint out")
+    if options.samples is not None:
+        raise ValueError("--samples is for training from nothing; leave it or --checkpoint out")
     if options.mixture is None:
         raise ValueError("--checkpoint needs what to tune on; give --mixture FILE.json (see agvas/training/README.md)")
     from agvas.checkpoint import load
-    from agvas.training.loop import is_main_process
+    from agvas.training.ablation import leave_out
     from agvas.training.mixture import Mixture, MixtureSettings
+    from agvas.training.processes import is_main_process
     from agvas.training.text_limits import TextLimits
     from agvas.training.trainer import TuningSettings, tune
 
@@ -145,11 +154,15 @@ def _tune(options: argparse.Namespace) -> Path | None:
     settings = replace(settings, loop=_changed_loop(settings.loop, options))
     mixture_settings = MixtureSettings.read(options.mixture)
     model = load(options.checkpoint)
+    if options.ablation is not None:
+        told = leave_out(model, options.ablation)
+        if is_main_process():
+            print(told, file=sys.stderr)
     prompts = model.config.prompts
     mixture = Mixture(mixture_settings, prompts.anchors, TextLimits(model.tokenizer, prompts))
     if is_main_process():
         print(mixture.describe(), file=sys.stderr)
-    facts = {"checkpoint": str(options.checkpoint), "mixture": mixture.describe()}
+    facts = {"checkpoint": str(options.checkpoint), "mixture_groups": mixture.facts()}
     tune(model, mixture, settings, options.output, options.device, options.workers, options.feature_cache, facts)
     return options.output / "checkpoint" if is_main_process() else None
 

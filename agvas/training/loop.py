@@ -2,41 +2,40 @@
 
 What is trained is a module that takes a batch and returns named losses; what it learns from is asked for by number, so that step, process
 and accumulation decide alone which sample is seen where: a resumed run repeats an uninterrupted one, and two processes (but for the
-random numbers of dropout) one. State is safetensors and JSON, replaced whole; DeepSpeed writes its own. It knows nothing of masks,
-anchors or text.
+random numbers of dropout) one. It knows nothing of masks, anchors or text. What a run goes on from is state.py's.
 """
 
 from __future__ import annotations
 
-import json
+import math
 import os
-import shutil
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-from tensorboardX import SummaryWriter
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from agvas.interruption import Held, held_back
 from agvas.training.batch import Batch
 from agvas.training.device import check_device
+from agvas.training.kept import keep_settings
+from agvas.training.log import Log
+from agvas.training.processes import check_alike, check_shared, from_main
 from agvas.training.sample import TrainingSample
-from agvas.writing import disk_errors
+from agvas.training.state import Diverged, State
 from runtime.progress import pace
 
 PRECISIONS = ("auto", "no", "bf16")
+MAY_CHANGE = ("learning_rate", "clip_norm", "warmup_steps", "save_every", "log_every")
+"""Settings that a run may go on with another value of; it may also get more steps."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +74,16 @@ class LoopSettings:
         for name in ("steps", "global_batch", "micro_batch", "save_every", "log_every"):
             if (number := getattr(self, name)) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {number}; correct it")
+        for name in ("learning_rate", "clip_norm"):
+            if not 0 < (value := getattr(self, name)) < math.inf:
+                remedy = "; one of 1e9 clips nothing" if name == "clip_norm" else ""
+                raise ValueError(f"{name}: expected a finite number above 0, got {value:g}{remedy}")
+        if self.warmup_steps < 0:
+            raise ValueError(f"warmup_steps: expected 0 or more, got {self.warmup_steps}")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(f"weight_decay: expected a finite number of 0 or more, got {self.weight_decay:g}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas: expected two numbers of 0 or more and below 1, got {self.betas[0]:g} and {self.betas[1]:g}")
         if self.average_decay is not None and not 0 < self.average_decay < 1:
             raise ValueError(f"average_decay: expected a number between 0 and 1, got {self.average_decay:g}; null keeps the last weights")
 
@@ -83,10 +92,6 @@ class Source(Protocol):
     """Where samples come from: a pure function of seed, step and place in the global batch."""
 
     def sample(self, seed: int, step: int, index: int) -> TrainingSample: ...
-
-
-class Diverged(ArithmeticError):
-    """The loss or its gradient became NaN or infinite; the last saved state is intact."""
 
 
 @dataclass(frozen=True)
@@ -165,25 +170,33 @@ def run(
         facts: what else makes this run this run; kept beside the settings in settings.json, and compared on resume.
 
     Raises:
-        Diverged: see there.
-        ValueError: `folder` holds a run with other settings, or one that "auto" began in another precision on another machine.
+        Diverged: see there; says which state there is.
+        ValueError: `folder` holds a run with other settings than MAY_CHANGE allows, or one that "auto" began in another precision on
+            another machine; processes were given different settings.
     """
     accelerator = accelerator_for(settings, device)
-    native = multiplies_in_bf16(accelerator.device)
-    if settings.precision == "auto":
-        settings = replace(settings, precision="bf16" if native else "no")
-    elif settings.precision == "bf16" and not native and accelerator.is_main_process:
-        tqdm.write(f"{name}: this {accelerator.device.type} has no bfloat16 and emulates it slowly; precision auto takes fp32", sys.stderr)
+    settings = replace(settings, precision=_precision(settings.precision, accelerator, name))
     folder.mkdir(parents=True, exist_ok=True)
-    if accelerator.is_main_process:
-        keep_settings(folder / "settings.json", asdict(settings) | (facts or {}))
+    kept = asdict(settings) | (facts or {})
+    check_alike(kept)
+    changed = from_main(lambda: keep_settings(folder / "settings.json", kept, MAY_CHANGE, ("steps",)))
     module.to(accelerator.device)
     optimizer = torch.optim.AdamW(_parameter_groups(groups, settings), lr=settings.learning_rate, betas=settings.betas)
     wrapped, prepared = accelerator.prepare(module, optimizer)
-    state = _State(accelerator, module, wrapped, prepared, settings, folder)
+    state = State(accelerator, module, wrapped, prepared, settings.average_decay, folder)
+    if state.sharded:
+        check_shared(folder / "settings.json")
     first = state.resume()
-    log = _Log(folder, first, accelerator.num_processes) if accelerator.is_main_process else None
-    accumulation = accelerator.gradient_accumulation_steps
+    if accelerator.is_main_process:
+        _tell(name, settings, first, changed)
+    log: Log | None = None
+
+    def open_log() -> None:
+        nonlocal log
+        log = Log(folder, first, accelerator.num_processes)
+
+    from_main(open_log)
+    learner = _Learner(accelerator, wrapped, prepared, groups, settings)
     bar = tqdm(
         range(first, settings.steps),
         initial=first,
@@ -196,37 +209,21 @@ def run(
     batches = _batches(source, collate, settings, accelerator, first, workers)
     # Ctrl-C waits for the step and saves it; of several processes none knows at which step the others would end.
     alone = accelerator.num_processes == 1
-    with held_back("this step, and saving its state") if alone else nullcontext(Held()) as held:
-        for step in bar:
-            # Dropout must not depend on how often a run was interrupted.
-            torch.manual_seed((settings.seed * 1_000_003 + step) * 1_009 + accelerator.process_index)
-            for group in prepared.param_groups:
-                group["lr"] = settings.learning_rate * group["share"] * warmup_decay(step, settings.warmup_steps, settings.steps)
-            sums: dict[str, Tensor] = {}
-            for _ in range(accumulation):
-                with accelerator.accumulate(wrapped):
-                    batch = next(batches).to(accelerator.device)
-                    with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
-                        losses = wrapped(batch, step)
-                    loss = torch.stack(list(losses.values())).sum()
-                    accelerator.backward(loss)
-                    for key, value in losses.items():
-                        sums[key] = sums.get(key, 0) + value.detach() / accumulation
-                    if accelerator.sync_gradients:
-                        means = accelerator.reduce(sums, "mean")
-                        norm = accelerator.clip_grad_norm_([p for group in groups for p in group.parameters], settings.clip_norm)
-                        _check_finite(step, {**means, "gradient": norm}, folder)
-                    prepared.step()
-                    prepared.zero_grad(set_to_none=True)
-            state.average(step)
-            values = {key: float(value) for key, value in means.items()} | ({} if norm is None else {"norm": float(norm)})
-            if log is not None and (step % settings.log_every == 0 or step + 1 == settings.steps):
-                bar.set_postfix({key: f"{value:.3f}" for key, value in values.items()}, refresh=False)
-                log.write(step, values | {"rate": float(prepared.param_groups[0]["lr"])}, settings.global_batch)
-            if held.asked or (step + 1) % settings.save_every == 0 or step + 1 == settings.steps:
-                state.save(step + 1)
-            if held.asked:
-                break
+    try:
+        with held_back("this step, and saving its state") if alone else nullcontext(Held()) as held:
+            for step in bar:
+                values = learner.step(step, batches)
+                state.average(step)
+                last = step + 1 == settings.steps
+                if log is not None and (step % settings.log_every == 0 or last):
+                    bar.set_postfix({key: f"{value:.3f}" for key, value in values.items()}, refresh=False)
+                    log.write(step, values | {"rate": float(prepared.param_groups[0]["lr"])}, settings.global_batch)
+                if held.asked or (step + 1) % settings.save_every == 0 or last:
+                    state.save(step + 1)
+                if held.asked:
+                    break
+    except Diverged as error:
+        raise Diverged(f"{error}; {state.where()}") from error
     if log is not None:
         log.close()
     state.keep_average()
@@ -234,16 +231,74 @@ def run(
     accelerator.free_memory()
 
 
-def is_main_process() -> bool:
-    """Whether this process writes what all share; known before any accelerator is made."""
-    return int(os.environ.get("RANK", 0)) == 0
+class _Learner:
+    """One process's part in each optimiser step."""
+
+    def __init__(
+        self, accelerator: Accelerator, wrapped: nn.Module, optimizer: Any, groups: Sequence[Group], settings: LoopSettings
+    ) -> None:
+        self.accelerator, self.wrapped, self.optimizer, self.settings = accelerator, wrapped, optimizer, settings
+        self.parameters = [parameter for group in groups for parameter in group.parameters]
+
+    def step(self, step: int, batches: Iterator[Batch]) -> dict[str, float]:
+        """Take one step on the next micro-batches; its losses, and the norm of its gradient where it is known. Raises Diverged."""
+        settings, accelerator = self.settings, self.accelerator
+        # Dropout must not depend on how often a run was interrupted.
+        torch.manual_seed((settings.seed * 1_000_003 + step) * 1_009 + accelerator.process_index)
+        for group in self.optimizer.param_groups:
+            group["lr"] = settings.learning_rate * group["share"] * warmup_decay(step, settings.warmup_steps, settings.steps)
+        sums: dict[str, Tensor] = {}
+        values: dict[str, float] = {}
+        parts = accelerator.gradient_accumulation_steps
+        for _ in range(parts):
+            with accelerator.accumulate(self.wrapped):
+                losses = self._losses(next(batches), step)
+                accelerator.backward(torch.stack(list(losses.values())).sum())
+                for key, value in losses.items():
+                    sums[key] = sums.get(key, 0) + value.detach() / parts
+                if accelerator.sync_gradients:  # the last part
+                    values = self._clip(step, sums)
+                self.optimizer.step()
+                self.optimizer.zero_grad(set_to_none=True)
+        return values
+
+    def _losses(self, batch: Batch, step: int) -> dict[str, Tensor]:
+        batch = batch.to(self.accelerator.device)
+        with torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=self.settings.precision == "bf16"):
+            return self.wrapped(batch, step)
+
+    def _clip(self, step: int, sums: dict[str, Tensor]) -> dict[str, float]:
+        """Clip the gradient, and see that all is finite, which is the same in every process, so that all stop together."""
+        means = {key: float(value) for key, value in self.accelerator.reduce(sums, "mean").items()}
+        norm = self.accelerator.clip_grad_norm_(self.parameters, self.settings.clip_norm)  # None of DeepSpeed, which clips later
+        values = means | ({} if norm is None else {"norm": float(norm)})
+        for name, value in values.items():
+            if not math.isfinite(value):
+                raise Diverged(f"{'gradient' if name == 'norm' else name} is {value} at step {step}")
+        return values
 
 
-@contextmanager
-def main_process_first(device: str) -> Iterator[None]:
-    """What one process should write before the others read it."""
-    with PartialState(cpu=torch.device(device).type == "cpu").main_process_first():
-        yield
+def _precision(asked: str, accelerator: Accelerator, name: str) -> str:
+    """What is computed in: "auto" by what the device multiplies in; what it emulates is told."""
+    native = multiplies_in_bf16(accelerator.device)
+    if asked == "auto":
+        return "bf16" if native else "no"
+    if asked == "bf16" and not native and accelerator.is_main_process:
+        tqdm.write(f"{name}: this {accelerator.device.type} has no bfloat16 and emulates it slowly; precision auto takes fp32", sys.stderr)
+    return asked
+
+
+def _tell(name: str, settings: LoopSettings, first: int, changed: Sequence[str]) -> None:
+    """What is worth a line on stderr before the first step."""
+    if changed:
+        tqdm.write(f"{name}: goes on at step {first} with other settings: {'; '.join(changed)}", sys.stderr)
+    if settings.steps < settings.warmup_steps:
+        reached = warmup_decay(settings.steps - 1, settings.warmup_steps, settings.steps)
+        tqdm.write(
+            f"{name}: {settings.steps} steps end within the warm-up of {settings.warmup_steps}: the rate reaches {reached:.0%} of "
+            "learning_rate; take fewer warmup_steps to train at it",
+            sys.stderr,
+        )
 
 
 def warmup_decay(step: int, warmup_steps: int, steps: int) -> float:
@@ -251,44 +306,6 @@ def warmup_decay(step: int, warmup_steps: int, steps: int) -> float:
     if step < warmup_steps:
         return (step + 1) / warmup_steps
     return max(0.0, (steps - step) / max(1, steps - warmup_steps))
-
-
-def keep_settings(path: Path, settings: dict[str, Any]) -> None:
-    """Write a run's settings beside it, or see that they are the ones it was begun with.
-
-    Raises:
-        ValueError: the folder holds another run; says which settings differ.
-    """
-    text = json.dumps(settings, indent=2, default=str)
-    if path.exists():
-        found = json.loads(path.read_text())
-        wanted = json.loads(text)
-        if different := sorted(_differences(found, wanted)):
-            listed = "; ".join(
-                f"{name} differs" if "\n" in before + now else f"{name} was {before}, is {now}" for name, before, now in different
-            )
-            raise ValueError(f"{path} describes another run ({listed}); choose another folder, or remove this one to start again")
-        return
-    path.write_text(text)
-
-
-def _differences(found: Any, wanted: Any, name: str = "") -> Iterator[tuple[str, str, str]]:
-    """Each setting that differs, "pool.samples", with what it was and is."""
-    if isinstance(found, dict) and isinstance(wanted, dict):
-        for key in found.keys() | wanted.keys():
-            yield from _differences(found.get(key), wanted.get(key), f"{name}.{key}" if name else key)
-    elif found != wanted:
-        yield name, str(found), str(wanted)
-
-
-def _check_finite(step: int, values: dict[str, Tensor | None], folder: Path) -> None:
-    """The values are the same in every process, so all stop together."""
-    for name, value in values.items():
-        if value is not None and not torch.isfinite(torch.as_tensor(value)):
-            raise Diverged(
-                f"{name} is {float(value)} at step {step}; the state of the last save is in {folder}. Lower the learning rate, or look at "
-                "the samples of this step, and run the command again to go on from there"
-            )
 
 
 def _parameter_groups(groups: Iterable[Group], settings: LoopSettings) -> list[dict[str, Any]]:
@@ -326,166 +343,3 @@ def _batches(
                 yield ahead.pop(0).result()
         while ahead:
             yield ahead.pop(0).result()
-
-
-class _State:
-    """What is trained, its moving average and the optimiser, saved and resumed together."""
-
-    def __init__(
-        self, accelerator: Accelerator, module: nn.Module, wrapped: nn.Module, optimizer: Any, settings: LoopSettings, folder: Path
-    ) -> None:
-        self.accelerator, self.module, self.wrapped, self.optimizer = accelerator, module, wrapped, optimizer
-        self.settings, self.folder = settings, folder
-        self.sharded = accelerator.distributed_type == DistributedType.DEEPSPEED
-        self.parameters = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
-        self.kept: dict[str, Tensor] = {name: parameter.detach() for name, parameter in self.parameters.items()}
-        persistent = module.state_dict().keys()
-        self.kept |= {name: buffer for name, buffer in module.named_buffers() if name in persistent}
-        self.averages: dict[str, Tensor] = {}
-        if settings.average_decay is not None:
-            if self.sharded:
-                raise ValueError("average_decay: a moving average of sharded weights is not supported; set it to null")
-            self.averages = {name: tensor.clone() for name, tensor in self.kept.items()}
-
-    @torch.no_grad()
-    def average(self, step: int) -> None:
-        """A young average must not remember the random start: its memory grows with the steps taken."""
-        if self.settings.average_decay is None:
-            return
-        decay = min(self.settings.average_decay, (1 + step) / (10 + step))
-        for name, tensor in self.averages.items():
-            if tensor.is_floating_point():
-                tensor.lerp_(self.kept[name], 1 - decay)
-            else:  # how many batches a norm has seen
-                tensor.copy_(self.kept[name])
-
-    @torch.no_grad()
-    def keep_average(self) -> None:
-        for name, tensor in self.averages.items():
-            self.kept[name].copy_(tensor)
-
-    def save(self, step: int) -> None:
-        if self.sharded:  # every process writes its part, in the library's own layout
-            partial = self.folder / "state.partial"
-            if self.accelerator.is_main_process:
-                shutil.rmtree(partial, ignore_errors=True)  # what a stopped save has left; never the only whole state, see _mend
-            self.accelerator.wait_for_everyone()
-            self.accelerator.save_state(str(partial))
-            self.accelerator.wait_for_everyone()
-            if self.accelerator.is_main_process:
-                (partial / "step.json").write_text(json.dumps({"step": step}))
-                _put_in_place(self.folder)
-        elif self.accelerator.is_main_process:
-            state = {f"weights.{name}": tensor for name, tensor in self.kept.items()}
-            state |= {f"average.{name}": tensor for name, tensor in self.averages.items()}
-            names = {id(parameter): name for name, parameter in self.parameters.items()}
-            for parameter, slots in self._optimizer().state.items():
-                state |= {f"optimizer.{slot}.{names[id(parameter)]}": tensor for slot, tensor in slots.items()}
-            partial = self.folder / "state.partial"
-            copied = {name: tensor.detach().clone().contiguous() for name, tensor in state.items()}
-            with disk_errors(partial):
-                save_file(copied, partial, metadata={"step": str(step)})
-            os.replace(partial, self.folder / "state.safetensors")
-        self.accelerator.wait_for_everyone()
-
-    def resume(self) -> int:
-        """The step to go on with: 0 when nothing was saved."""
-        if self.sharded:
-            if self.accelerator.is_main_process:
-                _mend(self.folder)
-            self.accelerator.wait_for_everyone()
-            step = _step_of(place := self.folder / "state")
-            if step is None:
-                return 0
-            self.accelerator.load_state(str(place))
-            return step
-        path = self.folder / "state.safetensors"
-        if not path.exists():
-            return 0
-        optimizer = self._optimizer()
-        with torch.no_grad():
-            for name, tensor in load_file(path).items():
-                group, rest = name.split(".", 1)
-                if group == "optimizer":
-                    slot, parameter_name = rest.split(".", 1)
-                    parameter = self.parameters[parameter_name]
-                    place_of = torch.device("cpu") if slot == "step" else parameter.device
-                    optimizer.state[parameter][slot] = tensor.to(place_of)
-                else:
-                    {"weights": self.kept, "average": self.averages}[group][rest].copy_(tensor)
-        with safe_open(path, framework="pt") as file:
-            return int(file.metadata()["step"])
-
-    def _optimizer(self) -> torch.optim.Optimizer:
-        return getattr(self.optimizer, "optimizer", self.optimizer)
-
-
-def _step_of(state: Path) -> int | None:
-    """The step of a sharded state's folder; None unless it is whole, for step.json is written last."""
-    try:
-        return int(json.loads((state / "step.json").read_text())["step"])
-    except (FileNotFoundError, ValueError):
-        return None
-
-
-def _put_in_place(folder: Path) -> None:
-    """state.partial becomes state; until it has, what was state before is still there as state.old."""
-    partial, place, old = (folder / name for name in ("state.partial", "state", "state.old"))
-    shutil.rmtree(old, ignore_errors=True)
-    if place.exists():
-        os.replace(place, old)
-    os.replace(partial, place)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _mend(folder: Path) -> None:
-    """End what an interrupted save began: where there is no whole state, the new one becomes it, else the old one."""
-    place = folder / "state"
-    if _step_of(place) is None:
-        for name in ("state.partial", "state.old"):
-            if _step_of(folder / name) is not None:
-                shutil.rmtree(place, ignore_errors=True)
-                os.replace(folder / name, place)
-                break
-    shutil.rmtree(folder / "state.old", ignore_errors=True)
-
-
-class _Log:
-    """log.jsonl and TensorBoard's events: the same numbers, each step once, also after a resume."""
-
-    def __init__(self, folder: Path, first: int, processes: int) -> None:
-        self.path, self.processes = folder / "log.jsonl", processes
-        if self.path.exists():  # what was logged after the last save comes again
-            kept = [line for step, line in _logged(self.path) if step < first]
-            partial = self.path.with_name(self.path.name + ".partial")
-            partial.write_text("".join(f"{line}\n" for line in kept))
-            os.replace(partial, self.path)
-        self.events = SummaryWriter(str(folder / "tensorboard"), purge_step=first)
-        self.started, self.since, self.last = time.monotonic(), time.monotonic(), first - 1
-
-    def write(self, step: int, values: dict[str, float], images: int) -> None:
-        now = time.monotonic()
-        rate = (step - self.last) * images / max(now - self.since, 1e-9)
-        self.since, self.last = now, step
-        speed = {"seconds": round(now - self.started, 1), "images_per_second": round(rate, 2), "processes": self.processes}
-        line = {"step": step, **speed, **values}
-        with open(self.path, "a") as file:
-            file.write(json.dumps(line) + "\n")
-        for name, value in (values | {"images_per_second": rate}).items():
-            self.events.add_scalar(name, value, step)
-
-    def close(self) -> None:
-        self.events.close()
-
-
-def _logged(path: Path) -> Iterator[tuple[int, str]]:
-    """(step, line) of a log; half a last line, of a full disk or a power cut, is left out. Raises ValueError for any other that is none."""
-    lines = path.read_text(errors="replace").rstrip("\n").split("\n")
-    for number, line in enumerate(lines, 1):
-        try:
-            step = int(json.loads(line)["step"])
-        except (ValueError, TypeError, KeyError) as error:
-            if number == len(lines):
-                return
-            raise ValueError(f"{path}, line {number}: expected JSON with a step, got {line[:60]!r}; remove the line") from error
-        yield step, line

@@ -6,6 +6,7 @@ answer no more than a short one, and the loss of a batch is the mean of its part
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -24,6 +25,16 @@ class MaskLossWeights:
 
     bce: float = 0.5
     dice: float = 2.0
+
+    def __post_init__(self) -> None:
+        check_weights("mask", bce=self.bce, dice=self.dice)
+
+
+def check_weights(of: str, **weights: float) -> None:
+    """ValueError for a term's weight that would train nothing or the wrong way."""
+    for name, weight in weights.items():
+        if not 0 <= weight < math.inf:
+            raise ValueError(f"{of}.{name}: expected a finite weight of 0 or more, got {weight:g}")
 
 
 def text_loss(logits: Tensor, answers: Sequence[tuple[int, ...]]) -> Tensor:

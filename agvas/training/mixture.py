@@ -20,11 +20,10 @@ No torch here.
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +33,9 @@ from tqdm import tqdm
 
 from agvas.config import ANCHORS
 from agvas.training.instructions import dialogue, object_dialogue, with_anchors
+from agvas.training.record_digest import digest_of
 from agvas.training.sample import TrainingSample
-from agvas.training.settings import read_own_json, without_quotes
+from agvas.training.settings import meant, read_own_json, without_quotes
 from agvas.training.sources.catalogue import GROUPS, OPTIONS, SourceSettings, read_source
 from agvas.training.sources.conversations import Conversation
 from agvas.training.sources.errors import DatasetError
@@ -136,6 +136,17 @@ class Mixture:
         group = self._groups[_choose([group.probability for group in self._groups], rng)]
         sample = group.sample(rng)
         return replace(sample, answer=with_anchors(sample.answer, self.anchors))
+
+    def facts(self) -> dict[str, Any]:
+        """What makes it this mixture, for JSON: all settings by group (None: off), and of each source its records' number and digest."""
+        found: dict[str, Any] = dict.fromkeys(GROUPS)
+        for group in self._groups:
+            sources = [
+                asdict(source.settings) | {"records": len(source.records), "records_sha256": digest_of(source.records)}
+                for source in group.sources
+            ]
+            found[group.name] = asdict(getattr(self.settings, group.name)) | {"sources": sources}
+        return found
 
     def describe(self) -> str:
         """A Markdown table: group, source, records, and the probability of a sample to come from it; below it what is worth knowing."""
@@ -333,5 +344,4 @@ def _number(value: Any, where: str) -> float:
 
 
 def _unknown(name: str, allowed: tuple[str, ...]) -> str:
-    near = difflib.get_close_matches(name, allowed, n=1)
-    return f"expected one of {', '.join(allowed)}, got {name!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+    return f"expected one of {', '.join(allowed)}, got {name!r}{meant(name, allowed)}"

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from agvas.model import AGVAS
 from agvas.training.batch import Batch
 from agvas.training.feature_cache import FeatureCache
-from agvas.training.losses import MaskLossWeights, image_loss, mask_loss, text_loss
+from agvas.training.losses import MaskLossWeights, check_weights, image_loss, mask_loss, text_loss
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,11 @@ class ObjectiveSettings:
     image: float = 0.0
     early_mask: MaskLossWeights | None = None
     early_until: int = 0
+
+    def __post_init__(self) -> None:
+        check_weights("objective", text=self.text, image=self.image)
+        if not any((self.text, self.image, self.mask.bce, self.mask.dice)):
+            raise ValueError("objective: expected a term with a weight above 0, got none; give text, image, mask.bce or mask.dice one")
 
 
 class Objective(nn.Module):

@@ -7,7 +7,6 @@ an uninterrupted one would have drawn.
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,6 +23,7 @@ from agvas.config import ANCHORS
 from agvas.training.defects import KINDS
 from agvas.training.descriptions import describe
 from agvas.training.instructions import dialogue, with_anchors
+from agvas.training.kept import read_kept, write_kept
 from agvas.training.procedural import Sample, make_samples
 from agvas.training.sample import TrainingSample
 from runtime.progress import pace
@@ -70,7 +70,10 @@ class SamplePool:
         progress_file = folder / "pool.json"
         state = {"settings": asdict(settings), "made": 0}
         if progress_file.exists():
-            state = json.loads(progress_file.read_text())
+            remedy = f"remove the folder {folder}: its samples are made again"
+            state = read_kept(progress_file, remedy)
+            if not isinstance(state, dict) or not {"settings", "made"} <= state.keys():
+                raise ValueError(f"{progress_file}: expected settings and the number made, got {state!r:.60}; {remedy}")
             if state["settings"] != asdict(settings):
                 raise ValueError(f"{folder} holds another pool ({state['settings']}); choose another folder or remove it")
         made = int(state["made"])  # type: ignore[call-overload]
@@ -91,7 +94,7 @@ class SamplePool:
                     images.flush()
                     masks.flush()
                     kinds.flush()
-                    progress_file.write_text(json.dumps({"settings": asdict(settings), "made": made}))
+                    write_kept(progress_file, {"settings": asdict(settings), "made": made})
             bar.close()
         return cls(folder, settings)
 

@@ -19,12 +19,14 @@ from agvas.training.batch import collate
 from agvas.training.descriptions import all_sentences
 from agvas.training.device import check_device
 from agvas.training.instructions import all_instructions
+from agvas.training.kept import keep_settings
 from agvas.training.language_pretraining import LanguagePretraining, LanguagePretrainingSettings
-from agvas.training.loop import LoopSettings, is_main_process, keep_settings, main_process_first, run
+from agvas.training.loop import LoopSettings, run
 from agvas.training.losses import MaskLossWeights
 from agvas.training.objective import ObjectiveSettings
 from agvas.training.pool import PoolSettings, ProceduralSource, SamplePool
 from agvas.training.pretraining import PixelPretraining, PretrainingSettings, hand_over
+from agvas.training.processes import from_main, join, once_a_machine
 from agvas.training.trainer import TuningSettings, tune
 from agvas.trunk import published_weights
 
@@ -109,15 +111,14 @@ def train_from_nothing(recipe: Recipe, folder: Path, device: str = "cpu", worker
 
     Raises:
         ValueError: the folder holds another run; a pretrained trunk's package is not installed.
-        Diverged: see loop.py.
+        Diverged: see state.py.
     """
     check_device(device)
     model = new_model(recipe.config, recipe.seed, recipe.ablation)  # first: what it lacks is told before the samples are made
     folder.mkdir(parents=True, exist_ok=True)
-    with main_process_first(device):
-        if is_main_process():
-            keep_settings(folder / "recipe.json", asdict(recipe))
-        pool = SamplePool.make(folder / "pool", recipe.pool, workers)
+    join(device)
+    from_main(lambda: keep_settings(folder / "recipe.json", asdict(recipe)))
+    pool = once_a_machine(lambda: SamplePool.make(folder / "pool", recipe.pool, workers))
     first = PixelPretraining(model.train(), recipe.pretraining.weights, recipe.seed)
     anchors = model.config.prompts.anchors
     config = pieces_config(model.config, recipe.pretraining.side)

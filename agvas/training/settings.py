@@ -8,6 +8,7 @@ import json
 import math
 import types
 import typing
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -56,6 +57,12 @@ def without_quotes(value: Any, kind: type) -> str:
     return f"; write {value.strip()} without quotes" if fits else ""
 
 
+def meant(name: str, allowed: Iterable[str]) -> str:
+    """A hint to add to an error: the name that comes near. Empty where none does."""
+    near = difflib.get_close_matches(name, list(allowed), n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
 def changed(defaults: T, values: Any, where: str = "") -> T:
     """A frozen dataclass with some fields replaced, nested objects likewise."""
     if not isinstance(values, dict):
@@ -65,9 +72,7 @@ def changed(defaults: T, values: Any, where: str = "") -> T:
     for name, value in values.items():
         place = f"{where}.{name}" if where else name
         if name not in hints:
-            near = difflib.get_close_matches(name, hints, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"{place}: not a setting; expected one of {', '.join(hints)}{hint}")
+            raise ValueError(f"{place}: not a setting; expected one of {', '.join(hints)}{meant(name, hints)}")
         new[name] = _value(hints[name], getattr(defaults, name), value, place)
     return dataclasses.replace(defaults, **new)  # type: ignore[type-var]
 

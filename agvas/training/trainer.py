@@ -17,8 +17,9 @@ from agvas.model import AGVAS
 from agvas.training.adaptation import Adaptation, TrainedParts
 from agvas.training.batch import collate
 from agvas.training.feature_cache import FeatureCache
-from agvas.training.loop import LoopSettings, Source, is_main_process, run
+from agvas.training.loop import LoopSettings, Source, run
 from agvas.training.objective import Objective, ObjectiveSettings
+from agvas.training.processes import is_main_process
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def tune(
 
     Raises:
         ValueError: the folder holds another run; settings that cannot be.
-        Diverged: see loop.py.
+        Diverged: see state.py.
     """
     if cache is not None and model.config.pixel.kind != "sam":
         kind = model.config.pixel.kind
