@@ -243,6 +243,12 @@ def test_ade20k_counts_classes_from_one_and_leaves_other_out(ade: Path) -> None:
     assert same(drawn["the wall"], rectangle()) and same(drawn["the floor"], blob())
 
 
+def test_ade20ks_table_is_read_with_the_blanks_that_the_release_has_behind_its_cells(ade: Path) -> None:
+    rows = ["Idx\tRatio\tTrain\tVal\tName", "1 \t0.1576 \t11664\t1172\tbed ", "3\t0.0878\t8265\t796\tsofa, couch, lounge "]
+    (ade / "objectInfo150.txt").write_text("\n".join(rows) + "\n")
+    assert set(draws(read_ade20k(ade)[0][0])) == {"the bed", "the sofa"}
+
+
 def test_coco_stuff_counts_pixels_from_zero_and_names_from_one(stuff: Path) -> None:
     (image,), _ = read_coco_stuff(stuff)
     drawn = draws(image)
