@@ -304,6 +304,14 @@ def test_a_box_that_cannot_be_is_refused_when_the_set_is_read(gc10: Path, box: t
     assert raised.value.file == file
 
 
+def test_the_object_of_no_defect_that_the_release_has_is_left_out_with_a_remark(gc10: Path) -> None:
+    """Its box, too, which need not be one."""
+    boxes_file(next(gc10.rglob("img_01.xml")), ("d", 3, 2, 3, 99), ("1_chongkong", 3, 2, 10, 5))
+    (image,), remarks = read_gc10(gc10)
+    assert image.kind == "punching hole" and same(image.read_mask(HEIGHT, WIDTH), truth())
+    assert remarks == ["1 pictures without boxes left out", "1 objects named 'd' left out, the first in img_01.xml"]
+
+
 def test_broken_xml_and_different_pictures_of_one_name_are_refused(gc10: Path) -> None:
     file = next(gc10.rglob("img_01.xml"))
     file.write_text("<annotation><object>")
