@@ -16,7 +16,7 @@ from agvas.training.sources.errors import DatasetError
 from agvas.training.sources.gc10 import read_gc10
 from agvas.training.sources.instruct import read_instruct
 from agvas.training.sources.mvtec import read_mvtec
-from agvas.training.sources.pictures import read_picture
+from agvas.training.sources.pictures import picture_size, read_indices, read_nonzero, read_picture
 from agvas.training.sources.real_iad import read_real_iad
 from agvas.training.sources.zju_leaper import read_zju_leaper
 
@@ -465,6 +465,17 @@ def test_pictures_of_other_modes_become_rgb_by_the_rules_of_the_runtime(tmp_path
         Image.fromarray(array).save(path)
         read = read_picture(path)
         assert read.dtype == np.uint8 and (read == read_image(path)).all()
+
+
+def test_a_gif_by_the_name_of_jpg_is_learned_from_by_its_first_frame_and_is_no_mask(tmp_path: Path) -> None:
+    frames = [Image.new("RGB", (WIDTH, HEIGHT), colour).quantize() for colour in ((10, 20, 30), (200, 0, 0))]
+    path = tmp_path / "19579.jpg"
+    frames[0].save(path, format="GIF", save_all=True, append_images=frames[1:])
+    read = read_picture(path)
+    assert read.shape == (HEIGHT, WIDTH, 3) and (read == (10, 20, 30)).all()
+    for refused in (read_nonzero, read_indices, picture_size):
+        with pytest.raises(DatasetError, match=r"19579\.jpg: expected a picture that decodes"):
+            refused(path)
 
 
 def test_a_picture_that_does_not_decode_is_named(tmp_path: Path) -> None:
