@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from agvas.training.sources.catalogue import SourceSettings, read_source
 from agvas.training.sources.coco import read_coco
 from agvas.training.sources.conversations import read_conversations
 from agvas.training.sources.errors import DatasetError
@@ -203,6 +204,24 @@ def test_an_image_of_another_size_than_the_file_says_is_refused_when_it_is_drawn
     (image,), _ = read_coco(*write_coco(annotation(1, [RECTANGLE])))
     with pytest.raises(DatasetError, match="expected a mask of 22 x 17 .*found 11 x 17"):
         image.draw(2 * HEIGHT, WIDTH, np.random.default_rng(0))
+
+
+@pytest.mark.parametrize(("file", "images"), [("annotations/train/train.json", "images/train"), ("train.json", "train")])
+def test_partimagenet_is_read_where_its_release_has_it_and_unpacked_flat(
+    tmp_path: Path, write_coco: Callable[..., Any], file: str, images: str
+) -> None:
+    written, _ = write_coco(annotation(1, [RECTANGLE]))
+    root = tmp_path / "PartImageNet"
+    picture(root / images / "000000000007.jpg")
+    (root / file).parent.mkdir(parents=True, exist_ok=True)
+    written.rename(root / file)
+    (record,), _ = read_source("general", SourceSettings("partimagenet", str(root)))
+    assert record.image == root / images / "000000000007.jpg"
+
+
+def test_partimagenet_that_is_nowhere_is_missed_where_its_release_has_it(tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match=r"images.train: expected a folder"):
+        read_source("general", SourceSettings("partimagenet", str(tmp_path)))
 
 
 # Masks of class indices
