@@ -174,7 +174,7 @@ def write_real_iad(root: Path, folder: str = "realiad_jsons", **changes: Any) ->
 
 
 def test_real_iad_is_read_by_its_json_with_the_defect_in_words(real_iad: Path) -> None:
-    images = read_real_iad(real_iad)
+    images, remarks = read_real_iad(real_iad)
     assert [(image.image.name, image.kind, image.split) for image in images] == [
         ("a_OK_C1.jpg", None, "train"),
         ("b_OK_C1.jpg", None, "test"),
@@ -182,22 +182,30 @@ def test_real_iad_is_read_by_its_json_with_the_defect_in_words(real_iad: Path) -
     ]
     assert {image.category for image in images} == {"audiojack"}
     assert same(images[2].read_mask(HEIGHT, WIDTH), truth()) and not images[0].read_mask(HEIGHT, WIDTH).any()
-    assert len(read_real_iad(real_iad, split="train")) == 1
+    assert len(read_real_iad(real_iad, split="train")[0]) == 1 and not remarks
 
 
 def test_real_iad_takes_the_nested_json_folder_where_it_exists_and_the_one_that_is_given(real_iad: Path) -> None:
     write_real_iad(real_iad, "realiad_jsons/realiad_jsons", anomaly_class="AK")
-    assert read_real_iad(real_iad)[2].kind == "pit"
+    assert read_real_iad(real_iad)[0][2].kind == "pit"
     write_real_iad(real_iad, "realiad_jsons_sv", anomaly_class="own kind")
-    assert read_real_iad(real_iad, annotations="realiad_jsons_sv")[2].kind == "own kind"
+    assert read_real_iad(real_iad, annotations="realiad_jsons_sv")[0][2].kind == "own kind"
+
+
+@pytest.mark.parametrize("mask", [None, ""])
+def test_an_anomalous_picture_of_real_iad_without_a_mask_is_left_out_and_not_taken_for_normal(real_iad: Path, mask: str | None) -> None:
+    write_real_iad(real_iad, mask_path=mask)
+    images, remarks = read_real_iad(real_iad)
+    assert [image.image.name for image in images] == ["a_OK_C1.jpg", "b_OK_C1.jpg"]
+    assert remarks == ["1 anomalous pictures without a mask left out, the first c_NG_C1.jpg"]
 
 
 def test_a_broken_real_iad_file_names_file_entry_and_line(real_iad: Path) -> None:
     file = write_real_iad(real_iad, mask_path="NG/HS/S0003/gone.png")
     with pytest.raises(DatasetError, match=r"audiojack\.json: expected the file of test\[1\].*gone\.png"):
         read_real_iad(real_iad)
-    write_real_iad(real_iad, mask_path=None)
-    with pytest.raises(DatasetError, match=r"expected text as 'mask_path' of test\[1\], found None"):
+    write_real_iad(real_iad, mask_path=3)
+    with pytest.raises(DatasetError, match=r"expected text as 'mask_path' of test\[1\], found 3"):
         read_real_iad(real_iad)
     file.write_text('{"meta": {\n"prefix": ')
     with pytest.raises(DatasetError, match=r"audiojack\.json, line 2: expected JSON") as raised:

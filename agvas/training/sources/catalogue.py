@@ -99,7 +99,7 @@ def read_source(group: str, source: SourceSettings) -> tuple[Sequence[Any], list
         file, images = given.get("annotations", "llava_instruct_150k.json"), given.get("images", "train2017")
         return read_conversations(root / file, root / images), []
     if kind == "real-iad":
-        return read_real_iad(root, **given), []
+        return read_real_iad(root, **given)
     if kind == "zju-leaper":
         return read_zju_leaper(root, **given), []
     if kind == "crackforest":
