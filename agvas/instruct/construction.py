@@ -228,7 +228,7 @@ class Construction:
         for attempt in itertools.count(1):
             reply = self._endpoint.ask(body)
             event.add(reply.input_tokens, reply.output_tokens)
-            description, reasons = read_answer(reply.text, record.category)
+            description, reasons = read_answer(reply.text, record.category, record.kind)
             if description is not None:
                 return Entry(*place, description, settings.request.model, attempt, event.usage())
             if reply.finish_reason == "length":
