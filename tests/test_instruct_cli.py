@@ -325,9 +325,9 @@ def test_a_small_cost_is_shown_with_the_digits_it_has(
 def test_an_outage_ends_the_run_and_not_every_sample(
     tmp_path: Path, server: Server, waits: list[float], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    server.play = lambda number, body: (400, "no such parameter", {})
-    assert run(write_dataset(tmp_path / "many", 9), server) == 2
-    assert len(server.requests) == 5 and "5 requests in a row failed" in (error := capsys.readouterr().err) and "no such parameter" in error
+    server.play = lambda number, body: (500, "out of order", {})
+    assert run(write_dataset(tmp_path / "many", 9), server, "--tries", "1") == 2
+    assert len(server.requests) == 5 and "5 requests in a row failed" in (error := capsys.readouterr().err) and "out of order" in error
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from agvas.config import ANCHORS
 from agvas.instruct.hindsight import find_hindsight
 from agvas.training.instructions import Description, find_anchor_fault
 
-__all__ = ["FIELDS", "LENGTHS", "check_fields", "read_answer", "salvage_fields"]
+__all__ = ["FIELDS", "LENGTHS", "check_fields", "read_answer", "salvage_fields", "whole_characters"]
 
 LENGTHS = {
     "expectation": (20, 400),  # stands in an instruction (describe-then-segment-plus), which is limited
@@ -29,6 +29,7 @@ FIELDS = tuple(LENGTHS)
 
 _DESCRIBED_BEFORE_ANCHORS = 20  # characters: the model must say what it sees before it points at it
 
+_HALF_CHARACTER = re.compile("[\ud800-\udfff\ufffd]")  # what JSON's "\\ud83d" alone leaves, which no file takes, and its replacement
 _CONTROL_TOKEN = re.compile(r"<\|.*?\|>|</?(?:think|image|img)\b[^>]*>", re.IGNORECASE)
 _ANCHOR_LIKE = re.compile(r"\[\s*(?:NOR|ANO|SEG)\s*\]", re.IGNORECASE)
 
@@ -41,6 +42,11 @@ def read_answer(text: str, category: str = "", kind: str | None = None) -> tuple
     Args:
         category, kind: words of these names are not held against the answer ("box" of a food box).
     """
+    description, reasons = _read(text, category, kind)
+    return description, [whole_characters(reason) for reason in reasons]
+
+
+def _read(text: str, category: str, kind: str | None) -> tuple[Description | None, list[str]]:
     fields, reason = _find_object(text)
     if fields is None:
         return None, [reason]
@@ -76,6 +82,8 @@ def check_fields(description: Description, category: str = "", kind: str | None 
             reasons.append(f"the field {name} must begin with a letter or digit, it begins with {text[0]!r}")
         for word, phrases in find_hindsight(text, category, kind or ""):
             reasons.append(f"the field {name} mentions {', '.join(map(repr, phrases))} ({word}), which it must not")
+        if _HALF_CHARACTER.search(text):
+            reasons.append(f"the field {name} holds half a character (half of a surrogate pair); write it whole or leave it out")
         if found := _CONTROL_TOKEN.findall(text):
             reasons.append(f"the field {name} holds control tokens: {', '.join(found)}")
         if name != "summary" and _ANCHOR_LIKE.search(text):
@@ -86,8 +94,13 @@ def check_fields(description: Description, category: str = "", kind: str | None 
 def salvage_fields(text: str) -> dict[str, str]:
     """What of a refused answer a reviewer can correct: its known fields that are texts; the others are empty."""
     fields = _find_object(text)[0] or {}
-    texts = {str(key).strip().lower(): " ".join(value.split()) for key, value in fields.items() if isinstance(value, str)}
+    texts = {str(key).strip().lower(): whole_characters(" ".join(value.split())) for key, value in fields.items() if isinstance(value, str)}
     return {name: texts.get(name, "") if texts.get(name, "")[:1].isalnum() else "" for name in FIELDS}
+
+
+def whole_characters(text: str) -> str:
+    """`text` as any file and request takes it: U+FFFD for each half of a character."""
+    return _HALF_CHARACTER.sub("\ufffd", text)
 
 
 def _check_anchors(summary: str) -> list[str]:

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Endpoint", "EndpointClosed", "Pace", "Reply", "RequestFailed", "Stopped"]
+__all__ = ["Endpoint", "EndpointClosed", "Pace", "Reply", "RequestFailed", "RequestRefused", "Stopped"]
 
 _PATH = "/chat/completions"
 _RETRIED = frozenset({408, 409, 425, 429})  # and every 5xx
@@ -39,7 +39,11 @@ class EndpointClosed(Exception):
 
 
 class RequestFailed(Exception):
-    """This request got no reply, and asking again did not help or would not."""
+    """This request got no reply, and asking again did not help."""
+
+
+class RequestRefused(Exception):
+    """This request will never be answered, as it is: a content filter, a model that is not there, a parameter that is not taken."""
 
 
 class Stopped(Exception):
@@ -149,7 +153,8 @@ class Endpoint:
         Raises:
             EndpointClosed: 401, 403, 404, a redirect, a Retry-After of more than a quarter of an hour, or no reply after all tries where
                 none has ever come and no other thread waits for one.
-            RequestFailed: any other refusal at once, a fault that can pass after all tries.
+            RequestRefused: any other refusal (4xx), at once.
+            RequestFailed: a fault that can pass, after all tries.
             Stopped: the run was interrupted.
         """
         data = json.dumps(body).encode()
@@ -210,7 +215,7 @@ class Endpoint:
         if 300 <= error.code < 400:
             where = error.headers.get("Location", "an unnamed place")
             return EndpointClosed(f"{self.url}: {message}, a redirect to {where}; give that address to --endpoint if you trust it")
-        return RequestFailed(f"{self.url}: {message}")
+        return RequestRefused(message)
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
