@@ -69,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--output", type=Path, required=True, metavar="DIR", help="folder of instruct.jsonl, refused.jsonl and review.csv")
     add("--answers", type=_positive, default=3, metavar="N", help="answers that a sample may take before it goes to review (default 3)")
     add("--tries", type=_positive, default=6, metavar="N", help="how often a request is sent to a busy or silent endpoint (default 6)")
-    add("--timeout", type=_seconds, default=300.0, metavar="S", help="seconds of silence after which a request is lost (default 300)")
+    add("--timeout", type=_seconds, default=300.0, metavar="S", help="seconds for a request and its whole answer (default 300)")
     add("--concurrency", type=_positive, default=4, metavar="N", help="requests at the same time (default 4)")
     add("--requests-per-minute", type=_seconds, metavar="N", help="no more than this, evenly spaced (default: no limit)")
     add("--limit", type=_positive, metavar="N", help="describe at most N samples in this run")

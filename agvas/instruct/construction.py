@@ -230,7 +230,8 @@ class Construction:
         first = first_request(settings.request, jpegs, sample.knowledge)
         image = relative_path(record.image, self._output)
         place = (sample.id, image, relative_path(mask, self._output) if mask else None, record.category, record.kind)
-        answer, reasons, answers = "", [], 0
+        answer, answers = "", 0
+        reasons: list[str] = []
         while answers < settings.answers:
             try:
                 reply = self._ask(with_reasons(first, answer, reasons) if answers else first, event)
