@@ -9,6 +9,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+from anomaly_sets import (
+    HEIGHT,
+    WIDTH,
+    mask_file,
+    picture,
+    truth,
+    write_goods,
+    write_leaper,
+    write_leaper_set,
+    write_real_iad,
+    write_real_iad_set,
+)
 from PIL import Image
 
 from agvas.training.sources.crackforest import read_crackforest
@@ -20,26 +32,6 @@ from agvas.training.sources.pictures import picture_size, read_indices, read_non
 from agvas.training.sources.real_iad import read_real_iad
 from agvas.training.sources.zju_leaper import read_zju_leaper
 
-HEIGHT, WIDTH = 11, 17
-
-
-def picture(path: Path, height: int = HEIGHT, width: int = WIDTH) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", (width, height), (10, 20, 30)).save(path)
-    return path
-
-
-def truth() -> np.ndarray:
-    mask = np.zeros((HEIGHT, WIDTH), bool)
-    mask[2:5, 3:10] = True
-    return mask
-
-
-def mask_file(path: Path, value: int = 255, mask: np.ndarray | None = None) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray((truth() if mask is None else mask).astype(np.uint8) * np.uint8(value)).save(path)
-    return path
-
 
 def same(mask: np.ndarray, expected: np.ndarray) -> bool:
     return bool(mask.dtype == np.bool_ and mask.shape == expected.shape and (mask == expected).all())
@@ -50,16 +42,7 @@ def same(mask: np.ndarray, expected: np.ndarray) -> bool:
 
 @pytest.fixture
 def goods(tmp_path: Path) -> Path:
-    """Masks named as GoodsAD's in one class and as MVTec's in the other."""
-    root = tmp_path / "GoodsAD"
-    picture(root / "drink_can/train/good/001001.jpg")
-    picture(root / "drink_can/test/good/001002.jpg")
-    picture(root / "drink_can/test/opened/001003.jpg")
-    mask_file(root / "drink_can/ground_truth/opened/001003.png")
-    picture(root / "Woven_001/train/good/000.png")
-    picture(root / "Woven_001/test/bad/000.png")
-    mask_file(root / "Woven_001/ground_truth/bad/000_mask.png", value=1)
-    return root
+    return write_goods(tmp_path / "GoodsAD")
 
 
 def test_an_mvtec_layout_gives_classes_kinds_and_masks_of_either_name(goods: Path) -> None:
@@ -146,31 +129,7 @@ def test_a_missing_folder_is_named(tmp_path: Path) -> None:
 
 @pytest.fixture
 def real_iad(tmp_path: Path) -> Path:
-    root = tmp_path / "Real-IAD"
-    folder = root / "realiad_1024/audiojack"
-    picture(folder / "OK/S0001/a_OK_C1.jpg")
-    picture(folder / "OK/S0002/b_OK_C1.jpg")
-    picture(folder / "NG/HS/S0003/c_NG_C1.jpg")
-    mask_file(folder / "NG/HS/S0003/c_NG_C1.png")
-    write_real_iad(root)
-    return root
-
-
-def write_real_iad(root: Path, folder: str = "realiad_jsons", **changes: Any) -> Path:
-    scratched = {
-        "category": "audiojack",
-        "anomaly_class": "HS",
-        "image_path": "NG/HS/S0003/c_NG_C1.jpg",
-        "mask_path": "NG/HS/S0003/c_NG_C1.png",
-    } | changes
-    content = {
-        "meta": {"prefix": "audiojack/", "normal_class": "OK", "pre_transform": False},
-        "train": [{"category": "audiojack", "anomaly_class": "OK", "image_path": "OK/S0001/a_OK_C1.jpg", "mask_path": None}],
-        "test": [{"category": "audiojack", "anomaly_class": "OK", "image_path": "OK/S0002/b_OK_C1.jpg", "mask_path": None}, scratched],
-    }
-    (root / folder).mkdir(parents=True, exist_ok=True)
-    (root / folder / "audiojack.json").write_text(json.dumps(content))
-    return root / folder / "audiojack.json"
+    return write_real_iad_set(tmp_path / "Real-IAD")
 
 
 def test_real_iad_is_read_by_its_json_with_the_defect_in_words(real_iad: Path) -> None:
@@ -335,18 +294,7 @@ def test_broken_xml_and_different_pictures_of_one_name_are_refused(gc10: Path) -
 
 @pytest.fixture
 def leaper(tmp_path: Path) -> Path:
-    root = tmp_path / "ZJU-Leaper"
-    for number in (1, 2, 3):
-        picture(root / f"Images/{number:06d}.jpg")
-    mask_file(root / "Annotations/masks/000003.png")
-    write_leaper(root / "ImageSets/total.json", ["000001"], ["000002"], ["000003"])
-    write_leaper(root / "ImageSets/Groups/group1.json", [], [], [3])
-    return root
-
-
-def write_leaper(file: Path, train: list[Any], test: list[Any], defects: list[Any]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps({"normal": {"train": train, "test": test}, "defect": {"train": defects, "test": []}}))
+    return write_leaper_set(tmp_path / "ZJU-Leaper")
 
 
 def test_zju_leaper_is_read_by_its_lists(leaper: Path) -> None:
