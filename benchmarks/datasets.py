@@ -2,8 +2,8 @@
 
 Every reader pairs each picture with its mask and compares their sizes before a model is opened; a picture without its mask, a mask
 without its picture and an unknown folder are errors, since a set that silently lost files gives a number nobody can compare; pictures of
-a kind that is not read (.webp) are left out with a warning, as in agvas-segment. Nothing is downloaded, converted or resized. The layouts
-are in READERS_HELP, word for word what --help prints.
+a kind that is not read (.webp) are left out with a warning, as in agvas-segment, and so are two stray copies in KSDD2's archive. Nothing is
+downloaded, converted or resized. The layouts are in READERS_HELP, word for word what --help prints.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ masks must hold 0 and 255 only, except for rsdd (JPEG), colondb and clinicdb (sm
 _HALF = 127  # of a mask whose levels were smoothed or compressed
 _GREY_SLACK = 32  # levels by which JPEG may tint a grey mask
 _OF_YOURS = ("folder", "good")  # layouts that no release has
+_KSDD2_STRAYS = ("10301 (copy).png", "10301_GT (copy).png")  # the archive's train holds these beside the files that they are copies of
 _ISIC_SPLITS = {"train": "Training", "validation": "Validation", "test": "Test"}
 
 
@@ -191,6 +192,9 @@ def _ksdd2(root: Path, split: str) -> list[Picture]:
     if not (root / split).is_dir():
         raise _another_layout(root, f"the layout ksdd2, a folder {split} with pictures and masks", "name the unpacked data set")
     files = _files(root / split)
+    if strays := [file.name for file in files if file.name in _KSDD2_STRAYS]:
+        warnings.warn(f"{root / split}: left out {' and '.join(strays)}, copies that the archive holds", stacklevel=2)
+        files = [file for file in files if file.name not in _KSDD2_STRAYS]
     masks = [file for file in files if file.stem.endswith("_GT")]
     pairs = _paired([file for file in files if not file.stem.endswith("_GT")], masks, "_GT")
     return [Picture(image, mask, bool(_read_mask(mask, smoothed=False).any()), "ksdd2") for image, mask in pairs]

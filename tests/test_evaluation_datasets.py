@@ -151,6 +151,19 @@ def test_ksdd2_knows_normal_pictures_by_their_black_masks(tmp_path: Path) -> Non
     assert [picture.image.stem for picture in read_dataset("ksdd2", root, "train")] == ["10000"]
 
 
+def test_the_copies_in_ksdd2s_train_are_left_out_with_a_warning_and_no_other_file_is(tmp_path: Path) -> None:
+    root = ksdd2(tmp_path / "set")
+    put(root / "train/10301.png")
+    put_mask(root / "train/10301_GT.png", anomalous=True)
+    put(root / "train/10301 (copy).png")
+    put_mask(root / "train/10301_GT (copy).png")
+    with pytest.warns(UserWarning, match=r"train: left out 10301 \(copy\)\.png and 10301_GT \(copy\)\.png"):
+        assert [picture.image.stem for picture in read_dataset("ksdd2", root, "train")] == ["10000", "10301"]
+    put(root / "train/10302 (copy).png")
+    with pytest.warns(UserWarning), pytest.raises(DatasetError, match=r"10302 \(copy\)\.png: expected its mask"):
+        read_dataset("ksdd2", root, "train")
+
+
 def test_rsdd_pools_both_types_and_takes_one_of_them(tmp_path: Path) -> None:
     root = rsdd(tmp_path / "set")
     assert {picture.category for picture in read_dataset("rsdd", root)} == {"rail"}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import contextlib
 import csv
 import io
 import json
@@ -14,85 +13,20 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from chat_server import ANSWER, GOOD, KEY, Server, completion, last_line, lines_of, run, skip_waits, write_dataset
 from PIL import Image
 
 from agvas.instruct.cli import main
-from agvas.instruct.endpoint import Endpoint, EndpointClosed, Pace, RequestFailed, Stopped
 from agvas.instruct.journal import Journal, read_entries
 from agvas.training.instructions import dialogue
 from agvas.training.sources.errors import DatasetError
 
 ROOT = Path(__file__).parents[1]
-GOOD = {
-    "Expectation": "A normal bolt has a straight shaft and an even thread.",
-    "Observation": "On the left flank of the thread lies a dark notch, about a twentieth of the length.",
-    "Diagnosis": "The notch interrupts the thread, so it cannot carry load evenly.",
-    "Summary": "A small dark notch on the left flank of the thread: [NOR][ANO][SEG].",
-    "Explanation": "The thread of a sound bolt runs evenly along the shaft. Here its left flank is interrupted by a dark notch.",
-}
-ANSWER = json.dumps(GOOD)
-KEY = "sk-secret-of-the-test"
-
-Play = Callable[[int, dict[str, Any]], "tuple[int, str | dict[str, Any], dict[str, str]]"]
-
-
-def completion(text: str, usage: dict[str, int] | None = None, finish: str = "stop") -> dict[str, Any]:
-    reply: dict[str, Any] = {"choices": [{"message": {"role": "assistant", "content": text}, "finish_reason": finish}]}
-    return reply | {"usage": {"prompt_tokens": 1000, "completion_tokens": 100} if usage is None else usage}
-
-
-class Server:
-    """`play` gives (status, body, headers) for the number of a request, from 0, and its body."""
-
-    def __init__(self) -> None:
-        self.play: Play = lambda number, body: (200, completion(ANSWER), {})
-        self.requests: list[dict[str, Any]] = []
-        self.headers: list[dict[str, str]] = []
-        self.times: list[float] = []
-        self.at_once = self.most_at_once = 0
-        lock = threading.Lock()
-        server = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                with lock:
-                    number = len(server.requests)
-                    server.requests.append(body)
-                    server.headers.append({**dict(self.headers), "path": self.path})
-                    server.times.append(time.monotonic())
-                    server.at_once += 1
-                    server.most_at_once = max(server.most_at_once, server.at_once)
-                status, content, headers = server.play(number, body)
-                with lock:
-                    server.at_once -= 1
-                data = (content if isinstance(content, str) else json.dumps(content)).encode()
-                try:
-                    self.send_response(status)
-                    for name, value in {"Content-Length": str(len(data)), **headers}.items():
-                        self.send_header(name, value)
-                    self.end_headers()
-                    self.wfile.write(data)
-                except OSError:
-                    pass  # the client has gone
-
-            def log_message(self, *_: object) -> None:
-                pass
-
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._http.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self._http.server_port}/v1"
-        threading.Thread(target=self._http.serve_forever, args=(0.02,), daemon=True).start()
-
-    def close(self) -> None:
-        self._http.shutdown()
-        self._http.server_close()
 
 
 @pytest.fixture
@@ -107,57 +41,14 @@ def key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
 
 
-def write_dataset(root: Path, anomalous: int = 3) -> Path:
-    """Anomalous pictures 0.png, 1.png ... with a square each, and two normal ones."""
-    (root / "images").mkdir(parents=True)
-    (root / "masks").mkdir()
-    rng = np.random.default_rng(0)
-    lines = ["image,mask,label,class,kind"]
-    for number in range(anomalous):
-        mask = np.zeros((48, 64), np.uint8)
-        mask[10:20, 5 + number : 15 + number] = 255
-        Image.fromarray(rng.integers(0, 256, (48, 64, 3), dtype=np.uint8)).save(root / f"images/{number}.png")
-        Image.fromarray(mask).save(root / f"masks/{number}.png")
-        lines.append(f"images/{number}.png,masks/{number}.png,1,hex_bolt,cut_notch")
-    for name in ("good_a", "good_b"):
-        Image.fromarray(rng.integers(0, 256, (48, 64, 3), dtype=np.uint8)).save(root / f"images/{name}.png")
-        lines.append(f"images/{name}.png,,0,hex_bolt,")
-    (root / "manifest.csv").write_text("\n".join(lines) + "\n")
-    return root
-
-
 @pytest.fixture
 def dataset(tmp_path: Path) -> Path:
     return write_dataset(tmp_path / "bolts")
 
 
-def run(dataset: Path, server: Server, *more: str) -> int:
-    arguments = ["--dataset", str(dataset), "--endpoint", server.url, "--model", "m-1", "--output", str(dataset / "instruct")]
-    return main([*arguments, "--quiet", "--json", "--concurrency", "1", *more])
-
-
-def last_line(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
-    record: dict[str, Any] = json.loads(capsys.readouterr().out.splitlines()[-1])
-    return record
-
-
-def lines_of(file: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in file.read_text().splitlines()]
-
-
 @pytest.fixture
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """How long the run would have waited: nobody waits in truth."""
-    waited: list[float] = []
-    now = [0.0]
-
-    def sleep(seconds: float) -> None:
-        waited.append(seconds)
-        now[0] += seconds
-
-    plain = Pace.__init__
-    monkeypatch.setattr(Pace, "__init__", lambda self, per_minute=None: plain(self, per_minute, lambda: now[0], sleep))
-    return waited
+    return skip_waits(monkeypatch)
 
 
 def test_each_anomalous_picture_is_described_once_with_paths_that_move_with_the_folder(
@@ -325,9 +216,9 @@ def test_a_small_cost_is_shown_with_the_digits_it_has(
 def test_an_outage_ends_the_run_and_not_every_sample(
     tmp_path: Path, server: Server, waits: list[float], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    server.play = lambda number, body: (400, "no such parameter", {})
-    assert run(write_dataset(tmp_path / "many", 9), server) == 2
-    assert len(server.requests) == 5 and "5 requests in a row failed" in (error := capsys.readouterr().err) and "no such parameter" in error
+    server.play = lambda number, body: (500, "out of order", {})
+    assert run(write_dataset(tmp_path / "many", 9), server, "--tries", "1") == 2
+    assert len(server.requests) == 5 and "5 requests in a row failed" in (error := capsys.readouterr().err) and "out of order" in error
 
 
 @pytest.mark.parametrize(
@@ -575,107 +466,6 @@ def test_replies_that_do_not_say_their_tokens_are_counted_as_such(
     summary = last_line(capsys)
     assert (summary["input_tokens"], summary["replies_without_usage"], summary["cost"]) == (0, 3, None)
     assert lines_of(dataset / "instruct/instruct.jsonl")[0]["usage"] is None
-
-
-def test_requests_keep_the_rate_with_any_number_of_workers() -> None:
-    now, lock = [100.0], threading.Lock()
-    started: list[float] = []
-
-    def sleep(seconds: float) -> None:
-        with lock:
-            now[0] += seconds
-
-    pace = Pace(30, lambda: now[0], sleep)
-    for _ in range(10):
-        pace.wait()
-        started.append(now[0])
-    assert np.diff(started) == pytest.approx([2.0] * 9)
-    now[0] += 60
-    for _ in range(3):
-        pace.wait()
-        started.append(now[0])
-    assert np.diff(started[-3:]) == pytest.approx([2.0] * 2), "time that went unused is not caught up"
-
-
-def test_a_hold_keeps_everyone_back_even_who_waits_already() -> None:
-    now = [0.0]
-    waited: list[float] = []
-    pace: Pace
-
-    def sleep(seconds: float) -> None:
-        waited.append(seconds)
-        now[0] += seconds
-        if len(waited) == 1:
-            pace.hold(10.0)
-
-    pace = Pace(60, lambda: now[0], sleep)
-    pace.wait()
-    pace.wait()
-    assert waited == [1.0, 10.0] and now[0] == 11.0
-
-
-def test_a_stopped_pace_wakes_who_waits() -> None:
-    pace = Pace(0.1)
-    pace.wait()
-    ended: list[bool] = []
-
-    def wait() -> None:
-        with pytest.raises(Stopped):
-            pace.wait()
-        ended.append(True)
-
-    thread = threading.Thread(target=wait)
-    thread.start()
-    pace.stop()
-    thread.join(5)
-    assert ended == [True]
-
-
-def test_an_endpoint_may_be_given_with_or_without_its_last_part() -> None:
-    for url in ("http://h/v1", "http://h/v1/", "http://h/v1/chat/completions"):
-        assert Endpoint(url, None, Pace()).url == "http://h/v1/chat/completions"
-    assert Endpoint("https://h/d?api-version=1", None, Pace()).url == "https://h/d/chat/completions?api-version=1"
-
-
-def test_where_nothing_ever_answered_the_run_ends_and_later_silence_is_one_samples(server: Server, waits: list[float]) -> None:
-    nobody = "http://127.0.0.1:1/v1/chat/completions"
-    with pytest.raises(EndpointClosed, match=r"no reply.*2 tries\), and nothing has answered there yet; start the endpoint or correct its"):
-        Endpoint(nobody, None, Pace(), tries=2).ask({})
-    assert len(waits) == 1
-    for status in (200, 500):
-        server.play = lambda number, body, status=status: (status, completion(ANSWER), {})
-        endpoint = Endpoint(server.url, None, Pace(), tries=1)
-        with contextlib.suppress(RequestFailed):
-            endpoint.ask({})
-        endpoint.url = nobody
-        with pytest.raises(RequestFailed, match="no reply.*1 tries"):
-            endpoint.ask({})
-
-
-def test_a_first_answer_that_is_on_its_way_to_another_worker_keeps_the_run_going(server: Server, waits: list[float]) -> None:
-    arrived, answer = threading.Event(), threading.Event()
-
-    def play(number: int, body: dict[str, Any]) -> tuple[int, dict[str, Any], dict[str, str]]:
-        arrived.set()
-        answer.wait(10)
-        return 200, completion(ANSWER), {}
-
-    server.play = play
-    endpoint = Endpoint(server.url, None, Pace(), tries=1)
-    worker = threading.Thread(target=endpoint.ask, args=({},))
-    worker.start()
-    assert arrived.wait(10)
-    endpoint.url = "http://127.0.0.1:1/v1/chat/completions"  # where the second one finds no slot
-    with pytest.raises(RequestFailed, match="no reply.*1 tries"):
-        endpoint.ask({})
-    answer.set()
-    worker.join(10)
-
-
-def test_a_retry_after_may_be_a_date(server: Server) -> None:
-    server.play = lambda number, body: (503, "", {"Retry-After": "Wed, 21 Oct 2099 07:28:00 GMT"})
-    with pytest.raises(EndpointClosed, match="asks to wait"):
-        Endpoint(server.url, None, Pace()).ask({})
 
 
 def review_rows(dataset: Path) -> list[dict[str, str]]:

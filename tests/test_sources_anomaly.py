@@ -9,6 +9,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+from anomaly_sets import (
+    HEIGHT,
+    WIDTH,
+    mask_file,
+    picture,
+    truth,
+    write_goods,
+    write_leaper,
+    write_leaper_set,
+    write_real_iad,
+    write_real_iad_set,
+)
 from PIL import Image
 
 from agvas.training.sources.crackforest import read_crackforest
@@ -16,29 +28,9 @@ from agvas.training.sources.errors import DatasetError
 from agvas.training.sources.gc10 import read_gc10
 from agvas.training.sources.instruct import read_instruct
 from agvas.training.sources.mvtec import read_mvtec
-from agvas.training.sources.pictures import read_picture
+from agvas.training.sources.pictures import picture_size, read_indices, read_nonzero, read_picture
 from agvas.training.sources.real_iad import read_real_iad
 from agvas.training.sources.zju_leaper import read_zju_leaper
-
-HEIGHT, WIDTH = 11, 17
-
-
-def picture(path: Path, height: int = HEIGHT, width: int = WIDTH) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", (width, height), (10, 20, 30)).save(path)
-    return path
-
-
-def truth() -> np.ndarray:
-    mask = np.zeros((HEIGHT, WIDTH), bool)
-    mask[2:5, 3:10] = True
-    return mask
-
-
-def mask_file(path: Path, value: int = 255, mask: np.ndarray | None = None) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray((truth() if mask is None else mask).astype(np.uint8) * np.uint8(value)).save(path)
-    return path
 
 
 def same(mask: np.ndarray, expected: np.ndarray) -> bool:
@@ -50,16 +42,7 @@ def same(mask: np.ndarray, expected: np.ndarray) -> bool:
 
 @pytest.fixture
 def goods(tmp_path: Path) -> Path:
-    """Masks named as GoodsAD's in one class and as MVTec's in the other."""
-    root = tmp_path / "GoodsAD"
-    picture(root / "drink_can/train/good/001001.jpg")
-    picture(root / "drink_can/test/good/001002.jpg")
-    picture(root / "drink_can/test/opened/001003.jpg")
-    mask_file(root / "drink_can/ground_truth/opened/001003.png")
-    picture(root / "Woven_001/train/good/000.png")
-    picture(root / "Woven_001/test/bad/000.png")
-    mask_file(root / "Woven_001/ground_truth/bad/000_mask.png", value=1)
-    return root
+    return write_goods(tmp_path / "GoodsAD")
 
 
 def test_an_mvtec_layout_gives_classes_kinds_and_masks_of_either_name(goods: Path) -> None:
@@ -146,35 +129,11 @@ def test_a_missing_folder_is_named(tmp_path: Path) -> None:
 
 @pytest.fixture
 def real_iad(tmp_path: Path) -> Path:
-    root = tmp_path / "Real-IAD"
-    folder = root / "realiad_1024/audiojack"
-    picture(folder / "OK/S0001/a_OK_C1.jpg")
-    picture(folder / "OK/S0002/b_OK_C1.jpg")
-    picture(folder / "NG/HS/S0003/c_NG_C1.jpg")
-    mask_file(folder / "NG/HS/S0003/c_NG_C1.png")
-    write_real_iad(root)
-    return root
-
-
-def write_real_iad(root: Path, folder: str = "realiad_jsons", **changes: Any) -> Path:
-    scratched = {
-        "category": "audiojack",
-        "anomaly_class": "HS",
-        "image_path": "NG/HS/S0003/c_NG_C1.jpg",
-        "mask_path": "NG/HS/S0003/c_NG_C1.png",
-    } | changes
-    content = {
-        "meta": {"prefix": "audiojack/", "normal_class": "OK", "pre_transform": False},
-        "train": [{"category": "audiojack", "anomaly_class": "OK", "image_path": "OK/S0001/a_OK_C1.jpg", "mask_path": None}],
-        "test": [{"category": "audiojack", "anomaly_class": "OK", "image_path": "OK/S0002/b_OK_C1.jpg", "mask_path": None}, scratched],
-    }
-    (root / folder).mkdir(parents=True, exist_ok=True)
-    (root / folder / "audiojack.json").write_text(json.dumps(content))
-    return root / folder / "audiojack.json"
+    return write_real_iad_set(tmp_path / "Real-IAD")
 
 
 def test_real_iad_is_read_by_its_json_with_the_defect_in_words(real_iad: Path) -> None:
-    images = read_real_iad(real_iad)
+    images, remarks = read_real_iad(real_iad)
     assert [(image.image.name, image.kind, image.split) for image in images] == [
         ("a_OK_C1.jpg", None, "train"),
         ("b_OK_C1.jpg", None, "test"),
@@ -182,22 +141,30 @@ def test_real_iad_is_read_by_its_json_with_the_defect_in_words(real_iad: Path) -
     ]
     assert {image.category for image in images} == {"audiojack"}
     assert same(images[2].read_mask(HEIGHT, WIDTH), truth()) and not images[0].read_mask(HEIGHT, WIDTH).any()
-    assert len(read_real_iad(real_iad, split="train")) == 1
+    assert len(read_real_iad(real_iad, split="train")[0]) == 1 and not remarks
 
 
 def test_real_iad_takes_the_nested_json_folder_where_it_exists_and_the_one_that_is_given(real_iad: Path) -> None:
     write_real_iad(real_iad, "realiad_jsons/realiad_jsons", anomaly_class="AK")
-    assert read_real_iad(real_iad)[2].kind == "pit"
+    assert read_real_iad(real_iad)[0][2].kind == "pit"
     write_real_iad(real_iad, "realiad_jsons_sv", anomaly_class="own kind")
-    assert read_real_iad(real_iad, annotations="realiad_jsons_sv")[2].kind == "own kind"
+    assert read_real_iad(real_iad, annotations="realiad_jsons_sv")[0][2].kind == "own kind"
+
+
+@pytest.mark.parametrize("mask", [None, ""])
+def test_an_anomalous_picture_of_real_iad_without_a_mask_is_left_out_and_not_taken_for_normal(real_iad: Path, mask: str | None) -> None:
+    write_real_iad(real_iad, mask_path=mask)
+    images, remarks = read_real_iad(real_iad)
+    assert [image.image.name for image in images] == ["a_OK_C1.jpg", "b_OK_C1.jpg"]
+    assert remarks == ["1 anomalous pictures without a mask left out, the first c_NG_C1.jpg"]
 
 
 def test_a_broken_real_iad_file_names_file_entry_and_line(real_iad: Path) -> None:
     file = write_real_iad(real_iad, mask_path="NG/HS/S0003/gone.png")
     with pytest.raises(DatasetError, match=r"audiojack\.json: expected the file of test\[1\].*gone\.png"):
         read_real_iad(real_iad)
-    write_real_iad(real_iad, mask_path=None)
-    with pytest.raises(DatasetError, match=r"expected text as 'mask_path' of test\[1\], found None"):
+    write_real_iad(real_iad, mask_path=3)
+    with pytest.raises(DatasetError, match=r"expected text as 'mask_path' of test\[1\], found 3"):
         read_real_iad(real_iad)
     file.write_text('{"meta": {\n"prefix": ')
     with pytest.raises(DatasetError, match=r"audiojack\.json, line 2: expected JSON") as raised:
@@ -304,6 +271,14 @@ def test_a_box_that_cannot_be_is_refused_when_the_set_is_read(gc10: Path, box: t
     assert raised.value.file == file
 
 
+def test_the_object_of_no_defect_that_the_release_has_is_left_out_with_a_remark(gc10: Path) -> None:
+    """Its box, too, which need not be one."""
+    boxes_file(next(gc10.rglob("img_01.xml")), ("d", 3, 2, 3, 99), ("1_chongkong", 3, 2, 10, 5))
+    (image,), remarks = read_gc10(gc10)
+    assert image.kind == "punching hole" and same(image.read_mask(HEIGHT, WIDTH), truth())
+    assert remarks == ["1 pictures without boxes left out", "1 objects named 'd' left out, the first in img_01.xml"]
+
+
 def test_broken_xml_and_different_pictures_of_one_name_are_refused(gc10: Path) -> None:
     file = next(gc10.rglob("img_01.xml"))
     file.write_text("<annotation><object>")
@@ -319,18 +294,7 @@ def test_broken_xml_and_different_pictures_of_one_name_are_refused(gc10: Path) -
 
 @pytest.fixture
 def leaper(tmp_path: Path) -> Path:
-    root = tmp_path / "ZJU-Leaper"
-    for number in (1, 2, 3):
-        picture(root / f"Images/{number:06d}.jpg")
-    mask_file(root / "Annotations/masks/000003.png")
-    write_leaper(root / "ImageSets/total.json", ["000001"], ["000002"], ["000003"])
-    write_leaper(root / "ImageSets/Groups/group1.json", [], [], [3])
-    return root
-
-
-def write_leaper(file: Path, train: list[Any], test: list[Any], defects: list[Any]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps({"normal": {"train": train, "test": test}, "defect": {"train": defects, "test": []}}))
+    return write_leaper_set(tmp_path / "ZJU-Leaper")
 
 
 def test_zju_leaper_is_read_by_its_lists(leaper: Path) -> None:
@@ -457,6 +421,17 @@ def test_pictures_of_other_modes_become_rgb_by_the_rules_of_the_runtime(tmp_path
         Image.fromarray(array).save(path)
         read = read_picture(path)
         assert read.dtype == np.uint8 and (read == read_image(path)).all()
+
+
+def test_a_gif_by_the_name_of_jpg_is_learned_from_by_its_first_frame_and_is_no_mask(tmp_path: Path) -> None:
+    frames = [Image.new("RGB", (WIDTH, HEIGHT), colour).quantize() for colour in ((10, 20, 30), (200, 0, 0))]
+    path = tmp_path / "19579.jpg"
+    frames[0].save(path, format="GIF", save_all=True, append_images=frames[1:])
+    read = read_picture(path)
+    assert read.shape == (HEIGHT, WIDTH, 3) and (read == (10, 20, 30)).all()
+    for refused in (read_nonzero, read_indices, picture_size):
+        with pytest.raises(DatasetError, match=r"19579\.jpg: expected a picture that decodes"):
+            refused(path)
 
 
 def test_a_picture_that_does_not_decode_is_named(tmp_path: Path) -> None:

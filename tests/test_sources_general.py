@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from agvas.training.sources.catalogue import SourceSettings, read_source
 from agvas.training.sources.coco import read_coco
 from agvas.training.sources.conversations import read_conversations
 from agvas.training.sources.errors import DatasetError
@@ -163,7 +164,6 @@ def test_a_polygon_may_round_out_of_its_image_by_a_pixel(write_coco: Callable[..
 @pytest.mark.parametrize(
     ("entry", "expected"),
     [
-        (annotation(12, [[3, 2, 40, 2, 10, 5]]), "a polygon inside 17 x 11 .* in annotation 12, found x 3..40"),
         (annotation(12, [[3, 2, 4, 2, 4]]), "a polygon x, y, x, y, ... in annotation 12"),
         (annotation(12, [["a", 2, 4, 2, 4, 5]]), "a polygon x, y, x, y, ... in annotation 12"),
         (annotation(12, [[3, 2, float("nan"), 2, 4, 5]]), "a polygon x, y, x, y, ... in annotation 12"),
@@ -182,6 +182,31 @@ def test_an_annotation_that_cannot_be_is_refused_when_the_file_is_read(write_coc
     with pytest.raises(DatasetError, match=expected) as raised:
         read_coco(file, images)
     assert raised.value.file == file
+
+
+OUTSIDE = [3, 2, 40, 2, 10, 5]
+
+
+def test_a_polygon_far_out_of_its_image_leaves_its_class_out_of_that_image_alone(write_coco: Callable[..., Any]) -> None:
+    """Not the annotation alone: the other dog would be taught as the only one."""
+    dogs = [annotation(1, [RECTANGLE]), annotation(2, [OUTSIDE]), annotation(4, [RECTANGLE], image=9)]
+    records, remarks = read_coco(*write_coco(*dogs, annotation(3, [RECTANGLE], category=2)))
+    assert [set(draws(record)) for record in records] == [{"the mug inner side", "the inner side of the mug"}, {"the dog"}]
+    found = "x 3..40, y 2..5 of 17 x 11 (width x height) in annotation 2"
+    assert remarks == [f"1 annotations that reach out of their images left out, the first with {found}"]
+    records, remarks = read_coco(*write_coco(*dogs))
+    assert [record.image.name for record in records] == ["000000000009.jpg"] and remarks[-1] == "1 images without annotations left out"
+
+
+@pytest.mark.parametrize(("sound", "outside"), [(3, 2), (297, 4)])
+def test_many_polygons_out_of_their_images_are_another_releases(write_coco: Callable[..., Any], sound: int, outside: int) -> None:
+    """One in a hundred is a mistake, and so is a single one."""
+    entries = [annotation(n, [RECTANGLE], image=9) for n in range(sound)]
+    faulty = [annotation(sound + n, [OUTSIDE]) for n in range(outside)]
+    with pytest.raises(DatasetError, match=f"x 3..40.* in annotation {sound}, and so in {outside} of {sound + outside} annotations; take"):
+        read_coco(*write_coco(*entries, *faulty))
+    _, remarks = read_coco(*write_coco(*entries, *faulty[:-1]))
+    assert remarks[0].startswith(f"{outside - 1} annotations that reach out of their images left out")
 
 
 def test_a_broken_file_a_missing_image_and_a_class_with_a_control_token_are_refused(write_coco: Callable[..., Any]) -> None:
@@ -203,6 +228,24 @@ def test_an_image_of_another_size_than_the_file_says_is_refused_when_it_is_drawn
     (image,), _ = read_coco(*write_coco(annotation(1, [RECTANGLE])))
     with pytest.raises(DatasetError, match="expected a mask of 22 x 17 .*found 11 x 17"):
         image.draw(2 * HEIGHT, WIDTH, np.random.default_rng(0))
+
+
+@pytest.mark.parametrize(("file", "images"), [("annotations/train/train.json", "images/train"), ("train.json", "train")])
+def test_partimagenet_is_read_where_its_release_has_it_and_unpacked_flat(
+    tmp_path: Path, write_coco: Callable[..., Any], file: str, images: str
+) -> None:
+    written, _ = write_coco(annotation(1, [RECTANGLE]))
+    root = tmp_path / "PartImageNet"
+    picture(root / images / "000000000007.jpg")
+    (root / file).parent.mkdir(parents=True, exist_ok=True)
+    written.rename(root / file)
+    (record,), _ = read_source("general", SourceSettings("partimagenet", str(root)))
+    assert record.image == root / images / "000000000007.jpg"
+
+
+def test_partimagenet_that_is_nowhere_is_missed_where_its_release_has_it(tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match=r"images.train: expected a folder"):
+        read_source("general", SourceSettings("partimagenet", str(tmp_path)))
 
 
 # Masks of class indices
@@ -241,6 +284,12 @@ def test_ade20k_counts_classes_from_one_and_leaves_other_out(ade: Path) -> None:
     drawn = draws(image)
     assert set(drawn) == {"the wall", "the floor"} and not remarks
     assert same(drawn["the wall"], rectangle()) and same(drawn["the floor"], blob())
+
+
+def test_ade20ks_table_is_read_with_the_blanks_that_the_release_has_behind_its_cells(ade: Path) -> None:
+    rows = ["Idx\tRatio\tTrain\tVal\tName", "1 \t0.1576 \t11664\t1172\tbed ", "3\t0.0878\t8265\t796\tsofa, couch, lounge "]
+    (ade / "objectInfo150.txt").write_text("\n".join(rows) + "\n")
+    assert set(draws(read_ade20k(ade)[0][0])) == {"the bed", "the sofa"}
 
 
 def test_coco_stuff_counts_pixels_from_zero_and_names_from_one(stuff: Path) -> None:
@@ -350,6 +399,17 @@ def test_the_same_list_as_json_is_read_as_well(refer: Path) -> None:
     records, remarks = read_referring(refer, "refcoco", annotations="refs.json")
     assert len(records) == 1
     assert remarks == ["1 polygons of fewer than three corners left out", "1 annotations without a shape left out"]
+
+
+def test_an_object_that_reaches_out_of_its_image_is_not_referred_to(refer: Path) -> None:
+    file = refer / "refcoco/instances.json"
+    content = json.loads(file.read_text())
+    content["annotations"][1]["segmentation"] = [OUTSIDE]
+    file.write_text(json.dumps(content))
+    write_refs(refer / "refcoco/refs(unc).p", reference(), reference(ref_id=4, ann_id=2))
+    (record,), remarks = read_referring(refer, "refcoco")
+    assert same(draws(record, 1).popitem()[1], rectangle())
+    assert len(remarks) == 1 and remarks[0].startswith("1 annotations that reach out of their images left out")
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,8 @@
 """A model's answer, read and checked: a Description, or every reason why it is none.
 
-The model sees drawings of the ground truth that the trained model will never see, so an answer that speaks of them teaches it to invent.
-Words are therefore refused in every inflection. All reasons are given at once, in words that can be sent back to the model. Nothing is
-repaired but white space; a text that is nearly right is asked for again.
+The model sees drawings of the ground truth that the trained model will never see; an answer that speaks of them is refused (hindsight.py).
+All reasons are given at once, in words that can be sent back to the model. Nothing is repaired but white space; a text that is nearly
+right is asked for again.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ import re
 from typing import Any
 
 from agvas.config import ANCHORS
+from agvas.instruct.hindsight import find_hindsight
 from agvas.training.instructions import Description, find_anchor_fault
 
-__all__ = ["FIELDS", "LENGTHS", "check_fields", "read_answer", "salvage_fields"]
+__all__ = ["FIELDS", "LENGTHS", "check_fields", "read_answer", "salvage_fields", "whole_characters"]
 
 LENGTHS = {
     "expectation": (20, 400),  # stands in an instruction (describe-then-segment-plus), which is limited
@@ -28,34 +29,24 @@ FIELDS = tuple(LENGTHS)
 
 _DESCRIBED_BEFORE_ANCHORS = 20  # characters: the model must say what it sees before it points at it
 
-# Each pattern with the words it is named by. "box" and "mask" may be part of a category's name (a food box), see _excused.
-_FORBIDDEN = {
-    r"ground[\s_-]*truths?": "ground truth",
-    r"(?:un)?mask(?:s|ed|ing|ings)?": "mask",
-    r"(?:bounding[\s_-]*)?box(?:es|ed|ing)?": "box",
-    r"bounding|bbox(?:es)?": "bounding box",
-    r"green[\s-]+(?:\w+[\s-]+)?(?:outlines?|rectangles?|frames?|lines?|borders?|squares?)": "green outline",
-    r"referenc(?:e|es|ed|ing)|referential": "reference",
-    r"prior[\s_-]+(?:knowledge|information)": "prior knowledge",
-    r"overla(?:y|ys|id|ying|yed)": "overlay",
-    r"annotat(?:e|es|ed|ing|ion|ions|or|ors)": "annotation",
-    r"highlight(?:ed|ing)": "highlighted",
-    r"(?:first|second|third|other|previous|provided|given|normal|comparison)[\s-]+(?:images?|pictures?|photos?)": "another picture",
-    r"(?:images?|pictures?)\s+(?:\d|one|two|three)": "a picture's number",
-}
-_FORBIDDEN_PATTERNS = {re.compile(rf"(?<![^\W_])(?:{pattern})(?![^\W_])", re.IGNORECASE): name for pattern, name in _FORBIDDEN.items()}
+_HALF_CHARACTER = re.compile("[\ud800-\udfff\ufffd]")  # what JSON's "\\ud83d" alone leaves, which no file takes, and its replacement
 _CONTROL_TOKEN = re.compile(r"<\|.*?\|>|</?(?:think|image|img)\b[^>]*>", re.IGNORECASE)
 _ANCHOR_LIKE = re.compile(r"\[\s*(?:NOR|ANO|SEG)\s*\]", re.IGNORECASE)
 
 
-def read_answer(text: str, category: str = "") -> tuple[Description | None, list[str]]:
+def read_answer(text: str, category: str = "", kind: str | None = None) -> tuple[Description | None, list[str]]:
     """The description that an answer holds and no reasons, or None and the reasons against it.
 
     The JSON object may stand in a code fence, after a <think> block, or between other words; its keys may have any case.
 
     Args:
-        category: words of the category's name are not held against the answer ("box" of a food box).
+        category, kind: words of these names are not held against the answer ("box" of a food box).
     """
+    description, reasons = _read(text, category, kind)
+    return description, [whole_characters(reason) for reason in reasons]
+
+
+def _read(text: str, category: str, kind: str | None) -> tuple[Description | None, list[str]]:
     fields, reason = _find_object(text)
     if fields is None:
         return None, [reason]
@@ -76,23 +67,23 @@ def read_answer(text: str, category: str = "") -> tuple[Description | None, list
     if reasons:
         return None, reasons
     description = Description(**{name: " ".join(named[name].split()) for name in FIELDS})
-    reasons = check_fields(description, category)
+    reasons = check_fields(description, category, kind)
     return (None, reasons) if reasons else (description, [])
 
 
-def check_fields(description: Description, category: str = "") -> list[str]:
+def check_fields(description: Description, category: str = "", kind: str | None = None) -> list[str]:
     """The reasons why a description's texts cannot be trained on; none if they can."""
     reasons = []
-    excused = _excused(category)
     for name, (fewest, most) in LENGTHS.items():
         text = getattr(description, name)
         if not fewest <= len(text) <= most:
             reasons.append(f"the field {name} must have {fewest} to {most} characters, it has {len(text)}")
         elif not text[0].isalnum():  # spreadsheets, in which descriptions are reviewed, run texts that begin with = + - @
             reasons.append(f"the field {name} must begin with a letter or digit, it begins with {text[0]!r}")
-        for pattern, word in _FORBIDDEN_PATTERNS.items():
-            if found := sorted({match for match in pattern.findall(text) if match.lower() not in excused}):
-                reasons.append(f"the field {name} mentions {', '.join(map(repr, found))} ({word}), which it must not")
+        for word, phrases in find_hindsight(text, category, kind or ""):
+            reasons.append(f"the field {name} mentions {', '.join(map(repr, phrases))} ({word}), which it must not")
+        if _HALF_CHARACTER.search(text):
+            reasons.append(f"the field {name} holds half a character (half of a surrogate pair); write it whole or leave it out")
         if found := _CONTROL_TOKEN.findall(text):
             reasons.append(f"the field {name} holds control tokens: {', '.join(found)}")
         if name != "summary" and _ANCHOR_LIKE.search(text):
@@ -103,8 +94,13 @@ def check_fields(description: Description, category: str = "") -> list[str]:
 def salvage_fields(text: str) -> dict[str, str]:
     """What of a refused answer a reviewer can correct: its known fields that are texts; the others are empty."""
     fields = _find_object(text)[0] or {}
-    texts = {str(key).strip().lower(): " ".join(value.split()) for key, value in fields.items() if isinstance(value, str)}
+    texts = {str(key).strip().lower(): whole_characters(" ".join(value.split())) for key, value in fields.items() if isinstance(value, str)}
     return {name: texts.get(name, "") if texts.get(name, "")[:1].isalnum() else "" for name in FIELDS}
+
+
+def whole_characters(text: str) -> str:
+    """`text` as any file and request takes it: U+FFFD for each half of a character."""
+    return _HALF_CHARACTER.sub("\ufffd", text)
 
 
 def _check_anchors(summary: str) -> list[str]:
@@ -116,12 +112,6 @@ def _check_anchors(summary: str) -> list[str]:
     if len(summary[: summary.index(ANCHORS[0])].strip()) < _DESCRIBED_BEFORE_ANCHORS:
         return [f"the summary must describe what is seen before {wanted}"]
     return []
-
-
-def _excused(category: str) -> set[str]:
-    """The words of a category's name and their plurals; none of them is held against an answer where it stands alone."""
-    words = set(re.findall(r"[^\W_]+", category.lower()))
-    return words | {word + ending for word in words for ending in ("s", "es")}
 
 
 def _find_object(text: str) -> tuple[dict[str, Any] | None, str]:

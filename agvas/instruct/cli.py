@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 PROG = "agvas-instruct"
 _THUMBNAILS = "thumbnails"
 _DRY_RUN = "dry-run"
+_KINDS = ("real-iad", "goods-ad", "dtd-synthetic", "miad", "zju-leaper")
+"""Of the mixture's anomaly sources, those whose truth is a mask file, which a line of instruct.jsonl can name."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -59,7 +61,11 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--dataset", type=Path, required=True, metavar="DIR", help="folder with manifest.csv")
+    add("--dataset", type=Path, metavar="DIR", help="folder with manifest.csv; or a published set by --kind and --root")
+    add("--kind", choices=_KINDS, help="a published set, by its name and layout in a mixture (agvas-train --help shows the folders)")
+    add("--root", type=Path, metavar="DIR", help="folder of the --kind")
+    add("--annotations", metavar="NAME", help="below --root, as in a mixture: folder of real-iad's JSON files, list of zju-leaper")
+    add("--images", metavar="NAME", help="below --root, as in a mixture: folder of real-iad's resolution (default realiad_1024)")
     add("--split", metavar="NAME", help="describe only samples of this split (default: all)")
     add("--normals", type=Path, metavar="DIR", help="more normal pictures: a folder with manifest.csv, or one with a folder per category")
     add("--explanations", type=Path, metavar="FILE", help="CSV (class, kind, explanation): what each anomaly type means")
@@ -69,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--output", type=Path, required=True, metavar="DIR", help="folder of instruct.jsonl, refused.jsonl and review.csv")
     add("--answers", type=_positive, default=3, metavar="N", help="answers that a sample may take before it goes to review (default 3)")
     add("--tries", type=_positive, default=6, metavar="N", help="how often a request is sent to a busy or silent endpoint (default 6)")
-    add("--timeout", type=_seconds, default=300.0, metavar="S", help="seconds of silence after which a request is lost (default 300)")
+    add("--timeout", type=_seconds, default=300.0, metavar="S", help="seconds for a request and its whole answer (default 300)")
     add("--concurrency", type=_positive, default=4, metavar="N", help="requests at the same time (default 4)")
     add("--requests-per-minute", type=_seconds, metavar="N", help="no more than this, evenly spaced (default: no limit)")
     add("--limit", type=_positive, metavar="N", help="describe at most N samples in this run")
@@ -106,6 +112,7 @@ def _review_parser() -> argparse.ArgumentParser:
 def _describe(options: argparse.Namespace) -> int:
     if (options.price_input is None) != (options.price_output is None):
         raise ValueError("--price-input, --price-output: expected both or none, got one")
+    _check_source(options)
     if options.dry_run is None and options.endpoint is None:
         raise ValueError("--endpoint: expected a URL, got none; name one, or see with --dry-run what would be sent")
 
@@ -150,11 +157,12 @@ def _open(options: argparse.Namespace) -> tuple[list[Record], References]:
     from agvas.training.sources.errors import DatasetError
     from agvas.training.sources.manifest import MANIFEST, read_manifest
 
-    items = read_manifest(options.dataset)
+    items = _read_items(options)
+    place = options.root or options.dataset / MANIFEST
     records: list[Record] = [item for item in items if item.is_anomalous and options.split in (None, item.split)]
     if not records:
         among = f" of split {options.split!r}" if options.split else ""
-        raise DatasetError(options.dataset / MANIFEST, None, f"anomalous samples (label 1){among}", "none", "check the labels and --split")
+        raise DatasetError(place, None, f"anomalous samples (label 1){among}", "none", "check the labels and --split")
     normals: dict[str, list[Path]] = {}
     for item in items:
         if not item.is_anomalous:
@@ -167,11 +175,39 @@ def _open(options: argparse.Namespace) -> tuple[list[Record], References]:
         for category, paths in more:
             normals.setdefault(category, []).extend(paths)
     if missing := sorted({record.category for record in records} - normals.keys()):
-        where = options.normals or options.dataset
+        where = options.normals or options.root or options.dataset
         found = f"none of {', '.join(missing)}"
         remedy = "name a folder with --normals: a manifest, or CATEGORY/*.png"
         raise DatasetError(where, None, "a normal picture of each category", found, remedy)
     return records, References(normals, options.output / _THUMBNAILS)
+
+
+def _check_source(options: argparse.Namespace) -> None:
+    """Raises ValueError unless one data set is named, with options that it takes."""
+    if (options.dataset is None) == (options.kind is None):
+        raise ValueError(f"--dataset, --kind: expected one of the two, got {'none' if options.kind is None else 'both'}")
+    if (options.kind is None) != (options.root is None):
+        raise ValueError("--kind, --root: expected both or none, got one; --root is the folder of a --kind")
+
+    from agvas.training.sources.catalogue import OPTIONS
+
+    taken = OPTIONS["anomaly"][options.kind] if options.kind else ()
+    for name in ("annotations", "images"):
+        if getattr(options, name) is not None and name not in taken:
+            raise ValueError(f"--{name}: {options.kind or 'a manifest'} takes no such option; leave it out")
+
+
+def _read_items(options: argparse.Namespace) -> Sequence[Any]:
+    """Every picture of the data set, whatever its split: its normal ones stand beside the anomalous."""
+    from agvas.training.sources.catalogue import SourceSettings, read_source
+    from agvas.training.sources.manifest import read_manifest
+
+    if options.dataset is not None:
+        return read_manifest(options.dataset)
+    items, remarks = read_source("anomaly", SourceSettings(options.kind, str(options.root), options.annotations, options.images))
+    for remark in remarks if not options.quiet else ():
+        print(f"{PROG}: {options.root}: {remark}", file=sys.stderr)
+    return items
 
 
 def _rehearse(

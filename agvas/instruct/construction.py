@@ -6,23 +6,27 @@ home, as they are paid for; a process that is killed loses those alone. Everythi
 
 from __future__ import annotations
 
-import itertools
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from agvas.instruct.answers import read_answer
-from agvas.instruct.endpoint import Endpoint, EndpointClosed, Pace, RequestFailed, Stopped
+import numpy as np
+
+from agvas.instruct.answers import read_answer, whole_characters
+from agvas.instruct.endpoint import Endpoint, EndpointClosed, Pace, Reply, RequestFailed, RequestRefused, Stopped
 from agvas.instruct.journal import DESCRIBED, REFUSED, Entry, Journal, Refusal, latest, read_entries, read_refusals, relative_path
+from agvas.instruct.pictures import encode_jpeg
 from agvas.instruct.references import References
-from agvas.instruct.request import RequestSettings, first_request, with_reasons
+from agvas.instruct.request import RequestSettings, first_request, knowledge_sentence, with_reasons
 from agvas.instruct.samples import Explanations, Record, Sample, identify, mask_file, picture_name
 
 __all__ = ["Construction", "RunSettings", "Tally"]
 
-_FAILURES_IN_A_ROW = 5  # by then it is the endpoint, not a sample
+_FAILURES_IN_A_ROW = 5  # requests that nothing answered: by then it is the endpoint, not a sample
+_GREY = 128
 _SHOWN_ANSWER = 8000  # characters of a refused answer that are kept
 
 
@@ -92,12 +96,13 @@ class Construction:
         self._claimed: set[str] = set()
         self._claims_left = settings.limit
         self._failures_in_a_row = 0
+        self._answered_since = False  # since the last request that was refused for good
 
     def run(self, progress: Callable[[Tally], None] = lambda tally: None) -> Tally:
         """Describe what is not described yet; `progress` is called after each record.
 
         Raises:
-            EndpointClosed: the endpoint refuses every request, or several in a row got no reply.
+            EndpointClosed: the endpoint refuses every request, plain pictures too, or several in a row got no reply.
             DatasetError: a damaged journal.
             OSError: the output cannot be written.
         """
@@ -222,22 +227,52 @@ class Construction:
         settings = self._settings
         record, mask = sample.record, mask_file(sample.record)
         jpegs, _ = sample.draw(self._references, settings.request.max_side)
-        first = body = first_request(settings.request, jpegs, sample.knowledge)
+        first = first_request(settings.request, jpegs, sample.knowledge)
         image = relative_path(record.image, self._output)
         place = (sample.id, image, relative_path(mask, self._output) if mask else None, record.category, record.kind)
-        for attempt in itertools.count(1):
-            reply = self._endpoint.ask(body)
-            event.add(reply.input_tokens, reply.output_tokens)
-            description, reasons = read_answer(reply.text, record.category)
+        answer, answers = "", 0
+        reasons: list[str] = []
+        while answers < settings.answers:
+            try:
+                reply = self._ask(with_reasons(first, answer, reasons) if answers else first, event)
+            except RequestRefused as error:
+                self._suspect(error, sample, event)
+                reasons = [f"the endpoint does not take this sample: {error}", *reasons]
+                break
+            answers += 1
+            description, reasons = read_answer(reply.text, record.category, record.kind)
             if description is not None:
-                return Entry(*place, description, settings.request.model, attempt, event.usage())
+                return Entry(*place, description, settings.request.model, answers, event.usage())
             if reply.finish_reason == "length":
                 reasons = ["the answer was cut off at the length limit; write less", *reasons]
-            if attempt >= settings.answers:
-                answer = reply.text[:_SHOWN_ANSWER]
-                return Refusal(*place, answer, tuple(reasons), settings.request.model, attempt, event.usage())
-            body = with_reasons(first, reply.text, reasons)
-        raise AssertionError("unreachable")
+            answer = whole_characters(reply.text)
+        return Refusal(*place, answer[:_SHOWN_ANSWER], tuple(reasons), settings.request.model, answers, event.usage())
+
+    def _ask(self, body: dict[str, Any], event: _Event) -> Reply:
+        reply = self._endpoint.ask(body)
+        event.add(reply.input_tokens, reply.output_tokens)
+        with self._lock:
+            self._answered_since = True
+        return reply
+
+    def _suspect(self, error: RequestRefused, sample: Sample, event: _Event) -> None:
+        """Raise EndpointClosed unless it is the sample that was refused: a content filter's, an odd picture.
+
+        A wrong model or option is refused with the same 400. So unless a request was answered since the last refusal, the endpoint is
+        asked about plain grey pictures of this one's size, with the same model and options, and has to answer that.
+        """
+        with self._lock:
+            answered, self._answered_since = self._answered_since, False
+        if answered:
+            return
+        request = self._settings.request
+        grey = encode_jpeg(np.full((*sample.mask.shape, 3), _GREY, np.uint8), request.max_side)
+        try:
+            reply = self._endpoint.ask(first_request(request, (grey, grey, grey), knowledge_sentence("part", None, None)))
+        except RequestRefused:
+            remedy = "three plain grey pictures are refused as well: correct --model or the options that are sent with it"
+            raise EndpointClosed(f"{self._endpoint.url}: {error}; {remedy}") from error
+        event.add(reply.input_tokens, reply.output_tokens)
 
 
 _DONE_BEFORE, _DUPLICATE = "done before", "duplicate"

@@ -2,15 +2,18 @@
 
 urllib is enough: one POST, whose bytes are exactly those of --dry-run. Our own are the waits, since all workers share them: a rate limit
 spaces the requests of all threads, and a Retry-After holds all of them. Redirects are not followed: they would carry the key elsewhere.
-The key comes from the caller and goes into one header, never into an error, a log or a file.
+The key comes from the caller and goes into one header, never into an error, a log or a file. urllib's timeout is one of silence, which a
+server that sends a byte now and then never lets end; ours is of the whole request.
 """
 
 from __future__ import annotations
 
 import email.utils
 import http.client
+import io
 import json
 import random
+import socket
 import threading
 import time
 import urllib.error
@@ -20,7 +23,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Endpoint", "EndpointClosed", "Pace", "Reply", "RequestFailed", "Stopped"]
+__all__ = ["Endpoint", "EndpointClosed", "Pace", "Reply", "RequestFailed", "RequestRefused", "Stopped"]
 
 _PATH = "/chat/completions"
 _RETRIED = frozenset({408, 409, 425, 429})  # and every 5xx
@@ -39,7 +42,11 @@ class EndpointClosed(Exception):
 
 
 class RequestFailed(Exception):
-    """This request got no reply, and asking again did not help or would not."""
+    """This request got no reply, and asking again did not help."""
+
+
+class RequestRefused(Exception):
+    """This request will never be answered, as it is: a content filter, a model that is not there, a parameter that is not taken."""
 
 
 class Stopped(Exception):
@@ -116,7 +123,7 @@ class Endpoint:
         Args:
             url: base ("https://host/v1") or the whole address that ends in /chat/completions.
             key: sent as a bearer token; None sends none.
-            timeout: seconds of silence after which a request counts as lost.
+            timeout: seconds after which a request whose answer is not there as a whole counts as lost.
             tries: how often one request is sent before RequestFailed.
 
         Raises:
@@ -135,7 +142,7 @@ class Endpoint:
         if key is not None:
             self._headers["Authorization"] = f"Bearer {key}"
         self._pace, self._timeout, self._tries = pace, timeout, tries
-        self._opener = urllib.request.build_opener(_NoRedirect)
+        self._opener = urllib.request.build_opener(_NoRedirect, _Http, _Https)
         self._lock = threading.Lock()
         self.requests_sent = 0
         self._on_their_way = 0  # requests whose answer may still come
@@ -144,12 +151,13 @@ class Endpoint:
     def ask(self, body: dict[str, Any]) -> Reply:
         """Send until a reply comes: again after 408, 409, 425, 429, 5xx, a lost connection or a body that is no reply.
 
-        Waits 1, 2, 4 ... 60 seconds with jitter, or what Retry-After says.
+        Waits 1, 2, 4 ... 60 seconds with jitter, or what Retry-After says if that is longer.
 
         Raises:
             EndpointClosed: 401, 403, 404, a redirect, a Retry-After of more than a quarter of an hour, or no reply after all tries where
                 none has ever come and no other thread waits for one.
-            RequestFailed: any other refusal at once, a fault that can pass after all tries.
+            RequestRefused: any other refusal (4xx), at once.
+            RequestFailed: a fault that can pass, after all tries.
             Stopped: the run was interrupted.
         """
         data = json.dumps(body).encode()
@@ -173,14 +181,15 @@ class Endpoint:
                     ) from fault
                 if attempt == self._tries:
                     raise RequestFailed(f"{self.url}: {fault} ({attempt} tries)") from fault
-                if fault.retry_after is None:
-                    self._pace.pause(min(_LONGEST_BACKOFF, 2.0 ** (attempt - 1)) * random.uniform(0.75, 1.25))
-                elif fault.retry_after > _LONGEST_RETRY_AFTER:
+                backoff = min(_LONGEST_BACKOFF, 2.0 ** (attempt - 1)) * random.uniform(0.75, 1.25)
+                asked_for = fault.retry_after or 0.0
+                if asked_for > _LONGEST_RETRY_AFTER:
                     raise EndpointClosed(
-                        f"{self.url}: {fault}; it asks to wait {fault.retry_after:.0f} s: run the same command again after that"
+                        f"{self.url}: {fault}; it asks to wait {asked_for:.0f} s: run the same command again after that"
                     ) from fault
-                else:
-                    self._pace.hold(fault.retry_after)
+                self._pace.hold(asked_for)
+                if asked_for < backoff:
+                    self._pace.pause(backoff)
         raise AssertionError("unreachable")
 
     def _post(self, data: bytes) -> Reply:
@@ -210,12 +219,72 @@ class Endpoint:
         if 300 <= error.code < 400:
             where = error.headers.get("Location", "an unnamed place")
             return EndpointClosed(f"{self.url}: {message}, a redirect to {where}; give that address to --endpoint if you trust it")
-        return RequestFailed(f"{self.url}: {message}")
+        return RequestRefused(message)
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
     def redirect_request(self, *_: Any) -> None:
         """None: the redirect becomes an HTTPError."""
+
+
+class _Http(urllib.request.HTTPHandler):
+    def http_open(self, request: urllib.request.Request) -> Any:
+        return self.do_open(_within_timeout(http.client.HTTPConnection), request)
+
+
+class _Https(urllib.request.HTTPSHandler):
+    def https_open(self, request: urllib.request.Request) -> Any:
+        return self.do_open(_within_timeout(http.client.HTTPSConnection), request)
+
+
+def _within_timeout(kind: Callable[..., http.client.HTTPConnection]) -> Any:
+    """Connections whose answers are read until their timeout, counted from here, is over."""
+
+    def connect(host: str, timeout: float, **rest: Any) -> http.client.HTTPConnection:
+        connection, end = kind(host, timeout=timeout, **rest), time.monotonic() + timeout
+
+        def respond(sock: socket.socket, *args: Any, **more: Any) -> http.client.HTTPResponse:
+            return http.client.HTTPResponse(_Answering(sock, timeout, end), *args, **more)  # type: ignore[arg-type]
+
+        connection.response_class = respond  # type: ignore[assignment]
+        return connection
+
+    return connect
+
+
+class _Answering:
+    """What HTTPResponse asks of a socket: a file to read."""
+
+    def __init__(self, sock: socket.socket, timeout: float, end: float) -> None:
+        self._sock, self._timeout, self._end = sock, timeout, end
+
+    def makefile(self, mode: str) -> io.BufferedReader:
+        return io.BufferedReader(_UntilEnd(self._sock, self._timeout, self._end))
+
+
+class _UntilEnd(io.RawIOBase):
+    """A socket's bytes, until time.monotonic() is `end`; then TimeoutError, which says what `timeout` was."""
+
+    def __init__(self, sock: socket.socket, timeout: float, end: float) -> None:
+        self._sock, self._timeout, self._end = sock, timeout, end
+        self._file = sock.makefile("rb", buffering=0)  # keeps the socket open where the connection lets go of it
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        left = self._end - time.monotonic()
+        try:
+            if left <= 0:
+                raise TimeoutError
+            self._sock.settimeout(left)
+            return self._file.readinto(buffer)  # type: ignore[attr-defined,no-any-return]
+        except TimeoutError:
+            raise TimeoutError(f"no whole answer within {self._timeout:g} s") from None
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 class _Passing(Exception):

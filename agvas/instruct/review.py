@@ -126,7 +126,7 @@ def apply_review(output: Path, accept_unmarked: bool = False) -> Decisions:
             rejected += 1
         elif decision in _YES or (accept_unmarked and isinstance(known, Entry)):
             entry = _accepted(known, Description(**{name: " ".join(row[name].split()) for name in FIELDS}))
-            if reasons := check_fields(entry.description, entry.category):
+            if reasons := check_fields(entry.description, entry.category, entry.kind):
                 found = "; ".join(reasons)
                 if isinstance(known, Refusal):
                     found = f"a refused answer that is still to be corrected: {found}"

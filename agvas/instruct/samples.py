@@ -1,6 +1,7 @@
 """Which samples there are to describe: what a record must offer, who it is, and what is shown of it.
 
-Any reader's records will do (agvas/training/sources): they need the attributes of Record and no base class.
+A reader's records will do (agvas/training/sources): they need the attributes of Record and no base class, and a mask file, or else the
+description would be read as a normal picture's.
 """
 
 from __future__ import annotations

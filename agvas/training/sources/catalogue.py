@@ -27,11 +27,12 @@ GROUPS = ("general", "instruct", "anomaly", "conversation")
 COCO_PLACES = {
     "coco": ("annotations/instances_train2017.json", "train2017"),
     "paco-lvis": ("annotations/paco_lvis_v1_train.json", "."),
-    "partimagenet": ("train.json", "train"),
+    "partimagenet": ("annotations/train/train.json", "images/train"),
     "pascal-part": ("train.json", "VOCdevkit/VOC2010/JPEGImages"),
 }
-"""By kind: annotations and pictures below root. PACO's file names say train2017/ themselves. PartImageNet's README promises COCO's style;
-its folders could not be confirmed: give `annotations` and `images` where they differ."""
+"""By kind: annotations and pictures below root. PACO's file names say train2017/ themselves."""
+_FLAT = {"partimagenet": ("train.json", "train")}
+"""The same where the set was unpacked otherwise: taken where this annotation file exists and that of COCO_PLACES does not."""
 _ALL = ("annotations", "images", "split")
 
 OPTIONS: dict[str, dict[str, tuple[str, ...]]] = {
@@ -83,7 +84,7 @@ def read_source(group: str, source: SourceSettings) -> tuple[Sequence[Any], list
     root, kind = Path(source.root), source.kind
     given = {name: getattr(source, name) for name in OPTIONS[group][kind] if getattr(source, name) is not None}
     if kind in COCO_PLACES:
-        annotations, images = COCO_PLACES[kind]
+        annotations, images = _coco_places(kind, root)
         return read_coco(root / given.get("annotations", annotations), root / given.get("images", images))
     if kind in PLACES:
         return read_referring(root, kind, **given)
@@ -98,7 +99,7 @@ def read_source(group: str, source: SourceSettings) -> tuple[Sequence[Any], list
         file, images = given.get("annotations", "llava_instruct_150k.json"), given.get("images", "train2017")
         return read_conversations(root / file, root / images), []
     if kind == "real-iad":
-        return read_real_iad(root, **given), []
+        return read_real_iad(root, **given)
     if kind == "zju-leaper":
         return read_zju_leaper(root, **given), []
     if kind == "crackforest":
@@ -110,3 +111,8 @@ def read_source(group: str, source: SourceSettings) -> tuple[Sequence[Any], list
     if kind == "coco-stuff":
         return read_coco_stuff(root, **given)
     raise AssertionError(f"{kind} stands in OPTIONS and has no reader")
+
+
+def _coco_places(kind: str, root: Path) -> tuple[str, str]:
+    published, flat = COCO_PLACES[kind], _FLAT.get(kind)
+    return flat if flat and (root / flat[0]).is_file() and not (root / published[0]).is_file() else published

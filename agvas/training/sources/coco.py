@@ -8,9 +8,10 @@ of the mug" with one handle of two marked would teach the model to leave one out
 "the handle of the mug", as LISA does; synonyms in brackets ("cup_(drinkware)") are dropped. PASCAL-Part's own .mat files are not read:
 LISA, whose set-up the paper adopts, takes VLPart's train.json.
 
-Polygons may reach one pixel out of their image (rounding); further out is an error, found when the file is read. Polygons of fewer than
-three corners and annotations without any are left out and counted in a remark, since LVIS has some. This is the only file that imports
-pycocotools.
+Polygons may reach one pixel out of their image (rounding). Where one reaches further, its class is left out of that image and counted in a
+remark: without the annotation alone, what it shows would be taught as background. Where more than one annotation in a hundred (and more
+than one at all) is so, polygons and sizes do not belong together, which is an error. Polygons of fewer than three corners and annotations
+without any are left out and counted in a remark, since LVIS has some. This is the only file that imports pycocotools.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from agvas.training.sources.pictures import check_size
 from agvas.training.sources.texts import checked
 
 SLACK = 1.0  # pixels
+OUTSIDE_SHARE = 0.01  # of annotations
 
 Shape = npt.NDArray[np.float64] | dict[str, Any]
 """A polygon x, y, x, y, ..., or a run-length encoding {"size": [height, width], "counts": ...}."""
@@ -64,22 +66,27 @@ def read_coco(annotations: Path, images: Path) -> tuple[list[CocoImage], list[st
     instances = Instances(annotations, need_folder(images, "the images that the annotations name"))
     names = {category: _names(name) for category, name in instances.categories.items()}
     shapes: dict[int, dict[int, list[Shape]]] = {}
+    unusable: set[tuple[int, int]] = set()
     for entry in sorted(instances.annotations.values(), key=lambda entry: entry["id"]):
-        parts, category = instances.shapes(entry), int(entry["category_id"])
+        parts, image, category = instances.shapes(entry), int(entry["image_id"]), int(entry["category_id"])
         if category not in names:
             place = f"annotation {entry['id']}"
             raise DatasetError(annotations, None, f"a category_id of the file's categories in {place}", str(category), "restore the file")
-        if parts:
-            shapes.setdefault(entry["image_id"], {}).setdefault(category, []).extend(parts)
+        if parts is None:
+            unusable.add((image, category))
+        elif parts:
+            shapes.setdefault(image, {}).setdefault(category, []).extend(parts)
+    for image, category in unusable:
+        shapes.get(image, {}).pop(category, None)
     listing = Listing()
     found = []
-    for key, by_category in sorted(shapes.items()):
+    for key, by_category in sorted((key, by_category) for key, by_category in shapes.items() if by_category):
         path = listing.need(*instances.path(key), place=f"image {key}")
         size = instances.sizes[key]
         found.append(CocoImage(path, *size, {category: tuple(parts) for category, parts in by_category.items()}, names, annotations))
+    remarks = instances.remarks()
     if not found:
         raise DatasetError(annotations, None, "annotated images", "none", "check the file")
-    remarks = instances.remarks()
     if len(found) < len(instances.sizes):
         remarks.append(f"{len(instances.sizes) - len(found)} images without annotations left out")
     return found, remarks
@@ -109,27 +116,32 @@ class Instances:
                 raise DatasetError(file, None, f"an image_id of the file's images in {place}", str(entry["image_id"]), "restore the file")
             take(entry, "category_id", int, file, place)
             self.annotations[key] = entry
-        self._short = self._without = 0
+        self._short = self._without = self._looked_at = 0
+        self._outside: list[str] = []
 
     def path(self, image: int) -> tuple[Path, Path]:
         """(the picture's path, the file that names it)"""
         return self.images / self._names[image], self.file
 
-    def shapes(self, entry: dict[str, Any]) -> tuple[Shape, ...]:
-        """The polygons or encodings of an annotation, checked against its image's size; none where all are degenerate."""
+    def shapes(self, entry: dict[str, Any]) -> tuple[Shape, ...] | None:
+        """The polygons or encodings of an annotation, none where all are degenerate; None where one reaches out of its image."""
         place, file = f"annotation {entry['id']}", self.file
         height, width = self.sizes[entry["image_id"]]
         value = entry.get("segmentation")
         if not isinstance(value, (list, dict)):
             expected = f"polygons or a run-length encoding as 'segmentation' of {place}"
             raise DatasetError(file, None, expected, f"{value!r:.60}", "restore the file")
+        self._looked_at += 1
         parts: list[Shape] = []
         for part in value if isinstance(value, list) else [value]:
             if isinstance(part, dict):
                 _check_encoding(part, height, width, file, place)
                 parts.append(part)
                 continue
-            polygon = _polygon(part, height, width, file, place)
+            polygon = _polygon(part, file, place)
+            if out := _reach_out(polygon, height, width):
+                self._outside.append(f"{out} in {place}")
+                return None
             if len(polygon) < 6:
                 self._short += 1
             else:
@@ -138,7 +150,14 @@ class Instances:
         return tuple(parts)
 
     def remarks(self) -> list[str]:
+        """On what `shapes` left out. Raises DatasetError where more polygons reach out of their images than a mistake explains."""
+        if len(self._outside) > max(1, OUTSIDE_SHARE * self._looked_at):
+            found = f"{self._outside[0]}, and so in {len(self._outside)} of {self._looked_at} annotations"
+            raise DatasetError(self.file, None, "polygons inside their images", found, "take annotations and sizes from one release")
         remarks = [f"{self._short} polygons of fewer than three corners left out"] if self._short else []
+        if self._outside:
+            first = self._outside[0]
+            remarks.append(f"{len(self._outside)} annotations that reach out of their images left out, the first with {first}")
         return remarks + ([f"{self._without} annotations without a shape left out"] if self._without else [])
 
 
@@ -180,18 +199,22 @@ def _check_encoding(part: dict[str, Any], height: int, width: int, file: Path, p
         raise DatasetError(file, None, f"counts as a list or an ASCII string in {place}", f"{counts!r:.60}", "restore the file")
 
 
-def _polygon(part: Any, height: int, width: int, file: Path, place: str) -> npt.NDArray[np.float64]:
+def _polygon(part: Any, file: Path, place: str) -> npt.NDArray[np.float64]:
     try:
         polygon = np.asarray(part, np.float64)
     except (TypeError, ValueError):
         polygon = np.empty((0, 0))
     if polygon.ndim != 1 or len(polygon) % 2 or not np.isfinite(polygon).all():
         raise DatasetError(file, None, f"a polygon x, y, x, y, ... in {place}", f"{part!r:.60}", "restore the file")
-    x, y = polygon[::2], polygon[1::2]
-    if len(x) and not (min(x.min(), y.min()) >= -SLACK and x.max() <= width + SLACK and y.max() <= height + SLACK):
-        found = f"x {x.min():g}..{x.max():g}, y {y.min():g}..{y.max():g}"
-        raise DatasetError(file, None, f"a polygon inside {width} x {height} (width x height) in {place}", found, "restore the file")
     return polygon
+
+
+def _reach_out(polygon: npt.NDArray[np.float64], height: int, width: int) -> str:
+    """Where a polygon goes that leaves its image by more than SLACK, "" for one that does not."""
+    x, y = polygon[::2], polygon[1::2]
+    if not len(x) or (min(x.min(), y.min()) >= -SLACK and x.max() <= width + SLACK and y.max() <= height + SLACK):
+        return ""
+    return f"x {x.min():g}..{x.max():g}, y {y.min():g}..{y.max():g} of {width} x {height} (width x height)"
 
 
 def _names(category: str) -> tuple[str, ...]:

@@ -5,8 +5,9 @@ and does not say what it does about that; masks drawn by hand can be given as a 
 
 Layout: pictures in folders by defect, 1/ ... 10/ in the release, images/images/DEFECT/ in the widely used copy; annotations by picture name
 in lable/ (the release's spelling), lable/lable, label/label or label/. Files of one name in several folders are taken for one picture and
-read once. Pictures without XML or boxes are left out: unlabelled is not normal. All others are anomalous. The release's own README could
-not be read; this is what public loaders of both copies show.
+read once. Pictures without XML or boxes are left out: unlabelled is not normal. All others are anomalous. One XML file of the release has
+an object by the name of "d", which is no defect's; public converters leave it out and so does this, with a remark. Any other unknown name
+is an error. The release's own README could not be read; this is what public loaders of both copies show.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ KINDS = {
     "10_yaozhe": "waist folding",
     "10_yaozhed": "waist folding",
 }
+CORRUPT = "d"
 
 Box = tuple[float, float, float, float]
 """left, top, right, bottom in pixels; right and bottom are the first not covered."""
@@ -63,7 +65,7 @@ class BoxedImage:
 
 
 def read_gc10(root: Path) -> tuple[list[BoxedImage], list[str]]:
-    """The labelled pictures by name, and a remark on those without boxes. Headers are read, pixels are not decoded."""
+    """The labelled pictures by name, and remarks on what is left out. Headers are read, pixels are not decoded."""
     need_folder(root, "pictures in folders by defect, and lable")
     labels = next((root / name for name in LABEL_FOLDERS if any((root / name).glob("*.xml"))), None)
     if labels is None:
@@ -71,13 +73,16 @@ def read_gc10(root: Path) -> tuple[list[BoxedImage], list[str]]:
         raise DatasetError(root, None, f"XML files in one of {', '.join(LABEL_FOLDERS)}", "none", remedy)
     pictures = _pictures(root)
     listing = Listing()
-    found = [_image(path, labels / f"{name}.xml") for name, path in sorted(pictures.items()) if listing.holds(labels / f"{name}.xml")]
+    corrupt: list[Path] = []
+    annotated = [(path, labels / f"{name}.xml") for name, path in sorted(pictures.items()) if listing.holds(labels / f"{name}.xml")]
+    found = [_image(path, annotation, corrupt) for path, annotation in annotated]
     boxed = [image for image in found if image.boxes]
     if not boxed:
         remedy = "take pictures and annotations from one release"
         raise DatasetError(labels, None, "NAME.xml with boxes for the pictures", "none", remedy)
     left_out = len(pictures) - len(boxed)
-    return boxed, [f"{left_out} pictures without boxes left out"] if left_out else []
+    remarks = [f"{left_out} pictures without boxes left out"] if left_out else []
+    return boxed, remarks + ([f"{len(corrupt)} objects named {CORRUPT!r} left out, the first in {corrupt[0].name}"] if corrupt else [])
 
 
 def _pictures(root: Path) -> dict[str, Path]:
@@ -90,16 +95,20 @@ def _pictures(root: Path) -> dict[str, Path]:
     return pictures
 
 
-def _image(image: Path, annotation: Path) -> BoxedImage:
+def _image(image: Path, annotation: Path, corrupt: list[Path]) -> BoxedImage:
+    """`corrupt` takes the annotation once for each object that is left out."""
     try:
-        objects = ElementTree.parse(annotation).getroot().findall("object")
+        everything = ElementTree.parse(annotation).getroot().findall("object")
     except (ElementTree.ParseError, ValueError, LookupError) as error:  # the latter two: an encoding that is unknown or not kept
         raise DatasetError(annotation, None, "Pascal-VOC XML", str(error), "download it again") from error
+    named = [(item, item.findtext("name", "").strip()) for item in everything]
+    corrupt += [annotation for _, name in named if name == CORRUPT]
+    objects = [item for item, name in named if name != CORRUPT]
     size = picture_size(image)
     boxes = tuple(_box(item, annotation) for item in objects)
     for box in boxes:
         _check_box(box, *size, annotation)
-    names = dict.fromkeys(item.findtext("name", "").strip() for item in objects)
+    names = dict.fromkeys(name for _, name in named if name != CORRUPT)
     unknown = [name for name in names if name not in KINDS]
     if unknown:
         raise DatasetError(annotation, None, f"a defect of {', '.join(KINDS)}", repr(unknown[0]), "correct the name")

@@ -1,7 +1,8 @@
 """Segmentation sets with class-index masks: ADE20K (scene parsing) and COCO-Stuff.
 
 ADE20K, as ADEChallengeData2016.zip unpacks: images/training/NAME.jpg, annotations/training/NAME.png with 0 for "other" and 1..150 for the
-classes of objectInfo150.txt (a table with the columns Idx and Name; of synonyms the first is taken).
+classes of objectInfo150.txt (a table with the columns Idx and Name; of synonyms the first is taken; in the release some cells have blanks
+at their ends, "22 " and "bed ").
 
 COCO-Stuff, as its README lays it out: images/train2017/NAME.jpg, annotations/train2017/NAME.png (the "stuffthingmaps") with 255 for
 unlabelled and v for the class v + 1 of labels.txt ("1: person"), which belongs beside them. Classes with a hyphen ("wall-other",
@@ -80,7 +81,7 @@ def _pairs(root: Path, split: str, names: Mapping[int, str], ignored: frozenset[
 
 def _ade_names(file: Path) -> dict[int, str]:
     text = read_text(file, "ADE20K's classes")
-    header, *rows = [re.split(r"\t+| {2,}", line.strip()) for line in text.splitlines() if line.strip()] or [[]]
+    header, *rows = [re.split(r"\s*\t\s*| {2,}", line.strip()) for line in text.splitlines() if line.strip()] or [[]]
     if "Idx" not in header or "Name" not in header:
         raise DatasetError(file, 1, "columns Idx and Name separated by tabs", " ".join(header) or "nothing", "restore it from the release")
     names = {}

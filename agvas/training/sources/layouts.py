@@ -13,7 +13,8 @@ sources of --mixture by group and kind, as published (ROOT is the source's "root
  general
   coco          ROOT/annotations/instances_train2017.json and ROOT/train2017 [annotations, images: file and folder below ROOT]
   paco-lvis     ROOT/annotations/paco_lvis_v1_train.json, whose file names begin with train2017/ [annotations, images]
-  partimagenet  ROOT/train.json in COCO's form and ROOT/train [annotations, images]
+  partimagenet  ROOT/annotations/train/train.json in COCO's form and ROOT/images/train, or ROOT/train.json and ROOT/train
+                [annotations, images]
   pascal-part   ROOT/train.json in COCO's form (VLPart's) and ROOT/VOCdevkit/VOC2010/JPEGImages [annotations, images]
   ade20k        ROOT/images/training/NAME.jpg, ROOT/annotations/training/NAME.png and ROOT/objectInfo150.txt [split: validation]
   coco-stuff    ROOT/images/train2017/NAME.jpg, ROOT/annotations/train2017/NAME.png and ROOT/labels.txt [split: val2017]

@@ -3,6 +3,8 @@
 The rules are those of runtime/images.py, so that training and the line see the same picture: the EXIF orientation is applied (here with
 Pillow's exif_transpose), 16-bit grey is shifted to 8 bits, alpha is dropped, 32-bit float is refused, and PNG, JPEG, BMP, TIFF and PNM
 are read, told apart by content. agvas may not import that file (the runtime is deployed without it), so they are written again here.
+A picture to learn from may also be a GIF, of which the first frame is read: refCLEF has a few by the name of .jpg. The line reads none,
+and evaluation, which asks for sizes first, refuses them as it does.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
 from agvas.training.sources.errors import DatasetError
 
 _FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "PPM")
+_LEARNED_FROM = (*_FORMATS, "GIF")
 _SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 _EIGHT_BIT = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV")
 _EXIF_ORIENTATION, _EXIF_SIDES_SWAPPED = 0x0112, (5, 6, 7, 8)
@@ -24,7 +27,7 @@ _TIFF_SIDES = (256, 257)  # tags of width and height
 
 def read_picture(path: Path) -> npt.NDArray[np.uint8]:
     """uint8 RGB [H, W, 3]. Raises DatasetError naming the file where it does not decode: training never skips a picture."""
-    opened = decoded(path)
+    opened = decoded(path, _LEARNED_FROM)
     if opened.mode in _SIXTEEN_BIT:
         samples = np.asarray(opened)
         if samples.size and not (samples.min() >= 0 and samples.max() <= 65535):
@@ -90,10 +93,10 @@ def check_size(mask: npt.NDArray[np.bool_] | npt.NDArray[np.int32], height: int,
         )
 
 
-def decoded(path: Path) -> Image.Image:
+def decoded(path: Path, formats: tuple[str, ...] = _FORMATS) -> Image.Image:
     """The first frame, decoded and turned upright, in 8 or 16 bits; `format` is kept. Raises DatasetError naming the file."""
     try:
-        with Image.open(path, formats=_FORMATS) as opened:
+        with Image.open(path, formats=formats) as opened:
             opened.load()
             upright = ImageOps.exif_transpose(opened)
             upright.format = opened.format

@@ -6,7 +6,8 @@
 
 Read from public loaders (anomalib, moviad, Dinomaly's README); the data set's own page could not be read. They differ in where the JSON
 archive unpacks: realiad_jsons/realiad_jsons is taken where it exists, realiad_jsons otherwise, or what `annotations` says. Non-zero mask
-pixels are anomalous.
+pixels are anomalous. An anomalous picture to which the release names no mask (its users report some) is left out with a remark: it is
+neither normal nor can it be learned from. A mask that is named and not there is an error.
 """
 
 from __future__ import annotations
@@ -31,8 +32,10 @@ KINDS = {
 """The release's abbreviations, in the words of the data set's paper; another one is kept as it is."""
 
 
-def read_real_iad(root: Path, annotations: str | None = None, images: str = "realiad_1024", split: str | None = None) -> list[MaskedImage]:
-    """Pictures by class and in the files' order.
+def read_real_iad(
+    root: Path, annotations: str | None = None, images: str = "realiad_1024", split: str | None = None
+) -> tuple[list[MaskedImage], list[str]]:
+    """Pictures by class and in the files' order, and a remark on those left out.
 
     Args:
         annotations: folder of the JSON files below root, e.g. "realiad_jsons_sv"; by default as the docstring above says.
@@ -48,6 +51,7 @@ def read_real_iad(root: Path, annotations: str | None = None, images: str = "rea
         raise DatasetError(root / annotations, None, "CLASS.json files", "none", "unpack realiad_jsons.zip here")
     listing = Listing()
     found: list[MaskedImage] = []
+    without: list[Path] = []
     for file in files:
         content = read_json(file, "the pictures of a class")
         meta = take(content, "meta", dict, file, "the file")
@@ -56,17 +60,22 @@ def read_real_iad(root: Path, annotations: str | None = None, images: str = "rea
         for part in ("train", "test"):
             if split in (None, part):
                 entries = take(content, part, list, file, "the file")
-                found += [_image(entry, f"{part}[{n}]", file, folder, normal, part, listing) for n, entry in enumerate(entries)]
+                pictures = [_image(entry, f"{part}[{n}]", file, folder, normal, part, listing) for n, entry in enumerate(entries)]
+                found += [picture for picture in pictures if isinstance(picture, MaskedImage)]
+                without += [picture for picture in pictures if isinstance(picture, Path)]
     if not found:
         raise DatasetError(root / annotations, None, f"pictures of split {split or 'train or test'}", "none", "check the split")
-    return found
+    return found, [f"{len(without)} anomalous pictures without a mask left out, the first {without[0].name}"] if without else []
 
 
-def _image(entry: Any, place: str, file: Path, folder: Path, normal: str, part: str, listing: Listing) -> MaskedImage:
+def _image(entry: Any, place: str, file: Path, folder: Path, normal: str, part: str, listing: Listing) -> MaskedImage | Path:
+    """The path alone of an anomalous picture to which no mask is named."""
     kind = take(entry, "anomaly_class", str, file, place)
     category = take(entry, "category", str, file, place)
     image = listing.need(folder / take(entry, "image_path", str, file, place), file, place)
     if kind == normal:
         return MaskedImage(image, None, category, None, part)
+    if entry.get("mask_path", "") in (None, ""):
+        return image
     mask = listing.need(folder / take(entry, "mask_path", str, file, place), file, place)
     return MaskedImage(image, mask, category, KINDS.get(kind, kind), part)
