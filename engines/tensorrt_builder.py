@@ -1,8 +1,9 @@
 """Builds one TensorRT engine from one ONNX graph, in a process of its own.
 
 A builder may crash on a graph it does not like, or be killed for its memory; in a child that is an error with a name and a log, and
-the caller lives. Precision is in the graph: the network is strongly typed and no flag here decides any. What the builder made of
-attention is read from its own layer list, since "it built" says nothing of whether attention is one kernel or ten.
+the caller lives. Precision is in the graph: the network is strongly typed, and TF32, which the libraries have on and which keeps 10 bits of
+float32's 23, is taken off. What the builder made of attention is read from its own layer list, since "it built" says nothing of whether
+attention is one kernel or ten.
 
     python -m engines.tensorrt_builder < request.json        # the child; `build` starts it
 """
@@ -30,6 +31,9 @@ from engines.tensorrt_library import TENSORRT, library, sm
 Profile = Mapping[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
 
 CHILD = (sys.executable, "-m", "engines.tensorrt_builder")
+# How `_build` builds, by number: raised with whatever makes other engines of the same graph and shapes, so that none of the former pass
+# for what is built now. 1 left TF32 on.
+RECIPE = 2
 # Host memory of a build, measured with TensorRT for RTX 1.7.1 (benchmarks/results/tensorrt_rtx_builds.json): the library and its
 # compiler, and per byte of the graph what the parser, the optimiser and the serialised engine hold at once.
 BASE_BYTES = 350 << 20
@@ -192,6 +196,7 @@ def _build(request: BuildRequest) -> BuildReport:
         reasons = "; ".join(str(parser.get_error(index)) for index in range(parser.num_errors))
         raise EngineFailed(f"the parser refuses the graph: {reasons}")
     config = builder.create_builder_config()
+    _clear_tf32(trt, config)
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # the list of layers, for `_attention`
     config.progress_monitor = _monitor(trt)
     if request.workspace_mb is not None:
@@ -274,6 +279,13 @@ def _strongly_typed(trt: Any) -> int:
     """The creation flag; a version whose networks are all strongly typed may have none."""
     flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     return 0 if flag is None else 1 << int(flag)
+
+
+def _clear_tf32(trt: Any, config: Any) -> None:
+    """float32 in the graph is float32 in the kernels; a version without the flag has no TF32 to take off."""
+    flag = getattr(trt.BuilderFlag, "TF32", None)
+    if flag is not None:
+        config.clear_flag(flag)
 
 
 def _profile(builder: Any, network: Any, shapes: Profile) -> Any:

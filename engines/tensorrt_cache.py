@@ -22,7 +22,7 @@ from typing import Any
 
 from engines.cache import cache_folder, graph_hash, locked, write_whole
 from engines.errors import EngineFailed, EngineUnavailable
-from engines.tensorrt_builder import BuildRequest, Profile, build
+from engines.tensorrt_builder import RECIPE, BuildRequest, Profile, build
 
 SIDECAR_VERSION = 1
 FAILED = ".failed"
@@ -63,6 +63,7 @@ class EngineRecord:
         profile: least, usual and largest shape by input.
         workspace_mb: limit it was built with.
         seconds, cpu_seconds, peak_rss_bytes, layers, attention, attention_fused, unfused, int4_layers: see BuildReport.
+        recipe: how it was built, see engines.tensorrt_builder.RECIPE; sidecars of recipe 1 do not tell.
         verified: None when it was never run against the reference; else {"passed", "failures", "mask_iou_mean", "mask_iou_min", "flips"}.
     """
 
@@ -83,6 +84,7 @@ class EngineRecord:
     attention_fused: int | None
     unfused: tuple[str, ...]
     int4_layers: int | None
+    recipe: int = 1
     verified: dict[str, Any] | None = None
     sidecar_version: int = SIDECAR_VERSION
 
@@ -153,6 +155,11 @@ def _load(key: EngineKey, rebuild: str) -> tuple[bytes, EngineRecord]:
         if expected != found:
             words = {"capability": "compute capability", "graph": "graph hash"}.get(field, field)
             raise EngineUnavailable(f"{path}: expected an engine for {words} {expected}, found one for {found}; run {rebuild} --rebuild")
+    if record.recipe != RECIPE:
+        raise EngineUnavailable(
+            f"{path}: expected an engine of build recipe {RECIPE}, found one of {record.recipe}, which this agvas builds otherwise; "
+            f"run {rebuild} --rebuild"
+        )
     size = path.stat().st_size
     if size != record.bytes:
         raise EngineUnavailable(f"{path}: expected {record.bytes} bytes, found {size} (cut off?); run {rebuild} --rebuild")
@@ -241,7 +248,7 @@ def _build(
     try:
         report = build(request, path.with_suffix(".log"), progress)
         digest = hashlib.sha256(partial.read_bytes()).hexdigest()
-        record = EngineRecord(**asdict(key), sha256=digest, profile=shapes, workspace_mb=workspace_mb, **asdict(report))
+        record = EngineRecord(**asdict(key), sha256=digest, profile=shapes, workspace_mb=workspace_mb, recipe=RECIPE, **asdict(report))
         # The old pair goes first: at no moment does a new engine stand beside an old sidecar that would vouch for it.
         path.with_suffix(".json").unlink(missing_ok=True)
         os.replace(partial, path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -139,6 +140,12 @@ def test_engines_are_built_for_gpus_that_are_not_here(capability: str, graphs: G
     assert capability in ahead_of_time(TENSORRT_RTX)
     report = built(lowered(graphs["spam"], "fp16"), "spam", nano_profile("spam"), tmp_path, capability)
     assert report.attention_fused == 1 and report.bytes > 1000 and report.peak_rss_bytes and report.peak_rss_bytes > 1 << 26
+
+
+def test_float32_is_computed_in_float32_and_not_in_tf32(graphs: Graphs, tmp_path: Path) -> None:
+    """The engine tells its settings, in words between its bytes."""
+    built(lowered(graphs["spam"], "fp32"), "spam", nano_profile("spam"), tmp_path)
+    assert re.findall(rb"\btf32=(\d)", (tmp_path / "engine").read_bytes()) == [b"0"]
 
 
 def test_the_graphs_hold_nothing_that_one_of_the_builders_refuses(graphs: Graphs) -> None:
