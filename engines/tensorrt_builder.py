@@ -42,6 +42,8 @@ BYTES_PER_GRAPH_BYTE = 3.3
 FUSED_ATTENTION = re.compile(r"_gemm_mha|fused_mha|fmha")
 INT4_WEIGHTS = re.compile(r"Datatype: Int4", re.IGNORECASE)
 OUT_OF_MEMORY = re.compile(r"bad_alloc|out of memory|OutOfMemory|MemoryError|Cannot allocate memory|insufficient memory", re.IGNORECASE)
+# What the builder says when no kernel of a layer does with the workspace that it is limited to.
+WORKSPACE_TOO_SMALL = re.compile(r"increas\w+ the (?:allowed )?workspace size", re.IGNORECASE)
 # How the list of layers begins, and a line of it: TensorRT for RTX 1.7, TensorRT 10 (not seen here).
 LAYERS_FOLLOW = re.compile(r"^(?:Layers|Engine Layer Information):\s*$", re.MULTILINE)
 LAYER = re.compile(r"\s*(?:Name: .*LayerType: |Layer\()")
@@ -138,7 +140,7 @@ def build(request: BuildRequest, log: Path, progress: Callable[[str, int, int], 
     if code == 0 and report:
         log.unlink()
         return BuildReport(**{**report, "unfused": tuple(report["unfused"])})
-    raise EngineFailed(f"{what}: {_reason(code, log)}; the builder's log is {log}")
+    raise EngineFailed(f"{what}: {_reason(code, log, request.workspace_mb)}; the builder's log is {log}")
 
 
 def check_memory(graph: Path) -> None:
@@ -156,13 +158,15 @@ def check_memory(graph: Path) -> None:
         )
 
 
-def _reason(code: int, log: Path) -> str:
+def _reason(code: int, log: Path, workspace_mb: int | None) -> str:
     """Why a child ended, in words: what it said last, or what ended it."""
     text = log.read_text(errors="replace")
     errors = [line for line in text.splitlines() if line.startswith(("error:", "ERROR", "INTERNAL_ERROR"))]
     last = errors[-1].split(":", 1)[1].strip()[:500] if errors else ""
+    said = f" ({last})" if last else ""
+    if workspace_mb is not None and code > 0 and WORKSPACE_TOO_SMALL.search(text[-20000:]):
+        return f"a layer needs more scratch memory than --workspace {workspace_mb} allows{said}; give a larger one, or leave it out"
     if OUT_OF_MEMORY.search(text[-20000:]) or code == -9:
-        said = f" ({last})" if last else ""
         return f"out of memory{said}; end other programs, give a smaller --workspace or --max-batch, or build elsewhere"
     if code < 0:
         return f"the builder crashed (signal {-code}){f' after: {last}' if last else ''}; this graph and this version do not go together"

@@ -196,6 +196,9 @@ def test_a_builder_that_is_killed_ran_out_of_memory(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(tensorrt_builder, "CHILD", (sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"))
     with pytest.raises(EngineFailed, match="out of memory; end other programs"):
         build_plain(tmp_path)
+    request = BuildRequest(TENSORRT_RTX, str(tmp_path / "g.onnx"), str(tmp_path / "engine"), "8.9", PLAIN_PROFILE, workspace_mb=1)
+    with pytest.raises(EngineFailed, match="out of memory; end other programs"):  # a limit of the GPU's is none of the host's
+        build(request, tmp_path / "log")
 
 
 def test_a_builder_that_gets_too_little_memory_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,6 +214,25 @@ def test_a_builder_that_gets_too_little_memory_says_so(tmp_path: Path, monkeypat
     profile: Profile = {"x": ((1, 8192), (1, 8192), (4, 8192))}
     with pytest.raises(EngineFailed, match="out of memory.*end other programs.*builder's log"):
         build(BuildRequest(TENSORRT_RTX, str(path), str(tmp_path / "engine"), "8.9", profile), tmp_path / "log")
+
+
+LARGER = "a layer needs more scratch memory than --workspace 1 allows .*{}.*; give a larger one, or leave it out"
+
+
+def test_a_workspace_that_is_too_small_is_no_lack_of_memory(
+    graphs: Graphs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The real builder's words, which differ by layer."""
+    write(lowered(graphs["pixel_encoder"], "fp32"), tmp_path, "pixel_encoder")
+    graph, profile = str(tmp_path / "pixel_encoder.onnx"), nano_profile("pixel_encoder")
+    request = BuildRequest(TENSORRT_RTX, graph, str(tmp_path / "engine"), "8.9", profile, workspace_mb=1)
+    with pytest.raises(EngineFailed, match=LARGER.format("workspace limit")):
+        build(request, tmp_path / "log")
+    words = "VERBOSE:  Try increasing the workspace size with IBuilderConfig.\nerror: Error Code 2: OutOfMemory"  # of nano's pixel encoder
+    code = f"import sys; print({words!r}, file=sys.stderr); sys.exit(1)"
+    monkeypatch.setattr(tensorrt_builder, "CHILD", (sys.executable, "-c", code))
+    with pytest.raises(EngineFailed, match=LARGER.format("OutOfMemory")):
+        build(request, tmp_path / "log")
 
 
 def test_too_little_free_memory_is_told_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
