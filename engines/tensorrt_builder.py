@@ -62,6 +62,7 @@ class BuildRequest:
         workspace_mb: most scratch memory a layer may take on the GPU; None leaves it to the builder.
         timing_cache: file with the measured times of kernels, read and written by tensorrt; None for none.
         device: number of the GPU that tensorrt builds on; tensorrt-rtx builds on none.
+        force: build where memory will not do by the estimate, too.
     """
 
     engine: str
@@ -72,6 +73,7 @@ class BuildRequest:
     workspace_mb: int | None = None
     timing_cache: str | None = None
     device: int = 0
+    force: bool = False
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,8 @@ def build(request: BuildRequest, log: Path, progress: Callable[[str, int, int], 
     Raises:
         EngineFailed: too little memory, a graph that the builder refuses, a crash; names the graph, the reason and the log.
     """
-    check_memory(Path(request.graph))
+    if not request.force:
+        check_memory(Path(request.graph))
     log.parent.mkdir(parents=True, exist_ok=True)
     what = f"{request.engine} cannot build {Path(request.graph).name} for compute capability {request.capability}"
     report: dict[str, Any] = {}
@@ -153,8 +156,8 @@ def check_memory(graph: Path) -> None:
     needed, free = int(BASE_BYTES + BYTES_PER_GRAPH_BYTE * size), available_memory()
     if free is not None and free < needed:
         raise EngineFailed(
-            f"building {graph.name} takes about {needed >> 20} MiB of memory, {free >> 20} MiB are free; end other programs, "
-            "add swap, or build on another machine"
+            f"building {graph.name} takes about {needed >> 20} MiB of memory, {free >> 20} MiB are free (swap does not count); end other "
+            "programs, build on another machine, or go on all the same with --force"
         )
 
 

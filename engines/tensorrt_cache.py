@@ -177,12 +177,14 @@ def build_into_cache(
     *,
     device: int = 0,
     rebuild: bool = False,
+    force: bool = False,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> tuple[EngineRecord, bool]:
     """Build the engine of a key unless it is there whole, with this profile. Processes that ask for the same one build it once.
 
     Args:
         device: number of the GPU that tensorrt builds on, which has the key's compute capability.
+        force: build where memory or disk will not do by the estimate, too.
 
     Returns:
         Its record, and whether it was there already.
@@ -202,8 +204,9 @@ def build_into_cache(
                 else:
                     if record.profile == shapes and record.workspace_mb == workspace_mb:
                         return record, True
-            _check_disk(graph)
-            return _build(key, graph, profile, shapes, workspace_mb, device, progress), False
+            if not force:
+                _check_disk(graph)
+            return _build(key, graph, profile, shapes, workspace_mb, device, force, progress), False
     except OSError as error:
         raise EngineFailed(f"{path}: cannot be written ({error}); free some space or set AGVAS_CACHE to another folder") from error
 
@@ -231,6 +234,7 @@ def _build(
     shapes: dict[str, list[list[int]]],
     workspace_mb: int | None,
     device: int,
+    force: bool,
     progress: Callable[[str, int, int], None] | None,
 ) -> EngineRecord:
     path = key.path
@@ -244,6 +248,7 @@ def _build(
         workspace_mb=workspace_mb,
         timing_cache=str((engines_folder() / f"timings-{key.engine}-{key.version}-sm{key.capability.replace('.', '')}").absolute()),
         device=device,
+        force=force,
     )
     try:
         report = build(request, path.with_suffix(".log"), progress)
@@ -279,7 +284,7 @@ def _check_disk(graph: Path) -> None:
     if free < needed:
         raise EngineFailed(
             f"{engines_folder()}: an engine of {graph.name} takes up to {needed >> 20} MiB and {free >> 20} MiB are free; "
-            "free some space or set AGVAS_CACHE to another folder"
+            "free some space, set AGVAS_CACHE to another folder, or go on all the same with --force"
         )
 
 

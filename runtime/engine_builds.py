@@ -37,6 +37,7 @@ class BuildSettings:
         workspace_mb: most scratch memory of a layer; None leaves it to the builder.
         max_batch: most pictures in one call of an engine that open_engine opened; a Segmenter's calls have one.
         rebuild: build what is there already, too.
+        force: build where memory or disk will not do by the estimate, too.
         stages: which stages; empty for all.
     """
 
@@ -46,6 +47,7 @@ class BuildSettings:
     workspace_mb: int | None = None
     max_batch: int = 1
     rebuild: bool = False
+    force: bool = False
     stages: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -91,6 +93,7 @@ def build_engines(bundle: Bundle, settings: BuildSettings, progress: Told | None
                 settings.workspace_mb,
                 device=device_index(settings.device),
                 rebuild=settings.rebuild,
+                force=settings.force,
                 progress=told,
             )
             keys.append(key)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -237,9 +238,12 @@ def test_a_workspace_that_is_too_small_is_no_lack_of_memory(
 
 def test_too_little_free_memory_is_told_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tensorrt_builder, "available_memory", lambda: 100 << 20)
-    monkeypatch.setattr(tensorrt_builder, "CHILD", ("false",))
-    with pytest.raises(EngineFailed, match="building g.onnx takes about 350 MiB of memory, 100 MiB are free"):
-        build_plain(tmp_path)
+    with monkeypatch.context() as unstarted:
+        unstarted.setattr(tensorrt_builder, "CHILD", ("false",))
+        with pytest.raises(EngineFailed, match="takes about 350 MiB of memory, 100 MiB are free .swap does not count.; .*with --force"):
+            build_plain(tmp_path)
+    request = BuildRequest(TENSORRT_RTX, str(tmp_path / "g.onnx"), str(tmp_path / "engine"), "8.9", PLAIN_PROFILE, force=True)
+    assert build(request, tmp_path / "log").bytes > 0
 
 
 def test_files_that_a_container_has_read_are_free_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -378,6 +382,21 @@ def test_what_cannot_be_built_is_exit_code_2_with_a_remedy(
     code, report, errors = run_build("--bundle", tiny_bundle, *arguments)
     assert code == 2 and report["error"] in errors
     assert pytest.raises(AssertionError, match=message).matches(AssertionError(report["error"])), report["error"]
+
+
+def test_too_little_memory_or_disk_by_the_estimate_is_no_end_with_force(
+    tiny_bundle: Path, run_build: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ("--bundle", tiny_bundle, "--engine", TENSORRT_RTX, "--compute-capability", "8.9", "--stages", "spam")
+    with monkeypatch.context() as short:
+        short.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(100, 99, 1))  # type: ignore[attr-defined]
+        code, report, _ = run_build(*arguments)
+        assert code == 2 and "MiB are free; free some space, set AGVAS_CACHE to another folder, or go on all" in report["error"]
+        assert run_build(*arguments, "--force")[0] == 0
+    monkeypatch.setattr(tensorrt_builder, "available_memory", lambda: 100 << 20)
+    code, report, _ = run_build(*arguments, "--rebuild")
+    assert code == 2 and "100 MiB are free" in report["error"]
+    assert run_build(*arguments, "--rebuild", "--force")[0] == 0
 
 
 def test_a_device_that_is_none_is_not_told_as_a_gpu_that_is_missing(tiny_bundle: Path) -> None:
