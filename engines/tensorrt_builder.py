@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from engines.cache import write_whole
 from engines.cuda import select
 from engines.errors import EngineFailed
 from engines.memory import available_memory, peak_memory
@@ -212,14 +213,13 @@ def _build(request: BuildRequest) -> BuildReport:
         config.num_compute_capabilities = 1
         config.set_compute_capability(trt.ComputeCapability.__members__[sm(request.capability)], 0)
     config.add_optimization_profile(_profile(builder, network, request.profile))
-    timing = _read_timings(config, request)
+    timings = _read_timings(config, request)
     attention = _attentions(trt, network)
     serialized = builder.build_serialized_network(network, config)
     if serialized is None:
         raise EngineFailed(logger.errors[-1] if logger.errors else "the builder made no engine and gave no reason")
     Path(request.output).write_bytes(serialized)
-    if timing is not None and request.timing_cache:
-        Path(request.timing_cache).write_bytes(timing.serialize())
+    _keep_timings(timings, request)
     layers = logger.layers
     fused = {name for name in attention if any(FUSED_ATTENTION.search(_name(line)) and f"{name}]" in line for line in layers)}
     return BuildReport(
@@ -306,15 +306,27 @@ def _profile(builder: Any, network: Any, shapes: Profile) -> Any:
 
 
 def _read_timings(config: Any, request: BuildRequest) -> Any:
-    """TensorRT's measured kernel times, set on the config; None for TensorRT for RTX, which measures nothing while building."""
+    """TensorRT's measured kernel times, set on the config; None for TensorRT for RTX, which measures nothing while building.
+
+    A file of another version or GPU, or a damaged one, which the library refuses in one call or the other, counts as none.
+    """
     if request.engine != TENSORRT or request.timing_cache is None:
         return None
-    known = Path(request.timing_cache)
-    cache = config.create_timing_cache(known.read_bytes() if known.is_file() else b"")
-    if not config.set_timing_cache(cache, False):  # another version's or GPU's: measured anew
-        cache = config.create_timing_cache(b"")
-        config.set_timing_cache(cache, False)
-    return cache
+    contents = [b""]
+    with contextlib.suppress(OSError):  # none yet
+        contents.insert(0, Path(request.timing_cache).read_bytes())
+    for content in contents:
+        cache = config.create_timing_cache(content)
+        if cache is not None and config.set_timing_cache(cache, False):
+            return cache
+    return None
+
+
+def _keep_timings(timings: Any, request: BuildRequest) -> None:
+    """Write them, whole, since another build may be reading. Failing to costs the time of measuring again, nothing else."""
+    if timings is not None and request.timing_cache:
+        with contextlib.suppress(OSError):
+            write_whole(Path(request.timing_cache), bytes(timings.serialize()))
 
 
 def _attentions(trt: Any, network: Any) -> list[str]:

@@ -246,7 +246,7 @@ def _build(
         capability=key.capability,
         profile=profile,
         workspace_mb=workspace_mb,
-        timing_cache=str((engines_folder() / f"timings-{key.engine}-{key.version}-sm{key.capability.replace('.', '')}").absolute()),
+        timing_cache=str(_timings(key).absolute()),
         device=device,
         force=force,
     )
@@ -261,6 +261,11 @@ def _build(
     finally:
         partial.unlink(missing_ok=True)
     return record
+
+
+def _timings(key: EngineKey) -> Path:
+    """The file of kernel times, one a stage. Who builds the stage of another bundle meanwhile writes it, too: the last one's stays."""
+    return engines_folder() / f"timings-{key.stage}-{key.engine}-{key.version}-sm{key.capability.replace('.', '')}"
 
 
 @functools.lru_cache(maxsize=64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from engines import EngineUnavailable, tensorrt_cache
+from engines import EngineFailed, EngineUnavailable, tensorrt_cache
 from engines.tensorrt_builder import RECIPE, BuildReport, BuildRequest, Profile
 from engines.tensorrt_cache import EngineKey, EngineRecord, build_into_cache, load, record_of
 
@@ -47,3 +48,17 @@ def test_an_engine_of_another_recipe_is_refused_with_the_command_and_built_again
         load(KEY, "agvas-build")
     assert build()[1] is False
     assert build()[1] is True and load(KEY, "")[0] == b"engine 2"
+
+
+def test_stages_that_are_built_at_once_share_no_file_of_times(build: Build, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    files: list[str | None] = []
+
+    def builder(request: BuildRequest, *others: Any) -> BuildReport:
+        files.append(request.timing_cache)
+        raise EngineFailed("that is far enough")
+
+    monkeypatch.setattr(tensorrt_cache, "build", builder)
+    for stage in ("spam", "language"):
+        with pytest.raises(EngineFailed, match="far enough"):
+            build_into_cache(dataclasses.replace(KEY, stage=stage), tmp_path / "spam.onnx", PROFILE)
+    assert len(set(files)) == 2
