@@ -8,6 +8,7 @@ is not known here: that is agvas-verify's, whose verdict the sidecar keeps.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -26,6 +27,7 @@ from engines.tensorrt_builder import RECIPE, BuildRequest, Profile, build
 
 SIDECAR_VERSION = 1
 FAILED = ".failed"
+KERNELS = ".kernels"  # ends the name of what TensorRT for RTX compiled of an engine on the device, see engines.tensorrt
 
 
 @dataclass(frozen=True)
@@ -211,19 +213,55 @@ def build_into_cache(
         raise EngineFailed(f"{path}: cannot be written ({error}); free some space or set AGVAS_CACHE to another folder") from error
 
 
-def set_verified(path: Path, verdict: dict[str, Any]) -> None:
-    """Note in the sidecar how the engine did against the reference."""
-    record = dataclasses.replace(record_of(path), verified=verdict)
-    write_whole(path.with_suffix(".json"), _json(record))
+def hashes() -> dict[Path, str]:
+    """sha256 of every engine in the cache, as their sidecars tell: which ones are there before a verification opens its own."""
+    found = {}
+    for path in engines_folder().glob("*.engine"):
+        with contextlib.suppress(EngineUnavailable):  # not ours
+            found[path] = record_of(path).sha256
+    return found
 
 
-def set_aside(path: Path) -> Path:
-    """Rename an engine that gave wrong results, with its sidecar, so that it is kept for a look and not used. Returns its new name."""
+def set_verified(path: Path, sha256: str, verdict: dict[str, Any]) -> bool:
+    """Note in the sidecar how the engine did against the reference. Waits for a build of it that is under way.
+
+    Args:
+        sha256: of the engine that was verified.
+
+    Returns:
+        False where another engine stands in its place by now, whose sidecar is left as it is.
+
+    Raises:
+        EngineUnavailable: its sidecar is gone by now.
+    """
+    with locked(path.with_suffix(".lock")):
+        record = record_of(path)
+        if record.sha256 != sha256:
+            return False
+        write_whole(path.with_suffix(".json"), _json(dataclasses.replace(record, verified=verdict)))
+        return True
+
+
+def set_aside(path: Path, sha256: str) -> Path | None:
+    """Rename an engine that gave wrong results, with its sidecar and kernels, so that it is kept for a look and not used.
+
+    Args:
+        sha256: of the engine that gave them.
+
+    Returns:
+        Its new name; None where another engine stands in its place by now, which is left there.
+
+    Raises:
+        EngineUnavailable: its sidecar is gone by now; without one it is loaded no more.
+    """
     aside = path.with_name(path.name + FAILED)
-    sidecar = path.with_suffix(".json")
-    if sidecar.is_file():
-        os.replace(sidecar, aside.with_name(f"{aside.name}.json"))
-    os.replace(path, aside)
+    with locked(path.with_suffix(".lock")):
+        if record_of(path).sha256 != sha256:
+            return None
+        for suffix in (KERNELS, ".json"):
+            if (beside := path.with_suffix(suffix)).is_file():
+                os.replace(beside, aside.with_name(f"{aside.name}{suffix}"))
+        os.replace(path, aside)
     return aside
 
 
@@ -254,8 +292,10 @@ def _build(
         report = build(request, path.with_suffix(".log"), progress)
         digest = hashlib.sha256(partial.read_bytes()).hexdigest()
         record = EngineRecord(**asdict(key), sha256=digest, profile=shapes, workspace_mb=workspace_mb, recipe=RECIPE, **asdict(report))
-        # The old pair goes first: at no moment does a new engine stand beside an old sidecar that would vouch for it.
-        path.with_suffix(".json").unlink(missing_ok=True)
+        # What is the old one's goes first: at no moment does a new engine stand beside a sidecar that would vouch for it, or beside kernels
+        # compiled of another.
+        for suffix in (".json", KERNELS):
+            path.with_suffix(suffix).unlink(missing_ok=True)
         os.replace(partial, path)
         write_whole(path.with_suffix(".json"), _json(record))
     finally:

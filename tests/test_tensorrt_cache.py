@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,19 @@ from typing import Any
 import pytest
 
 from engines import EngineFailed, EngineUnavailable, tensorrt_cache
+from engines.cache import locked
 from engines.tensorrt_builder import RECIPE, BuildReport, BuildRequest, Profile
-from engines.tensorrt_cache import EngineKey, EngineRecord, build_into_cache, load, record_of
+from engines.tensorrt_cache import (
+    EngineKey,
+    EngineRecord,
+    build_into_cache,
+    engines_folder,
+    hashes,
+    load,
+    record_of,
+    set_aside,
+    set_verified,
+)
 
 KEY = EngineKey("spam", "0123456789abcdef", "tensorrt", "10.3.0", "8.7")
 PROFILE: Profile = {"x": ((1, 8), (1, 8), (1, 8))}
@@ -62,3 +74,36 @@ def test_stages_that_are_built_at_once_share_no_file_of_times(build: Build, monk
         with pytest.raises(EngineFailed, match="far enough"):
             build_into_cache(dataclasses.replace(KEY, stage=stage), tmp_path / "spam.onnx", PROFILE)
     assert len(set(files)) == 2
+
+
+def test_what_was_compiled_of_an_engine_is_set_aside_with_it(build: Build) -> None:
+    build()
+    sha256 = record_of(KEY.path).sha256
+    KEY.path.with_suffix(".kernels").write_bytes(b"kernels")
+    assert set_aside(KEY.path, "of another engine") is None and load(KEY, "")[1].sha256 == sha256
+    aside = set_aside(KEY.path, sha256)
+    kept = sorted(path.name for path in engines_folder().iterdir() if path.suffix != ".lock")
+    assert aside is not None and kept == [aside.name, f"{aside.name}.json", f"{aside.name}.kernels"]
+
+
+def test_a_verdict_is_noted_of_the_engine_that_was_verified_alone(build: Build) -> None:
+    build()
+    first = hashes()[KEY.path]
+    build(rebuild=True)
+    assert not set_verified(KEY.path, first, {"passed": False}) and record_of(KEY.path).verified is None
+    assert set_verified(KEY.path, hashes()[KEY.path], {"passed": True}) and record_of(KEY.path).verified == {"passed": True}
+
+
+def test_an_engine_is_not_set_aside_in_the_middle_of_its_build(build: Build) -> None:
+    """Who verified the old one waits for the new one, and finds that it is another."""
+    build()
+    first, moved = hashes()[KEY.path], list[Path | None]()
+    with locked(KEY.path.with_suffix(".lock")):
+        waiting = threading.Thread(target=lambda: moved.append(set_aside(KEY.path, first)))
+        waiting.start()
+        waiting.join(0.3)
+        assert waiting.is_alive() and KEY.path.is_file()
+        record = dataclasses.replace(record_of(KEY.path), sha256="of the new one")
+        KEY.path.with_suffix(".json").write_text(json.dumps(dataclasses.asdict(record)))
+    waiting.join(10)
+    assert moved == [None] and KEY.path.is_file()

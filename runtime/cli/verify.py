@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from engines import ENGINES, EngineError, EngineFailed, EngineOptions, EngineUnavailable
+from engines.tensorrt_cache import hashes
 from engines.tensorrt_library import TENSORRT_ENGINES
 from runtime.bundle import Bundle
 from runtime.cli.common import AUTO, Progress, add_engine_arguments, close_stdout, describe, engine_options, json_line, open_streams, say
@@ -133,6 +134,7 @@ def verify_bundle(
     bundle = Bundle(folder)
     options = options or EngineOptions()
     asked, asked_options = engine, options
+    before = hashes() if engine in (AUTO, *TENSORRT_ENGINES) else {}
     pipeline, engine, options, why = _open(bundle, engine, options, precision, remeasure)
     against = _open_reference(bundle, engine, options) if pictures else None
     try:
@@ -153,7 +155,7 @@ def verify_bundle(
     report["inference_precision"] = options.inference_precision
     report["gates"] = gates_for(bundle, options)
     if engine in TENSORRT_ENGINES:
-        aside, report["notes"] = judge(bundle, engine, options.device, verification)
+        aside, report["notes"] = judge(bundle, engine, options.device, verification, before)
         report["set_aside"] = [path.name for path in aside]
     if why:
         report["auto_failed"] = why
