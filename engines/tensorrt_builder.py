@@ -48,6 +48,7 @@ WORKSPACE_TOO_SMALL = re.compile(r"increas\w+ the (?:allowed )?workspace size", 
 # How the list of layers begins, and a line of it: TensorRT for RTX 1.7, TensorRT 10 (not seen here).
 LAYERS_FOLLOW = re.compile(r"^(?:Layers|Engine Layer Information):\s*$", re.MULTILINE)
 LAYER = re.compile(r"\s*(?:Name: .*LayerType: |Layer\()")
+OPAQUE = "{ForeignNode["  # TensorRT 10's name of a part of the graph that another compiler made one layer of
 
 
 @dataclass(frozen=True)
@@ -86,9 +87,10 @@ class BuildReport:
         peak_rss_bytes: most host memory the build held; None where the system does not tell.
         layers: kernels and copies in the engine; None where the builder listed none.
         attention: attentions in the graph (softmax whose result is a matrix product's factor).
-        attention_fused: of them, those that became one kernel; None where the builder listed no layers.
-        unfused: names of the others' softmax nodes.
-        int4_layers: kernels that read weights in 4 bit; elsewhere such weights are unpacked once and take four times the memory.
+        attention_fused: of them, those that became one kernel; None where the builder listed no layers, or such as hide what is in them.
+        unfused: names of the others' softmax nodes; none where that is not known.
+        int4_layers: kernels that read weights in 4 bit; elsewhere such weights are unpacked once and take four times the memory. None as
+            `attention_fused`.
     """
 
     seconds: float
@@ -220,19 +222,29 @@ def _build(request: BuildRequest) -> BuildReport:
         raise EngineFailed(logger.errors[-1] if logger.errors else "the builder made no engine and gave no reason")
     Path(request.output).write_bytes(serialized)
     _keep_timings(timings, request)
-    layers = logger.layers
-    fused = {name for name in attention if any(FUSED_ATTENTION.search(_name(line)) and f"{name}]" in line for line in layers)}
     return BuildReport(
         seconds=round(time.monotonic() - started, 3),
         cpu_seconds=round(time.process_time(), 3),
         bytes=serialized.nbytes,
         peak_rss_bytes=peak_memory(),
-        layers=len(layers) or None,
+        layers=len(logger.layers) or None,
         attention=len(attention),
-        attention_fused=len(fused) if layers else None,
-        unfused=tuple(name for name in attention if name not in fused) if layers else (),
-        int4_layers=sum(bool(INT4_WEIGHTS.search(line)) for line in layers) if layers else None,
+        **_made_of(attention, logger.layers),
     )
+
+
+def _made_of(attention: list[str], layers: list[str]) -> dict[str, Any]:
+    """What the layers tell of a BuildReport: "attention_fused", "unfused", "int4_layers".
+
+    TensorRT may list a whole part of the graph as one layer, {ForeignNode[first...last]}: what is in it cannot be told.
+    """
+    fused = {name for name in attention if any(FUSED_ATTENTION.search(_name(line)) and f"{name}]" in line for line in layers)}
+    opaque = not layers or any(OPAQUE in _name(line) for line in layers)
+    if opaque and len(fused) < len(attention):
+        told: dict[str, Any] = {"attention_fused": None, "unfused": ()}
+    else:
+        told = {"attention_fused": len(fused), "unfused": tuple(name for name in attention if name not in fused)}
+    return told | {"int4_layers": None if opaque else sum(bool(INT4_WEIGHTS.search(line)) for line in layers)}
 
 
 def _tell(record: dict[str, Any]) -> None:

@@ -66,8 +66,8 @@ def build_engines(bundle: Bundle, settings: BuildSettings, progress: Told | None
     """Build every engine asked for, and verify those that can run here.
 
     Returns:
-        The JSON line of agvas-build: "bundle", "engine", "version", "engines" (one record each, with "path" and "cached"), "verified"
-        (True or False of the GPU here, None where none could run), "note" (why not, or what failed), "seconds".
+        The JSON line of agvas-build: "bundle", "precision" (by stage), "engine", "version", "engines" (one record each, with "path" and
+        "cached"), "verified" (True or False of the GPU here, None where none could run), "note" (why not, or what failed), "seconds".
 
     Raises:
         EngineUnavailable: the library or the device is missing, or a compute capability cannot be built for here.
@@ -100,6 +100,7 @@ def build_engines(bundle: Bundle, settings: BuildSettings, progress: Told | None
             built.append(_told(key, record, cached))
     report: dict[str, Any] = {
         "bundle": str(bundle.folder),
+        "precision": bundle.manifest.precision,
         "engine": settings.engine,
         "version": installed,
         "engines": built,

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from engines.tensorrt_builder import BuildRequest, _clear_tf32, _keep_timings, _read_timings
+from engines.tensorrt_builder import BuildRequest, _clear_tf32, _keep_timings, _made_of, _read_timings
 from engines.tensorrt_library import TENSORRT, TENSORRT_RTX
 
 trt = pytest.importorskip("tensorrt_rtx", reason='its names and types are the double\'s: pip install "agvas[tensorrt-rtx]"')
@@ -88,3 +88,24 @@ def test_tensorrt_for_rtx_measures_nothing(tmp_path: Path) -> None:
     assert _read_timings(Config(), asked(tmp_path / "timings", TENSORRT_RTX)) is None
     _keep_timings(None, asked(tmp_path / "timings", TENSORRT_RTX))
     assert not list(tmp_path.iterdir())
+
+
+FUSED = "Name: _gemm_mha_v2_myl0_7, LayerType: kgen, Inputs: [ { Datatype: Int4 } ], Metadata: [ONNX Layer: softmax_1]"
+OTHER = "Name: __myl_Fc_myl0_0, LayerType: kgen, Inputs: [ { Datatype: Float } ]"
+FOREIGN = "Layer(Myelin): {ForeignNode[node_MatMul_3...node_Softmax_90]}, Tactic: 0x0000000000000000, x (Float[1,8]) -> y (Float[1,8])"
+
+
+@pytest.mark.parametrize(
+    ("layers", "fused", "unfused", "int4"),
+    [
+        ([FUSED, OTHER], 1, ("softmax_2",), 1),
+        ([OTHER], 0, ("softmax_1", "softmax_2"), 0),
+        ([FOREIGN, OTHER], None, (), None),  # as TensorRT 10 lists layers: written after its documentation
+        ([FUSED, FOREIGN], None, (), None),
+        ([FUSED, FUSED.replace("softmax_1", "softmax_2"), FOREIGN], 2, (), None),
+        ([], None, (), None),
+    ],
+)
+def test_what_layers_hide_is_unknown_and_not_none(layers: list[str], fused: int | None, unfused: tuple[str, ...], int4: int | None) -> None:
+    told = _made_of(["softmax_1", "softmax_2"], layers)
+    assert told == {"attention_fused": fused, "unfused": unfused, "int4_layers": int4}

@@ -413,6 +413,23 @@ def test_the_table_tells_sizes_fusion_and_that_nothing_was_verified(tiny_bundle:
     assert NOT_VERIFIED in lines
 
 
+def test_only_a_bundle_without_16_bit_is_advised_to_be_exported_in_16(tiny_bundle: Path) -> None:
+    report = build_engines(Bundle(tiny_bundle), BuildSettings(TENSORRT_RTX, ("8.9",), stages=("spam",)))
+    (entry,) = report["engines"]
+
+    def advised(precision: dict[str, str], fused: int | None) -> bool:
+        told = report | {"precision": precision, "engines": [entry | {"attention_fused": fused}]}
+        return any("export with --precision fp16 or bf16" in line for line in command._table(told))
+
+    fp32 = report["precision"]
+    assert set(fp32.values()) == {"fp32"} and advised(fp32, 0)
+    assert advised(fp32, None), "unknown, but known to be none"
+    assert not advised(fp32, 1)
+    for fused in (0, None):
+        assert not advised(dict.fromkeys(fp32, "fp16"), fused)
+        assert not advised(dict.fromkeys(fp32, "bf16") | {"mask_decoder": "fp32"}, fused)
+
+
 # Shapes from the contract
 
 
