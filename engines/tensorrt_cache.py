@@ -182,7 +182,10 @@ def build_into_cache(
     force: bool = False,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> tuple[EngineRecord, bool]:
-    """Build the engine of a key unless it is there whole, with this profile. Processes that ask for the same one build it once.
+    """Build the engine of a key unless it is there whole, for these shapes. Processes that ask for the same one build it once.
+
+    One that takes more than `profile` asks for, and is tuned for the same usual shapes, is one for these shapes: else those who ask for
+    more pictures in a call and those who ask for fewer would build over each other's. There is one a key, since who loads it knows no more.
 
     Args:
         device: number of the GPU that tensorrt builds on, which has the key's compute capability.
@@ -204,13 +207,24 @@ def build_into_cache(
                 except EngineUnavailable:
                     pass
                 else:
-                    if record.profile == shapes and record.workspace_mb == workspace_mb:
+                    if _covers(record.profile, shapes) and record.workspace_mb == workspace_mb:
                         return record, True
             if not force:
                 _check_disk(graph)
             return _build(key, graph, profile, shapes, workspace_mb, device, force, progress), False
     except OSError as error:
         raise EngineFailed(f"{path}: cannot be written ({error}); free some space or set AGVAS_CACHE to another folder") from error
+
+
+def _covers(profile: dict[str, list[list[int]]], wanted: dict[str, list[list[int]]]) -> bool:
+    """Whether an engine of `profile` takes every shape of `wanted` and is tuned for the same ones."""
+    if profile.keys() != wanted.keys():
+        return False
+    pairs = ((profile[name], wanted[name]) for name in wanted)
+    return all(
+        usual == asked and all(a <= b for a, b in zip(least, smallest)) and all(a >= b for a, b in zip(most, largest))
+        for (least, usual, most), (smallest, asked, largest) in pairs
+    )
 
 
 def hashes() -> dict[Path, str]:

@@ -107,3 +107,19 @@ def test_an_engine_is_not_set_aside_in_the_middle_of_its_build(build: Build) -> 
         KEY.path.with_suffix(".json").write_text(json.dumps(dataclasses.asdict(record)))
     waiting.join(10)
     assert moved == [None] and KEY.path.is_file()
+
+
+@pytest.mark.parametrize(
+    ("profile", "cached"),
+    [
+        ({"x": ((1, 8), (1, 8), (4, 8))}, True),
+        ({"x": ((1, 8), (1, 8), (2, 8))}, True),
+        ({"x": ((1, 8), (1, 8), (5, 8))}, False),
+        ({"x": ((0, 8), (1, 8), (4, 8))}, False),
+        ({"x": ((1, 8), (2, 8), (4, 8))}, False),  # tuned for another shape
+        ({"z": ((1, 8), (1, 8), (4, 8))}, False),
+    ],
+)
+def test_an_engine_that_takes_more_than_is_asked_for_is_not_built_over(profile: Profile, cached: bool, build: Build) -> None:
+    build({"x": ((1, 8), (1, 8), (4, 8))})
+    assert build(profile)[1] is cached
