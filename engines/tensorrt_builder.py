@@ -1,8 +1,9 @@
 """Builds one TensorRT engine from one ONNX graph, in a process of its own.
 
 A builder may crash on a graph it does not like, or be killed for its memory; in a child that is an error with a name and a log, and
-the caller lives. Precision is in the graph: the network is strongly typed and no flag here decides any. What the builder made of
-attention is read from its own layer list, since "it built" says nothing of whether attention is one kernel or ten.
+the caller lives. Precision is in the graph: the network is strongly typed, and TF32, which the libraries have on and which keeps 10 bits of
+float32's 23, is taken off. What the builder made of attention is read from its own layer list, since "it built" says nothing of whether
+attention is one kernel or ten.
 
     python -m engines.tensorrt_builder < request.json        # the child; `build` starts it
 """
@@ -21,6 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from engines.cache import write_whole
 from engines.cuda import select
 from engines.errors import EngineFailed
 from engines.memory import available_memory, peak_memory
@@ -30,6 +32,9 @@ from engines.tensorrt_library import TENSORRT, library, sm
 Profile = Mapping[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
 
 CHILD = (sys.executable, "-m", "engines.tensorrt_builder")
+# How `_build` builds, by number: raised with whatever makes other engines of the same graph and shapes, so that none of the former pass
+# for what is built now. 1 left TF32 on.
+RECIPE = 2
 # Host memory of a build, measured with TensorRT for RTX 1.7.1 (benchmarks/results/tensorrt_rtx_builds.json): the library and its
 # compiler, and per byte of the graph what the parser, the optimiser and the serialised engine hold at once.
 BASE_BYTES = 350 << 20
@@ -38,9 +43,12 @@ BYTES_PER_GRAPH_BYTE = 3.3
 FUSED_ATTENTION = re.compile(r"_gemm_mha|fused_mha|fmha")
 INT4_WEIGHTS = re.compile(r"Datatype: Int4", re.IGNORECASE)
 OUT_OF_MEMORY = re.compile(r"bad_alloc|out of memory|OutOfMemory|MemoryError|Cannot allocate memory|insufficient memory", re.IGNORECASE)
+# What the builder says when no kernel of a layer does with the workspace that it is limited to.
+WORKSPACE_TOO_SMALL = re.compile(r"increas\w+ the (?:allowed )?workspace size", re.IGNORECASE)
 # How the list of layers begins, and a line of it: TensorRT for RTX 1.7, TensorRT 10 (not seen here).
 LAYERS_FOLLOW = re.compile(r"^(?:Layers|Engine Layer Information):\s*$", re.MULTILINE)
 LAYER = re.compile(r"\s*(?:Name: .*LayerType: |Layer\()")
+OPAQUE = "{ForeignNode["  # TensorRT 10's name of a part of the graph that another compiler made one layer of
 
 
 @dataclass(frozen=True)
@@ -56,6 +64,7 @@ class BuildRequest:
         workspace_mb: most scratch memory a layer may take on the GPU; None leaves it to the builder.
         timing_cache: file with the measured times of kernels, read and written by tensorrt; None for none.
         device: number of the GPU that tensorrt builds on; tensorrt-rtx builds on none.
+        force: build where memory will not do by the estimate, too.
     """
 
     engine: str
@@ -66,6 +75,7 @@ class BuildRequest:
     workspace_mb: int | None = None
     timing_cache: str | None = None
     device: int = 0
+    force: bool = False
 
 
 @dataclass(frozen=True)
@@ -77,9 +87,10 @@ class BuildReport:
         peak_rss_bytes: most host memory the build held; None where the system does not tell.
         layers: kernels and copies in the engine; None where the builder listed none.
         attention: attentions in the graph (softmax whose result is a matrix product's factor).
-        attention_fused: of them, those that became one kernel; None where the builder listed no layers.
-        unfused: names of the others' softmax nodes.
-        int4_layers: kernels that read weights in 4 bit; elsewhere such weights are unpacked once and take four times the memory.
+        attention_fused: of them, those that became one kernel; None where the builder listed no layers, or such as hide what is in them.
+        unfused: names of the others' softmax nodes; none where that is not known.
+        int4_layers: kernels that read weights in 4 bit; elsewhere such weights are unpacked once and take four times the memory. None as
+            `attention_fused`.
     """
 
     seconds: float
@@ -103,7 +114,8 @@ def build(request: BuildRequest, log: Path, progress: Callable[[str, int, int], 
     Raises:
         EngineFailed: too little memory, a graph that the builder refuses, a crash; names the graph, the reason and the log.
     """
-    check_memory(Path(request.graph))
+    if not request.force:
+        check_memory(Path(request.graph))
     log.parent.mkdir(parents=True, exist_ok=True)
     what = f"{request.engine} cannot build {Path(request.graph).name} for compute capability {request.capability}"
     report: dict[str, Any] = {}
@@ -134,7 +146,7 @@ def build(request: BuildRequest, log: Path, progress: Callable[[str, int, int], 
     if code == 0 and report:
         log.unlink()
         return BuildReport(**{**report, "unfused": tuple(report["unfused"])})
-    raise EngineFailed(f"{what}: {_reason(code, log)}; the builder's log is {log}")
+    raise EngineFailed(f"{what}: {_reason(code, log, request.workspace_mb)}; the builder's log is {log}")
 
 
 def check_memory(graph: Path) -> None:
@@ -147,18 +159,20 @@ def check_memory(graph: Path) -> None:
     needed, free = int(BASE_BYTES + BYTES_PER_GRAPH_BYTE * size), available_memory()
     if free is not None and free < needed:
         raise EngineFailed(
-            f"building {graph.name} takes about {needed >> 20} MiB of memory, {free >> 20} MiB are free; end other programs, "
-            "add swap, or build on another machine"
+            f"building {graph.name} takes about {needed >> 20} MiB of memory, {free >> 20} MiB are free (swap does not count); end other "
+            "programs, build on another machine, or go on all the same with --force"
         )
 
 
-def _reason(code: int, log: Path) -> str:
+def _reason(code: int, log: Path, workspace_mb: int | None) -> str:
     """Why a child ended, in words: what it said last, or what ended it."""
     text = log.read_text(errors="replace")
     errors = [line for line in text.splitlines() if line.startswith(("error:", "ERROR", "INTERNAL_ERROR"))]
     last = errors[-1].split(":", 1)[1].strip()[:500] if errors else ""
+    said = f" ({last})" if last else ""
+    if workspace_mb is not None and code > 0 and WORKSPACE_TOO_SMALL.search(text[-20000:]):
+        return f"a layer needs more scratch memory than --workspace {workspace_mb} allows{said}; give a larger one, or leave it out"
     if OUT_OF_MEMORY.search(text[-20000:]) or code == -9:
-        said = f" ({last})" if last else ""
         return f"out of memory{said}; end other programs, give a smaller --workspace or --max-batch, or build elsewhere"
     if code < 0:
         return f"the builder crashed (signal {-code}){f' after: {last}' if last else ''}; this graph and this version do not go together"
@@ -192,6 +206,7 @@ def _build(request: BuildRequest) -> BuildReport:
         reasons = "; ".join(str(parser.get_error(index)) for index in range(parser.num_errors))
         raise EngineFailed(f"the parser refuses the graph: {reasons}")
     config = builder.create_builder_config()
+    _clear_tf32(trt, config)
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # the list of layers, for `_attention`
     config.progress_monitor = _monitor(trt)
     if request.workspace_mb is not None:
@@ -200,27 +215,36 @@ def _build(request: BuildRequest) -> BuildReport:
         config.num_compute_capabilities = 1
         config.set_compute_capability(trt.ComputeCapability.__members__[sm(request.capability)], 0)
     config.add_optimization_profile(_profile(builder, network, request.profile))
-    timing = _read_timings(config, request)
+    timings = _read_timings(config, request)
     attention = _attentions(trt, network)
     serialized = builder.build_serialized_network(network, config)
     if serialized is None:
         raise EngineFailed(logger.errors[-1] if logger.errors else "the builder made no engine and gave no reason")
     Path(request.output).write_bytes(serialized)
-    if timing is not None and request.timing_cache:
-        Path(request.timing_cache).write_bytes(timing.serialize())
-    layers = logger.layers
-    fused = {name for name in attention if any(FUSED_ATTENTION.search(_name(line)) and f"{name}]" in line for line in layers)}
+    _keep_timings(timings, request)
     return BuildReport(
         seconds=round(time.monotonic() - started, 3),
         cpu_seconds=round(time.process_time(), 3),
         bytes=serialized.nbytes,
         peak_rss_bytes=peak_memory(),
-        layers=len(layers) or None,
+        layers=len(logger.layers) or None,
         attention=len(attention),
-        attention_fused=len(fused) if layers else None,
-        unfused=tuple(name for name in attention if name not in fused) if layers else (),
-        int4_layers=sum(bool(INT4_WEIGHTS.search(line)) for line in layers) if layers else None,
+        **_made_of(attention, logger.layers),
     )
+
+
+def _made_of(attention: list[str], layers: list[str]) -> dict[str, Any]:
+    """What the layers tell of a BuildReport: "attention_fused", "unfused", "int4_layers".
+
+    TensorRT may list a whole part of the graph as one layer, {ForeignNode[first...last]}: what is in it cannot be told.
+    """
+    fused = {name for name in attention if any(FUSED_ATTENTION.search(_name(line)) and f"{name}]" in line for line in layers)}
+    opaque = not layers or any(OPAQUE in _name(line) for line in layers)
+    if opaque and len(fused) < len(attention):
+        told: dict[str, Any] = {"attention_fused": None, "unfused": ()}
+    else:
+        told = {"attention_fused": len(fused), "unfused": tuple(name for name in attention if name not in fused)}
+    return told | {"int4_layers": None if opaque else sum(bool(INT4_WEIGHTS.search(line)) for line in layers)}
 
 
 def _tell(record: dict[str, Any]) -> None:
@@ -276,6 +300,13 @@ def _strongly_typed(trt: Any) -> int:
     return 0 if flag is None else 1 << int(flag)
 
 
+def _clear_tf32(trt: Any, config: Any) -> None:
+    """float32 in the graph is float32 in the kernels; a version without the flag has no TF32 to take off."""
+    flag = getattr(trt.BuilderFlag, "TF32", None)
+    if flag is not None:
+        config.clear_flag(flag)
+
+
 def _profile(builder: Any, network: Any, shapes: Profile) -> Any:
     profile = builder.create_optimization_profile()
     names = {network.get_input(index).name for index in range(network.num_inputs)}
@@ -287,15 +318,27 @@ def _profile(builder: Any, network: Any, shapes: Profile) -> Any:
 
 
 def _read_timings(config: Any, request: BuildRequest) -> Any:
-    """TensorRT's measured kernel times, set on the config; None for TensorRT for RTX, which measures nothing while building."""
+    """TensorRT's measured kernel times, set on the config; None for TensorRT for RTX, which measures nothing while building.
+
+    A file of another version or GPU, or a damaged one, which the library refuses in one call or the other, counts as none.
+    """
     if request.engine != TENSORRT or request.timing_cache is None:
         return None
-    known = Path(request.timing_cache)
-    cache = config.create_timing_cache(known.read_bytes() if known.is_file() else b"")
-    if not config.set_timing_cache(cache, False):  # another version's or GPU's: measured anew
-        cache = config.create_timing_cache(b"")
-        config.set_timing_cache(cache, False)
-    return cache
+    contents = [b""]
+    with contextlib.suppress(OSError):  # none yet
+        contents.insert(0, Path(request.timing_cache).read_bytes())
+    for content in contents:
+        cache = config.create_timing_cache(content)
+        if cache is not None and config.set_timing_cache(cache, False):
+            return cache
+    return None
+
+
+def _keep_timings(timings: Any, request: BuildRequest) -> None:
+    """Write them, whole, since another build may be reading. Failing to costs the time of measuring again, nothing else."""
+    if timings is not None and request.timing_cache:
+        with contextlib.suppress(OSError):
+            write_whole(Path(request.timing_cache), bytes(timings.serialize()))
 
 
 def _attentions(trt: Any, network: Any) -> list[str]:

@@ -8,6 +8,7 @@ is not known here: that is agvas-verify's, whose verdict the sidecar keeps.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -22,10 +23,11 @@ from typing import Any
 
 from engines.cache import cache_folder, graph_hash, locked, write_whole
 from engines.errors import EngineFailed, EngineUnavailable
-from engines.tensorrt_builder import BuildRequest, Profile, build
+from engines.tensorrt_builder import RECIPE, BuildRequest, Profile, build
 
 SIDECAR_VERSION = 1
 FAILED = ".failed"
+KERNELS = ".kernels"  # ends the name of what TensorRT for RTX compiled of an engine on the device, see engines.tensorrt
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ class EngineRecord:
         profile: least, usual and largest shape by input.
         workspace_mb: limit it was built with.
         seconds, cpu_seconds, peak_rss_bytes, layers, attention, attention_fused, unfused, int4_layers: see BuildReport.
+        recipe: how it was built, see engines.tensorrt_builder.RECIPE; sidecars of recipe 1 do not tell.
         verified: None when it was never run against the reference; else {"passed", "failures", "mask_iou_mean", "mask_iou_min", "flips"}.
     """
 
@@ -83,6 +86,7 @@ class EngineRecord:
     attention_fused: int | None
     unfused: tuple[str, ...]
     int4_layers: int | None
+    recipe: int = 1
     verified: dict[str, Any] | None = None
     sidecar_version: int = SIDECAR_VERSION
 
@@ -153,6 +157,11 @@ def _load(key: EngineKey, rebuild: str) -> tuple[bytes, EngineRecord]:
         if expected != found:
             words = {"capability": "compute capability", "graph": "graph hash"}.get(field, field)
             raise EngineUnavailable(f"{path}: expected an engine for {words} {expected}, found one for {found}; run {rebuild} --rebuild")
+    if record.recipe != RECIPE:
+        raise EngineUnavailable(
+            f"{path}: expected an engine of build recipe {RECIPE}, found one of {record.recipe}, which this agvas builds otherwise; "
+            f"run {rebuild} --rebuild"
+        )
     size = path.stat().st_size
     if size != record.bytes:
         raise EngineUnavailable(f"{path}: expected {record.bytes} bytes, found {size} (cut off?); run {rebuild} --rebuild")
@@ -170,12 +179,17 @@ def build_into_cache(
     *,
     device: int = 0,
     rebuild: bool = False,
+    force: bool = False,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> tuple[EngineRecord, bool]:
-    """Build the engine of a key unless it is there whole, with this profile. Processes that ask for the same one build it once.
+    """Build the engine of a key unless it is there whole, for these shapes. Processes that ask for the same one build it once.
+
+    One that takes more than `profile` asks for, and is tuned for the same usual shapes, is one for these shapes: else those who ask for
+    more pictures in a call and those who ask for fewer would build over each other's. There is one a key, since who loads it knows no more.
 
     Args:
         device: number of the GPU that tensorrt builds on, which has the key's compute capability.
+        force: build where memory or disk will not do by the estimate, too.
 
     Returns:
         Its record, and whether it was there already.
@@ -193,27 +207,75 @@ def build_into_cache(
                 except EngineUnavailable:
                     pass
                 else:
-                    if record.profile == shapes and record.workspace_mb == workspace_mb:
+                    if _covers(record.profile, shapes) and record.workspace_mb == workspace_mb:
                         return record, True
-            _check_disk(graph)
-            return _build(key, graph, profile, shapes, workspace_mb, device, progress), False
+            if not force:
+                _check_disk(graph)
+            return _build(key, graph, profile, shapes, workspace_mb, device, force, progress), False
     except OSError as error:
         raise EngineFailed(f"{path}: cannot be written ({error}); free some space or set AGVAS_CACHE to another folder") from error
 
 
-def set_verified(path: Path, verdict: dict[str, Any]) -> None:
-    """Note in the sidecar how the engine did against the reference."""
-    record = dataclasses.replace(record_of(path), verified=verdict)
-    write_whole(path.with_suffix(".json"), _json(record))
+def _covers(profile: dict[str, list[list[int]]], wanted: dict[str, list[list[int]]]) -> bool:
+    """Whether an engine of `profile` takes every shape of `wanted` and is tuned for the same ones."""
+    if profile.keys() != wanted.keys():
+        return False
+    pairs = ((profile[name], wanted[name]) for name in wanted)
+    return all(
+        usual == asked and all(a <= b for a, b in zip(least, smallest)) and all(a >= b for a, b in zip(most, largest))
+        for (least, usual, most), (smallest, asked, largest) in pairs
+    )
 
 
-def set_aside(path: Path) -> Path:
-    """Rename an engine that gave wrong results, with its sidecar, so that it is kept for a look and not used. Returns its new name."""
+def hashes() -> dict[Path, str]:
+    """sha256 of every engine in the cache, as their sidecars tell: which ones are there before a verification opens its own."""
+    found = {}
+    for path in engines_folder().glob("*.engine"):
+        with contextlib.suppress(EngineUnavailable):  # not ours
+            found[path] = record_of(path).sha256
+    return found
+
+
+def set_verified(path: Path, sha256: str, verdict: dict[str, Any]) -> bool:
+    """Note in the sidecar how the engine did against the reference. Waits for a build of it that is under way.
+
+    Args:
+        sha256: of the engine that was verified.
+
+    Returns:
+        False where another engine stands in its place by now, whose sidecar is left as it is.
+
+    Raises:
+        EngineUnavailable: its sidecar is gone by now.
+    """
+    with locked(path.with_suffix(".lock")):
+        record = record_of(path)
+        if record.sha256 != sha256:
+            return False
+        write_whole(path.with_suffix(".json"), _json(dataclasses.replace(record, verified=verdict)))
+        return True
+
+
+def set_aside(path: Path, sha256: str) -> Path | None:
+    """Rename an engine that gave wrong results, with its sidecar and kernels, so that it is kept for a look and not used.
+
+    Args:
+        sha256: of the engine that gave them.
+
+    Returns:
+        Its new name; None where another engine stands in its place by now, which is left there.
+
+    Raises:
+        EngineUnavailable: its sidecar is gone by now; without one it is loaded no more.
+    """
     aside = path.with_name(path.name + FAILED)
-    sidecar = path.with_suffix(".json")
-    if sidecar.is_file():
-        os.replace(sidecar, aside.with_name(f"{aside.name}.json"))
-    os.replace(path, aside)
+    with locked(path.with_suffix(".lock")):
+        if record_of(path).sha256 != sha256:
+            return None
+        for suffix in (KERNELS, ".json"):
+            if (beside := path.with_suffix(suffix)).is_file():
+                os.replace(beside, aside.with_name(f"{aside.name}{suffix}"))
+        os.replace(path, aside)
     return aside
 
 
@@ -224,6 +286,7 @@ def _build(
     shapes: dict[str, list[list[int]]],
     workspace_mb: int | None,
     device: int,
+    force: bool,
     progress: Callable[[str, int, int], None] | None,
 ) -> EngineRecord:
     path = key.path
@@ -235,20 +298,28 @@ def _build(
         capability=key.capability,
         profile=profile,
         workspace_mb=workspace_mb,
-        timing_cache=str((engines_folder() / f"timings-{key.engine}-{key.version}-sm{key.capability.replace('.', '')}").absolute()),
+        timing_cache=str(_timings(key).absolute()),
         device=device,
+        force=force,
     )
     try:
         report = build(request, path.with_suffix(".log"), progress)
         digest = hashlib.sha256(partial.read_bytes()).hexdigest()
-        record = EngineRecord(**asdict(key), sha256=digest, profile=shapes, workspace_mb=workspace_mb, **asdict(report))
-        # The old pair goes first: at no moment does a new engine stand beside an old sidecar that would vouch for it.
-        path.with_suffix(".json").unlink(missing_ok=True)
+        record = EngineRecord(**asdict(key), sha256=digest, profile=shapes, workspace_mb=workspace_mb, recipe=RECIPE, **asdict(report))
+        # What is the old one's goes first: at no moment does a new engine stand beside a sidecar that would vouch for it, or beside kernels
+        # compiled of another.
+        for suffix in (".json", KERNELS):
+            path.with_suffix(suffix).unlink(missing_ok=True)
         os.replace(partial, path)
         write_whole(path.with_suffix(".json"), _json(record))
     finally:
         partial.unlink(missing_ok=True)
     return record
+
+
+def _timings(key: EngineKey) -> Path:
+    """The file of kernel times, one a stage. Who builds the stage of another bundle meanwhile writes it, too: the last one's stays."""
+    return engines_folder() / f"timings-{key.stage}-{key.engine}-{key.version}-sm{key.capability.replace('.', '')}"
 
 
 @functools.lru_cache(maxsize=64)
@@ -272,7 +343,7 @@ def _check_disk(graph: Path) -> None:
     if free < needed:
         raise EngineFailed(
             f"{engines_folder()}: an engine of {graph.name} takes up to {needed >> 20} MiB and {free >> 20} MiB are free; "
-            "free some space or set AGVAS_CACHE to another folder"
+            "free some space, set AGVAS_CACHE to another folder, or go on all the same with --force"
         )
 
 

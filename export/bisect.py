@@ -39,7 +39,11 @@ from runtime.pipeline import Pipeline
 try:
     import onnx
 except ImportError as error:
-    raise EngineUnavailable('--bisect takes the graphs apart with onnx, which is not installed; pip install "agvas[bisect]"') from error
+    NEEDED = f'--bisect takes the graphs apart with onnx, which cannot be had ({error}); pip install "agvas[bisect]"'
+    if __name__ == "__main__":  # told as `main` tells what goes wrong, and not as a traceback
+        print(json.dumps({"error": NEEDED}), flush=True)
+        sys.exit(2)
+    raise EngineUnavailable(NEEDED) from error
 
 # Relative error that a stage or layer may have by the coarsest type it computes in: about ten times what was measured on nano's stages, so
 # that rounding is not blamed, and far below what a wrong kernel does (TensorRT issue 4837: the masks were empty).

@@ -15,7 +15,7 @@ from typing import Any
 from engines import EngineError, EngineFailed, EngineOptions, EngineUnavailable
 from engines.cuda import GPU, capability_here, device_index, gpus_here
 from engines.tensorrt_builder import Profile
-from engines.tensorrt_cache import EngineKey, EngineRecord, build_into_cache, engines_folder, set_aside, set_verified
+from engines.tensorrt_cache import EngineKey, EngineRecord, build_into_cache, engines_folder, hashes, set_aside, set_verified
 from engines.tensorrt_library import TENSORRT, TENSORRT_ENGINES, ahead_of_time, version
 from runtime.bundle import Bundle
 from runtime.contract import STAGES
@@ -37,6 +37,7 @@ class BuildSettings:
         workspace_mb: most scratch memory of a layer; None leaves it to the builder.
         max_batch: most pictures in one call of an engine that open_engine opened; a Segmenter's calls have one.
         rebuild: build what is there already, too.
+        force: build where memory or disk will not do by the estimate, too.
         stages: which stages; empty for all.
     """
 
@@ -46,6 +47,7 @@ class BuildSettings:
     workspace_mb: int | None = None
     max_batch: int = 1
     rebuild: bool = False
+    force: bool = False
     stages: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -64,8 +66,8 @@ def build_engines(bundle: Bundle, settings: BuildSettings, progress: Told | None
     """Build every engine asked for, and verify those that can run here.
 
     Returns:
-        The JSON line of agvas-build: "bundle", "engine", "version", "engines" (one record each, with "path" and "cached"), "verified"
-        (True or False of the GPU here, None where none could run), "note" (why not, or what failed), "seconds".
+        The JSON line of agvas-build: "bundle", "precision" (by stage), "engine", "version", "engines" (one record each, with "path" and
+        "cached"), "verified" (True or False of the GPU here, None where none could run), "note" (why not, or what failed), "seconds".
 
     Raises:
         EngineUnavailable: the library or the device is missing, or a compute capability cannot be built for here.
@@ -91,12 +93,14 @@ def build_engines(bundle: Bundle, settings: BuildSettings, progress: Told | None
                 settings.workspace_mb,
                 device=device_index(settings.device),
                 rebuild=settings.rebuild,
+                force=settings.force,
                 progress=told,
             )
             keys.append(key)
             built.append(_told(key, record, cached))
     report: dict[str, Any] = {
         "bundle": str(bundle.folder),
+        "precision": bundle.manifest.precision,
         "engine": settings.engine,
         "version": installed,
         "engines": built,
@@ -144,11 +148,17 @@ def profile_of(stage: str, sizes: Mapping[str, int], *free: Mapping[str, int]) -
     }
 
 
-def judge(bundle: Bundle, engine: str, device: str, verification: Verification) -> tuple[list[Path], list[str]]:
+def judge(
+    bundle: Bundle, engine: str, device: str, verification: Verification, before: Mapping[Path, str]
+) -> tuple[list[Path], list[str]]:
     """Note a verification in the sidecars of the engines that ran; set them aside when it failed.
 
     Every trace was computed then: where an engine cannot run, `verify` raises, and nothing is known about it.
     Which stage is to blame is not known here (agvas-verify --bisect finds it), so all go together.
+
+    Args:
+        before: engines.tensorrt_cache.hashes() before the engines were opened; what another process has built in an engine's place since
+            then is left alone.
 
     Returns:
         New names of the engines set aside, and in words what of this could not be done (in a cache that cannot be written): that
@@ -158,21 +168,28 @@ def judge(bundle: Bundle, engine: str, device: str, verification: Verification) 
     kept = ("mask_iou_mean", "mask_iou_min", "flips")
     verdict = {"passed": verification.passed, "failures": verification.failures, **{name: parity[name] for name in kept}}
     aside: list[Path] = []
+    replaced: list[str] = []
     unnoted: Exception | None = None
-    unmoved: OSError | None = None
+    unmoved: Exception | None = None
     installed, capability = version(engine), capability_here(device)
     for stage in STAGES:
         path = EngineKey(stage, bundle.graph_hash(stage), engine, installed, capability).path
+        ran = before.get(path, "")
         try:
-            set_verified(path, verdict)
+            if not set_verified(path, ran, verdict):
+                replaced.append(stage)
+                continue
         except (OSError, EngineUnavailable) as error:  # EngineUnavailable: a sidecar that is gone by now
             unnoted = error
         if not verification.passed:
             try:
-                aside.append(set_aside(path))
-            except OSError as error:
+                if (moved := set_aside(path, ran)) is not None:
+                    aside.append(moved)
+            except (OSError, EngineUnavailable) as error:
                 unmoved = error
     troubles = []
+    if replaced:
+        troubles.append(f"another process has built {', '.join(replaced)} again meanwhile, which is not judged; run agvas-verify again")
     if unnoted is not None:
         troubles.append(f"the verdict could not be noted beside the engines ({unnoted}); let this user write to {engines_folder()}")
     if unmoved is not None:
@@ -183,11 +200,12 @@ def judge(bundle: Bundle, engine: str, device: str, verification: Verification) 
 def _verify(bundle: Bundle, settings: BuildSettings, progress: Told | None) -> tuple[bool, str]:
     options = EngineOptions(device=settings.device)
     told = None if progress is None else lambda done, total: progress("golden traces", done, total)
+    before = hashes()
     try:
         verification = verify(bundle, open_pipeline(bundle, settings.engine, options), options, told)
     except EngineError as error:
         raise EngineFailed(f"the engines were built but do not run here: {error}") from error
-    aside, troubles = judge(bundle, settings.engine, settings.device, verification)
+    aside, troubles = judge(bundle, settings.engine, settings.device, verification, before)
     if verification.passed:
         return True, "; ".join(["built and verified", *troubles])
     moved = [f"set aside as {aside[0].name} and the like"] if aside else []

@@ -47,15 +47,53 @@ def test_another_release_a_missing_or_an_old_tensorrt_are_told_with_the_command(
     assert not (tmp_path / "venv").exists()
 
 
-def test_a_container_with_engines_and_runtime_alone_has_the_commands(tmp_path: Path) -> None:
-    """What the Dockerfile copies imports without the rest of this checkout."""
+def test_the_script_ends_with_an_environment_over_the_systems_tensorrt_and_the_next_commands(tmp_path: Path) -> None:
+    """Its programs are stubs: what is installed how, in which order, is told by them."""
+    (tmp_path / "release").write_text("# R36 (release), REVISION: 4.3\n")
+    asked = tmp_path / "asked"
+    inner = f"""#!/bin/sh
+echo "venv: $*" >> {asked}
+case "$*" in *capability_here*) echo 8.7;; esac"""
+    python = f"""case "$*" in
+    "-c import ensurepip") ;;
+    *__version__*) echo 10.3.0;;
+    "-m venv "*) echo "system: $*" >> {asked}; mkdir -p "$4/bin"; cat > "$4/bin/python" <<'INNER'
+{inner}
+INNER
+        chmod +x "$4/bin/python";;
+    *) exec {sys.executable} "$@";;
+esac"""
+    finished = run(tmp_path, uname="echo aarch64", python3_10=python)
+    assert (finished.returncode, finished.stderr) == (0, "")
+    made, upgraded, installed, *_ = asked.read_text().splitlines()
+    assert made == f"system: -m venv --system-site-packages {tmp_path / 'venv'}"
+    assert upgraded == "venv: -m pip install --quiet --upgrade pip"
+    assert installed == f"venv: -m pip install --quiet {ROOT}[cuda] cuda-bindings>=12.6,<13"
+    assert finished.stdout.startswith("TensorRT 10.3.0, compute capability 8.7. Copy a bundle here")
+    for command in ("build", "segment"):
+        assert f"{tmp_path / 'venv'}/bin/agvas-{command} " in finished.stdout
+
+
+def in_container(tmp_path: Path, command: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """A command with what the Dockerfile copies, without the rest of this checkout."""
     for folder in ("engines", "runtime"):
-        (tmp_path / folder).symlink_to(ROOT / folder)
+        if not (tmp_path / folder).exists():
+            (tmp_path / folder).symlink_to(ROOT / folder)
+    code = f"import sys; sys.path[:] = [p for p in sys.path if p]; from runtime.cli import {command} as c; sys.exit(c.main(sys.argv[1:]))"
+    start = [sys.executable, "-P", "-c", code, *map(str, arguments)]
+    return subprocess.run(start, cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True)
+
+
+def test_a_container_with_engines_and_runtime_alone_has_the_commands(tmp_path: Path) -> None:
     text = (ROOT / "engines" / "jetson" / "Dockerfile").read_text()
     assert [line.split()[1] for line in text.splitlines() if line.startswith("COPY ") and "toml" not in line] == ["engines", "runtime"]
     for command in ("build", "verify", "segment"):
-        code = f"import sys; sys.path[:] = [p for p in sys.path if p]; from runtime.cli import {command}; {command}.main(['--help'])"
-        finished = subprocess.run(
-            [sys.executable, "-P", "-c", code], cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True
-        )
+        finished = in_container(tmp_path, command, "--help")
         assert finished.returncode == 0 and "usage: agvas" in finished.stdout, finished.stderr
+
+
+def test_bisecting_in_the_container_is_told_where_it_can_be_done(tmp_path: Path, tiny_bundle: Path) -> None:
+    finished = in_container(tmp_path, "verify", "--bundle", tiny_bundle, "--engine", "tensorrt", "--device", "cuda:0", "--bisect")
+    assert finished.returncode == 2
+    assert "--bisect: expected export/bisect.py beside the runtime, found none in" in finished.stderr
+    assert "in the environment that engines/jetson/setup.sh makes" in finished.stderr and "No module" not in finished.stderr

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -141,6 +143,12 @@ def test_engines_are_built_for_gpus_that_are_not_here(capability: str, graphs: G
     assert report.attention_fused == 1 and report.bytes > 1000 and report.peak_rss_bytes and report.peak_rss_bytes > 1 << 26
 
 
+def test_float32_is_computed_in_float32_and_not_in_tf32(graphs: Graphs, tmp_path: Path) -> None:
+    """The engine tells its settings, in words between its bytes."""
+    built(lowered(graphs["spam"], "fp32"), "spam", nano_profile("spam"), tmp_path)
+    assert re.findall(rb"\btf32=(\d)", (tmp_path / "engine").read_bytes()) == [b"0"]
+
+
 def test_the_graphs_hold_nothing_that_one_of_the_builders_refuses(graphs: Graphs) -> None:
     """Opset 20 (21 with integers), ONNX's own operators, no attention operator: what TensorRT 10.3 reads. Not run on it."""
     for name, model in graphs.items():
@@ -189,6 +197,9 @@ def test_a_builder_that_is_killed_ran_out_of_memory(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(tensorrt_builder, "CHILD", (sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"))
     with pytest.raises(EngineFailed, match="out of memory; end other programs"):
         build_plain(tmp_path)
+    request = BuildRequest(TENSORRT_RTX, str(tmp_path / "g.onnx"), str(tmp_path / "engine"), "8.9", PLAIN_PROFILE, workspace_mb=1)
+    with pytest.raises(EngineFailed, match="out of memory; end other programs"):  # a limit of the GPU's is none of the host's
+        build(request, tmp_path / "log")
 
 
 def test_a_builder_that_gets_too_little_memory_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,11 +217,33 @@ def test_a_builder_that_gets_too_little_memory_says_so(tmp_path: Path, monkeypat
         build(BuildRequest(TENSORRT_RTX, str(path), str(tmp_path / "engine"), "8.9", profile), tmp_path / "log")
 
 
+LARGER = "a layer needs more scratch memory than --workspace 1 allows .*{}.*; give a larger one, or leave it out"
+
+
+def test_a_workspace_that_is_too_small_is_no_lack_of_memory(
+    graphs: Graphs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The real builder's words, which differ by layer."""
+    write(lowered(graphs["pixel_encoder"], "fp32"), tmp_path, "pixel_encoder")
+    graph, profile = str(tmp_path / "pixel_encoder.onnx"), nano_profile("pixel_encoder")
+    request = BuildRequest(TENSORRT_RTX, graph, str(tmp_path / "engine"), "8.9", profile, workspace_mb=1)
+    with pytest.raises(EngineFailed, match=LARGER.format("workspace limit")):
+        build(request, tmp_path / "log")
+    words = "VERBOSE:  Try increasing the workspace size with IBuilderConfig.\nerror: Error Code 2: OutOfMemory"  # of nano's pixel encoder
+    code = f"import sys; print({words!r}, file=sys.stderr); sys.exit(1)"
+    monkeypatch.setattr(tensorrt_builder, "CHILD", (sys.executable, "-c", code))
+    with pytest.raises(EngineFailed, match=LARGER.format("OutOfMemory")):
+        build(request, tmp_path / "log")
+
+
 def test_too_little_free_memory_is_told_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tensorrt_builder, "available_memory", lambda: 100 << 20)
-    monkeypatch.setattr(tensorrt_builder, "CHILD", ("false",))
-    with pytest.raises(EngineFailed, match="building g.onnx takes about 350 MiB of memory, 100 MiB are free"):
-        build_plain(tmp_path)
+    with monkeypatch.context() as unstarted:
+        unstarted.setattr(tensorrt_builder, "CHILD", ("false",))
+        with pytest.raises(EngineFailed, match="takes about 350 MiB of memory, 100 MiB are free .swap does not count.; .*with --force"):
+            build_plain(tmp_path)
+    request = BuildRequest(TENSORRT_RTX, str(tmp_path / "g.onnx"), str(tmp_path / "engine"), "8.9", PLAIN_PROFILE, force=True)
+    assert build(request, tmp_path / "log").bytes > 0
 
 
 def test_files_that_a_container_has_read_are_free_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -300,13 +333,9 @@ def test_other_shapes_a_rebuild_or_a_spoilt_file_build_anew(tiny_bundle: Path, r
         (entry,) = report["engines"]
         return bool(entry["cached"])
 
-    assert [cached(), cached(), cached("--rebuild"), cached("--max-batch", "3"), cached("--max-batch", "3")] == [
-        False,
-        True,
-        False,
-        False,
-        True,
-    ]
+    assert [cached(), cached(), cached("--rebuild")] == [False, True, False]
+    # The engine of three pictures serves who asks for one, so that the two do not build over each other's.
+    assert [cached("--max-batch", "3"), cached("--max-batch", "3"), cached(), cached("--max-batch", "2")] == [False, True, True, True]
     engine = next(engines_folder().glob("spam-*.engine"))
     engine.write_bytes(engine.read_bytes()[:-1])
     assert not cached("--max-batch", "3")
@@ -351,6 +380,21 @@ def test_what_cannot_be_built_is_exit_code_2_with_a_remedy(
     assert pytest.raises(AssertionError, match=message).matches(AssertionError(report["error"])), report["error"]
 
 
+def test_too_little_memory_or_disk_by_the_estimate_is_no_end_with_force(
+    tiny_bundle: Path, run_build: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ("--bundle", tiny_bundle, "--engine", TENSORRT_RTX, "--compute-capability", "8.9", "--stages", "spam")
+    with monkeypatch.context() as short:
+        short.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(100, 99, 1))  # type: ignore[attr-defined]
+        code, report, _ = run_build(*arguments)
+        assert code == 2 and "MiB are free; free some space, set AGVAS_CACHE to another folder, or go on all" in report["error"]
+        assert run_build(*arguments, "--force")[0] == 0
+    monkeypatch.setattr(tensorrt_builder, "available_memory", lambda: 100 << 20)
+    code, report, _ = run_build(*arguments, "--rebuild")
+    assert code == 2 and "100 MiB are free" in report["error"]
+    assert run_build(*arguments, "--rebuild", "--force")[0] == 0
+
+
 def test_a_device_that_is_none_is_not_told_as_a_gpu_that_is_missing(tiny_bundle: Path) -> None:
     with pytest.raises(ValueError, match="device: expected cuda:N .cuda:0 is the first GPU., got 'tpu:0'"):
         build_engines(Bundle(tiny_bundle), BuildSettings(TENSORRT_RTX, ("8.9",), device="tpu:0"))
@@ -363,6 +407,23 @@ def test_the_table_tells_sizes_fusion_and_that_nothing_was_verified(tiny_bundle:
     assert "attention fused 0 of 1" in lines and "not fused: node_Softmax" in lines
     assert "export with --precision fp16 or bf16" in lines
     assert NOT_VERIFIED in lines
+
+
+def test_only_a_bundle_without_16_bit_is_advised_to_be_exported_in_16(tiny_bundle: Path) -> None:
+    report = build_engines(Bundle(tiny_bundle), BuildSettings(TENSORRT_RTX, ("8.9",), stages=("spam",)))
+    (entry,) = report["engines"]
+
+    def advised(precision: dict[str, str], fused: int | None) -> bool:
+        told = report | {"precision": precision, "engines": [entry | {"attention_fused": fused}]}
+        return any("export with --precision fp16 or bf16" in line for line in command._table(told))
+
+    fp32 = report["precision"]
+    assert set(fp32.values()) == {"fp32"} and advised(fp32, 0)
+    assert advised(fp32, None), "unknown, but known to be none"
+    assert not advised(fp32, 1)
+    for fused in (0, None):
+        assert not advised(dict.fromkeys(fp32, "fp16"), fused)
+        assert not advised(dict.fromkeys(fp32, "bf16") | {"mask_decoder": "fp32"}, fused)
 
 
 # Shapes from the contract

@@ -191,6 +191,31 @@ def test_a_failed_build_is_exit_code_1_and_a_failed_verification_sets_aside_too(
     assert not list(engines_folder().glob("*.engine"))
 
 
+def test_an_engine_that_was_built_again_while_the_old_one_was_verified_is_left_alone(
+    gpu: Gpu, tiny_bundle: Path, spoilt: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu.graphs["mask_decoder"] = spoilt / "mask_decoder" / "mask_decoder.onnx"
+    gpu.cuda.capability = None
+    gpu.build(tiny_bundle, capabilities=("8.9",))
+    gpu.cuda.capability = "8.9"
+    run = TensorRtEngine.run
+
+    def meanwhile(self: TensorRtEngine, feeds: Feeds) -> Feeds:
+        if gpu.graphs:  # another process repairs the one that this one has opened
+            gpu.graphs.clear()
+            gpu.build(tiny_bundle, stages=("mask_decoder",), rebuild=True)
+        return run(self, feeds)
+
+    monkeypatch.setattr(TensorRtEngine, "run", meanwhile)
+    arguments = ["--bundle", str(tiny_bundle), "--engine", gpu.engine, "--quiet", "--device", "cuda:0", "--json"]
+    assert verify_command.main(arguments) == 1
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert len(report["set_aside"]) == 4 and "another process has built mask_decoder again meanwhile" in report["notes"][0]
+    path = gpu.key(tiny_bundle, "mask_decoder").path
+    assert list(engines_folder().glob("*.engine")) == [path] and record_of(path).verified is None
+    assert gpu.build(tiny_bundle)["verified"] is True
+
+
 def test_engines_that_cannot_run_are_no_wrong_ones_and_stay(
     gpu: Gpu, tiny_bundle: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -421,6 +446,9 @@ def test_kernels_compiled_on_the_device_are_kept_for_the_next_start(gpu: Gpu, ti
     gpu.trt.read_kernels.clear()
     gpu.open(tiny_bundle).run(spam_feeds(tiny_bundle))
     assert gpu.trt.read_kernels == [b"kernels"]
+    gpu.build(tiny_bundle, stages=("spam",), rebuild=True)
+    gpu.open(tiny_bundle)
+    assert gpu.trt.read_kernels == [b"kernels"], "the old engine's"
 
 
 def test_too_little_memory_on_the_gpu_is_told_in_cudas_words(gpu: Gpu, tiny_bundle: Path) -> None:
@@ -499,7 +527,8 @@ def test_another_version_or_another_bundle_is_told_apart(gpu: Gpu, tiny_bundle: 
 
 def test_an_engine_that_was_set_aside_is_not_told_as_one_that_is_there(gpu: Gpu, tiny_bundle: Path) -> None:
     gpu.build(tiny_bundle, stages=("spam",))
-    set_aside(gpu.key(tiny_bundle).path)
+    path = gpu.key(tiny_bundle).path
+    set_aside(path, record_of(path).sha256)
     gpu.cuda.capability = "8.6"
     with pytest.raises(EngineUnavailable, match="for compute capability 8.6, found none; run agvas-build"):
         gpu.open(tiny_bundle)

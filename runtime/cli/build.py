@@ -52,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--stages", metavar="NAME,...", help="build these stages only, to try one")
     parser.add_argument("--rebuild", action="store_true", help="build again what is in the cache")
+    parser.add_argument("--force", action="store_true", help="go on where memory or disk will not do by the estimate")
     parser.add_argument("--json", action="store_true", help="one line of JSON in place of the table")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     arguments = parser.parse_args(argv)
@@ -88,6 +89,7 @@ def _settings(arguments: argparse.Namespace) -> BuildSettings:
         workspace_mb=arguments.workspace,
         max_batch=arguments.max_batch,
         rebuild=arguments.rebuild,
+        force=arguments.force,
         stages=tuple(part.strip() for part in (arguments.stages or "").split(",") if part.strip()),
     )
 
@@ -103,7 +105,8 @@ def _table(report: dict[str, Any]) -> list[str]:
         )
         if entry["unfused"]:
             lines.append(f"          {'':<16}        not fused: {', '.join(entry['unfused'])}")
-    if any(entry["attention"] and entry["attention_fused"] == 0 for entry in report["engines"]):
+    in_16_bit = not {"fp16", "bf16"}.isdisjoint(report["precision"].values())  # if not all of it: the mask decoder of bf16 is fp32
+    if not in_16_bit and any(entry["attention"] and entry["attention_fused"] != entry["attention"] for entry in report["engines"]):
         lines.append("note      TensorRT fuses attention in 16 bit alone: export with --precision fp16 or bf16 for faster engines")
     verdict = {None: "built", True: "verified", False: "FAILED"}[report["verified"]]
     return [*lines, f"{verdict:<9} {report['note']}; {report['seconds']:.1f} s"]

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from engines import ENGINES, EngineError, EngineFailed, EngineOptions, EngineUnavailable
+from engines.tensorrt_cache import hashes
 from engines.tensorrt_library import TENSORRT_ENGINES
 from runtime.bundle import Bundle
 from runtime.cli.common import AUTO, Progress, add_engine_arguments, close_stdout, describe, engine_options, json_line, open_streams, say
@@ -35,6 +36,7 @@ from runtime.verify import compare_on_images, gates_for, limits, open_pipeline, 
 
 # What a picture without a reference is compared with, in this order.
 REFERENCES = ("onnxruntime", "openvino")
+BISECT = "export/bisect.py"  # what --bisect starts
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -133,6 +135,7 @@ def verify_bundle(
     bundle = Bundle(folder)
     options = options or EngineOptions()
     asked, asked_options = engine, options
+    before = hashes() if engine in (AUTO, *TENSORRT_ENGINES) else {}
     pipeline, engine, options, why = _open(bundle, engine, options, precision, remeasure)
     against = _open_reference(bundle, engine, options) if pictures else None
     try:
@@ -153,7 +156,7 @@ def verify_bundle(
     report["inference_precision"] = options.inference_precision
     report["gates"] = gates_for(bundle, options)
     if engine in TENSORRT_ENGINES:
-        aside, report["notes"] = judge(bundle, engine, options.device, verification)
+        aside, report["notes"] = judge(bundle, engine, options.device, verification, before)
         report["set_aside"] = [path.name for path in aside]
     if why:
         report["auto_failed"] = why
@@ -188,11 +191,18 @@ def bisect_bundle(
 
     Raises:
         RequestError: no engine by name.
+        EngineUnavailable: this installation lacks what does it.
         EngineFailed: it could not be done; the message is the other process's.
     """
     if engine == AUTO:
         raise RequestError(f"--bisect: expected one engine by name ({', '.join(ENGINES)}), got {AUTO}; say which one is wrong")
     Bundle(folder)  # a bundle that is none is told here, by name
+    root = Path(__file__).parents[2]
+    if not (root / BISECT).is_file():
+        raise EngineUnavailable(
+            f"--bisect: expected {BISECT} beside the runtime, found none in {root} (the Jetson's container has engines and runtime alone); "
+            "bisect on this device in the environment that engines/jetson/setup.sh makes, with pip install onnx onnxruntime"
+        )
     command = [sys.executable, "-m", "export.bisect", "--bundle", str(Path(folder).absolute()), "--engine", engine]
     command += ["--device", options.device, "--threads", str(options.threads), "--inference-precision", options.inference_precision]
     if against is not None:
@@ -202,7 +212,7 @@ def bisect_bundle(
         command += ["--tolerance", str(tolerance)]
     last: dict[str, Any] = {}
     with tempfile.TemporaryFile("w+") as errors:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, cwd=Path(__file__).parents[2])
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, cwd=root)
         try:
             assert process.stdout
             for line in process.stdout:
@@ -218,7 +228,7 @@ def bisect_bundle(
         if "stage_errors" not in last:
             errors.seek(0)
             reason = last.get("error") or (errors.read().strip().splitlines() or [f"it ended with exit code {process.returncode}"])[-1]
-            raise EngineFailed(f"--bisect: {reason}")
+            raise EngineFailed(reason if reason.startswith("--bisect") else f"--bisect: {reason}")
     return {"bundle": str(folder), "engine": engine, "passed": last["finding"] is None, **last}
 
 
