@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import sys
+import threading
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,15 @@ from engines.errors import EngineFailed, EngineUnavailable, let_interrupt_pass
 
 # The name of a GPU.
 GPU = re.compile(r"cuda:[0-9]+")
+
+
+class _Capture(threading.local):
+    """Whether this thread is capturing: then a list of what the collector came upon meanwhile, which `free` frees afterwards."""
+
+    found: list[tuple[list[Any], tuple[Any, ...]]] | None = None
+
+
+_capture = _Capture()
 
 
 def runtime() -> Any:
@@ -138,18 +148,28 @@ class Graph:
 
     def __enter__(self) -> Graph:
         cuda = self._cuda
-        # Thread-local: other threads' allocations do not spoil this capture.
-        check(cuda.cudaStreamBeginCapture(self._stream.handle, cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal))
+        _capture.found = []  # before it begins: the collector may come at any moment
+        # Thread-local: other threads' allocations do not spoil this capture; for this thread's own see `free`.
+        begun = cuda.cudaStreamBeginCapture(self._stream.handle, cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal)
+        if begun[0] != cuda.cudaError_t.cudaSuccess:
+            _free_found()
+        check(begun)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        ended = self._cuda.cudaStreamEndCapture(self._stream.handle)
+        _free_found()
+        self._keep(ended, told=error is not None)
+
+    def _keep(self, ended: tuple[Any, ...], told: bool) -> None:
+        """Make what was captured ready to be queued; where an error inside is being told already, only destroy it."""
         cuda = self._cuda
-        ended = cuda.cudaStreamEndCapture(self._stream.handle)
-        if error is not None:
-            return  # a capture that failed inside is invalid, and its cause is what is told
+        if told and ended[0] != cuda.cudaError_t.cudaSuccess:
+            return  # the capture is invalid because of that error, and there is no graph
         graph = check(ended)
         try:
-            self._executable = check(cuda.cudaGraphInstantiate(graph, 0))
+            if not told:
+                self._executable = check(cuda.cudaGraphInstantiate(graph, 0))
         finally:
             cuda.cudaGraphDestroy(graph)
 
@@ -160,6 +180,26 @@ class Graph:
         if self._executable is not None:
             self._cuda.cudaGraphExecDestroy(self._executable)
             self._executable = None
+
+
+def free(owned: list[Any], *held: object) -> None:
+    """Close what is owned, in order; what is only held (a library's objects, which free their memory as they go) goes with the call.
+
+    For finalisers. The collector may run one in the middle of a capture, and memory freed by the thread that captures makes its graph
+    invalid: then all of it waits for the capture's end.
+    """
+    if _capture.found is not None:
+        _capture.found.append((owned, held))
+        return
+    for thing in owned:
+        thing.close()
+
+
+def _free_found() -> None:
+    """Free what `free` had to leave."""
+    found, _capture.found = _capture.found or [], None
+    for owned, held in found:
+        free(owned, *held)
 
 
 class Buffer:

@@ -19,7 +19,7 @@ import numpy as np
 
 from engines import EngineOptions
 from engines.cache import write_whole
-from engines.cuda import Buffer, Graph, Stream, capability_here, device_index, select
+from engines.cuda import Buffer, Graph, Stream, capability_here, device_index, free, select
 from engines.errors import EngineFailed, EngineUnavailable, TensorMismatch
 from engines.spec import StageSpec
 from engines.tensorrt_cache import EngineKey, hash_of, load
@@ -55,6 +55,7 @@ class TensorRtEngine:
         self._check_tensors()
         self._kernels = _KernelCache(self.key.path.with_suffix(".kernels"), self._engine) if engine == TENSORRT_RTX else None
         self._threads = threading.local()
+        weakref.finalize(self, free, [], self._runtime, self._engine).atexit = False
 
     def run(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         self.spec.check_inputs(feeds)
@@ -129,7 +130,7 @@ class _Execution:
         self._capture = True
         self._engine = engine  # a context must not outlive its engine
         self._owned: list[Any] = [*self._buffers.values(), self._stream]
-        weakref.finalize(self, _free, self._owned).atexit = False  # at exit the driver frees
+        weakref.finalize(self, free, self._owned, engine, context).atexit = False  # at exit the driver frees
 
     def run(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         again = self._bind({name: array.shape for name, array in feeds.items()})
@@ -232,11 +233,6 @@ class _KernelCache:
             self._kept = True
             with contextlib.suppress(OSError):
                 write_whole(self._path, bytes(self._cache.serialize()))
-
-
-def _free(owned: list[Any]) -> None:
-    for thing in owned:
-        thing.close()
 
 
 def _logger(trt: Any) -> Any:

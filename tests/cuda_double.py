@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -29,6 +30,7 @@ class CudaDouble:
         selected: number of the GPU that was set last.
         calls: names of the functions called, in order.
         copied: bytes copied to and from the device.
+        spoilt: streams whose capture is invalid, since the thread that captures took or freed memory.
     """
 
     def __init__(self, real: ModuleType, capability: str | None = "8.9", memory: int = 1 << 30) -> None:
@@ -42,6 +44,8 @@ class CudaDouble:
         self.pinned: dict[int, Any] = {}
         self.streams: dict[int, list[Work]] = {}
         self.capturing: dict[int, list[Work] | None] = {}
+        self.capturers: dict[int, int] = {}  # thread by stream
+        self.spoilt: set[int] = set()
         self.graphs: dict[int, list[Work]] = {}
         self.events: dict[int, tuple[int, int]] = {}
         self.copied = {"HostToDevice": 0, "DeviceToHost": 0}
@@ -93,12 +97,23 @@ class CudaDouble:
 
     # Memory
 
+    def spoils(self) -> bool:
+        """A call that may wait for the device: by a thread that captures, it is an error and makes the capture invalid."""
+        with self._lock:
+            streams = {stream for stream, thread in self.capturers.items() if thread == threading.get_ident()}
+            self.spoilt |= streams
+            return bool(streams)
+
     def _cudaMalloc(self, size: int) -> tuple[str, int]:
+        if self.spoils():
+            return "cudaErrorStreamCaptureUnsupported", 0
         if size + sum(map(ctypes.sizeof, self.device.values())) > self.memory:
             return "cudaErrorMemoryAllocation", 0
         return "cudaSuccess", self._new(self.device, size)
 
     def _cudaMallocHost(self, size: int) -> tuple[str, int]:
+        if self.spoils():
+            return "cudaErrorStreamCaptureUnsupported", 0
         return "cudaSuccess", self._new(self.pinned, size)
 
     @staticmethod
@@ -109,10 +124,14 @@ class CudaDouble:
         return ctypes.addressof(block)
 
     def _cudaFree(self, address: int) -> str:
+        if self.spoils():
+            return "cudaErrorStreamCaptureUnsupported"
         del self.device[address]
         return "cudaSuccess"
 
     def _cudaFreeHost(self, address: int) -> str:
+        if self.spoils():
+            return "cudaErrorStreamCaptureUnsupported"
         del self.pinned[address]
         return "cudaSuccess"
 
@@ -169,12 +188,16 @@ class CudaDouble:
     def _cudaStreamBeginCapture(self, stream: int, mode: Any) -> str:
         assert isinstance(mode, self.real.cudaStreamCaptureMode) and self.capturing.get(stream) is None
         self.capturing[stream] = []
+        if mode == self.real.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal:
+            self.capturers[stream] = threading.get_ident()
         return "cudaSuccess"
 
     def _cudaStreamEndCapture(self, stream: int) -> tuple[str, int]:
         work = self.capturing[stream]
         self.capturing[stream] = None
-        if self.refuse_capture:
+        self.capturers.pop(stream, None)
+        if self.refuse_capture or stream in self.spoilt:
+            self.spoilt.discard(stream)
             return "cudaErrorStreamCaptureInvalidated", 0
         assert work is not None
         graph = self.handle()
@@ -226,10 +249,10 @@ class TensorRtDouble:
         return getattr(self.real, name)
 
     def Runtime(self, logger: Any) -> Any:
-        return _restricted(_Runtime(self, logger), self.real.Runtime, () if self.rtx else ("get_engine_validity",))
+        return restricted(_Runtime(self, logger), self.real.Runtime, () if self.rtx else ("get_engine_validity",))
 
 
-class _Restricted:
+class Restricted:
     """A double whose public names are all the real class's, less those that a version lacks."""
 
     def __init__(self, double: Any, without: tuple[str, ...]) -> None:
@@ -242,10 +265,10 @@ class _Restricted:
         return getattr(self._double, name)
 
 
-def _restricted(double: Any, real: type, without: tuple[str, ...] = ()) -> Any:
+def restricted(double: Any, real: type, without: tuple[str, ...] = ()) -> Any:
     unknown = [name for name in dir(double) if not name.startswith("_") and not hasattr(real, name)]
     assert not unknown, f"{real.__name__} has no {unknown}"
-    return _Restricted(double, without)
+    return Restricted(double, without)
 
 
 class _Runtime:
@@ -260,12 +283,13 @@ class _Runtime:
             self._logger.log(self._trt.real.ILogger.ERROR, "magicTag is odd")
             return None
         without = () if self._trt.rtx else ("create_runtime_config",)
-        return _restricted(_Engine(self._trt, Path(content.decode())), self._trt.real.ICudaEngine, without)
+        return restricted(_Engine(self._trt, Path(content.decode())), self._trt.real.ICudaEngine, without)
 
 
 class _Engine:
     def __init__(self, trt: TensorRtDouble, graph: Path) -> None:
         self._trt = trt
+        weakref.finalize(self, trt.cuda.spoils).atexit = False  # the library frees its weights
         self._session = onnxruntime.InferenceSession(str(graph), providers=["CPUExecutionProvider"])
         self._types = {node.name: node.type for node in (*self._session.get_inputs(), *self._session.get_outputs())}
 
@@ -281,13 +305,13 @@ class _Engine:
         return self._trt.real.DataType.__members__[kinds[self._types[name]]]
 
     def create_runtime_config(self) -> Any:
-        return _restricted(_RuntimeConfig(self._trt), self._trt.real.IRuntimeConfig)
+        return restricted(_RuntimeConfig(self._trt), self._trt.real.IRuntimeConfig)
 
     def create_execution_context(self, config: Any = None) -> Any:
         assert (config is not None) is self._trt.rtx
         self._trt.contexts += 1
         without = () if self._trt.rtx else ("is_stream_capturable",)
-        return _restricted(_Context(self._trt, self._session), self._trt.real.IExecutionContext, without)
+        return restricted(_Context(self._trt, self._session), self._trt.real.IExecutionContext, without)
 
 
 class _RuntimeConfig:
@@ -295,7 +319,7 @@ class _RuntimeConfig:
         self._trt = trt
 
     def create_runtime_cache(self) -> Any:
-        return _restricted(_RuntimeCache(self._trt), self._trt.real.IRuntimeCache)
+        return restricted(_RuntimeCache(self._trt), self._trt.real.IRuntimeCache)
 
     def set_runtime_cache(self, cache: Any) -> bool:
         return True
@@ -319,6 +343,7 @@ class _Context:
     def __init__(self, trt: TensorRtDouble, session: Any) -> None:
         self._trt, self._session = trt, session
         self._thread = threading.get_ident()
+        weakref.finalize(self, trt.cuda.spoils).atexit = False  # the library frees its scratch memory
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._outputs: dict[str, tuple[int, ...]] = {}
         self._addresses: dict[str, int] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import io
 import json
 import re
@@ -375,6 +376,50 @@ def test_an_engine_that_cannot_be_captured_runs_without_and_says_so_once(gpu: Gp
     assert_equal(ours, reference(tiny_bundle, "spam", feeds))
     assert_equal(spam.run(feeds), reference(tiny_bundle, "spam", feeds))
     assert gpu.cuda.calls.count("cudaStreamBeginCapture") == 1
+
+
+@BOTH
+@pytest.mark.parametrize("ran", [True, False], ids=["with memory", "never run"])
+def test_an_engine_that_the_collector_finds_during_a_capture_is_freed_after_it(
+    ran: bool, gpu: Gpu, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu.build(tiny_bundle, stages=("spam",))
+    spam, feeds = gpu.open(tiny_bundle), spam_feeds(tiny_bundle)
+    spam.run(feeds)
+    kept = len(gpu.cuda.device)
+    lost: Any = gpu.open(tiny_bundle)
+    if ran:
+        lost.run(feeds)
+    lost.itself = lost
+    del lost
+    execute = cuda_double._Context.execute_async_v3
+
+    def collecting(context: Any, stream: int) -> bool:
+        assert gpu.cuda.capturing[stream] is not None
+        assert gc.collect()
+        return execute(context, stream)
+
+    with monkeypatch.context() as during:
+        during.setattr(cuda_double._Context, "execute_async_v3", collecting)
+        assert_equal(spam.run(feeds), reference(tiny_bundle, "spam", feeds))
+    assert len(gpu.cuda.graphs) == 1 and len(gpu.cuda.device) == kept
+
+
+@BOTH
+def test_a_capture_that_fails_inside_leaves_no_graph_behind(gpu: Gpu, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library may refuse to run while the capture itself is still valid."""
+    gpu.build(tiny_bundle, stages=("spam",))
+    spam, feeds = gpu.open(tiny_bundle), spam_feeds(tiny_bundle)
+    spam.run(feeds)
+    with monkeypatch.context() as refusing, pytest.warns(RuntimeWarning, match="stage spam runs without a CUDA graph"):
+        execute = cuda_double._Context.execute_async_v3
+        refusing.setattr(
+            cuda_double._Context,
+            "execute_async_v3",
+            lambda context, stream: gpu.cuda.capturing.get(stream) is None and execute(context, stream),
+        )
+        assert_equal(spam.run(feeds), reference(tiny_bundle, "spam", feeds))
+    assert not gpu.cuda.graphs
 
 
 @BOTH
