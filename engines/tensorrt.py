@@ -1,9 +1,10 @@
 """TensorRT and TensorRT for RTX: runs the engines that agvas-build made, one code path for both.
 
-Nothing is built here: a build takes minutes, and one that was never compared with the reference must not slip into a line. Memory on the
-device and its pinned twin on the host are bound once and only grow; copies, kernels and copies back are queued on the stage's own stream
-and waited for with an event; a call with the same shapes as the one before is captured into a CUDA graph and queued in one call from
-then on. An execution context belongs to one thread, since two threads in one give wrong numbers without an error.
+Nothing is built here: a build takes minutes, and one that was never compared with the reference must not slip into a line. So an engine
+that failed agvas-verify is refused, and of one that it has not judged is warned. Memory on the device and its pinned twin on the host are
+bound once and only grow; copies, kernels and copies back are queued on the stage's own stream and waited for with an event; a call with
+the same shapes as the one before is captured into a CUDA graph and queued in one call from then on. An execution context belongs to one
+thread, since two threads in one give wrong numbers without an error.
 """
 
 from __future__ import annotations
@@ -43,8 +44,11 @@ class TensorRtEngine:
         self._trt = library(engine)
         capability = capability_here(options.device)
         self.key = EngineKey(spec.name, hash_of(graph), engine, self._trt.__version__, capability)
-        self._rebuild = f"agvas-build --bundle {graph.parent.parent} --engine {engine} --device {options.device}"
+        named = f"--bundle {graph.parent.parent} --engine {engine} --device {options.device}"
+        self._rebuild = f"agvas-build {named}"
         content, self.record = load(self.key, self._rebuild)
+        if not options.to_judge:
+            self._check_verdict(named)
         select(self._index)
         self._logger = _logger(self._trt)
         self._runtime = self._trt.Runtime(self._logger)
@@ -74,6 +78,24 @@ class TensorRtEngine:
         if context is None:
             raise EngineFailed(f"stage {self.spec.name}: no execution context: {self._logger.last()} (too little memory on the GPU?)")
         return context
+
+    def _check_verdict(self, named: str) -> None:
+        """Refuse an engine that gave other masks than the reference; warn of one that was never compared with it."""
+        verdict = self.record.verified
+        if verdict is None:
+            # No stage is named: Python shows the same words from the same line once, not for each of a chain's engines.
+            warnings.warn(
+                f"the engines of {self.key.engine} for compute capability {self.key.capability} have not been compared with the reference; "
+                f"run agvas-verify {named}, which notes its verdict beside them",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        elif not verdict.get("passed"):
+            reasons = "; ".join(verdict.get("failures", ())) or "its sidecar does not say how"
+            raise EngineUnavailable(
+                f"{self.key.path}: expected an engine that gives the reference's masks, found one that agvas-verify failed ({reasons}); "
+                f"run {self._rebuild} --rebuild, or judge it again with agvas-verify {named}"
+            )
 
     def _check_validity(self, content: bytes) -> None:
         """TensorRT for RTX can say what is wrong with an engine before loading it."""

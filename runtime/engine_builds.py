@@ -181,7 +181,7 @@ def judge(bundle: Bundle, engine: str, device: str, verification: Verification) 
 
 
 def _verify(bundle: Bundle, settings: BuildSettings, progress: Told | None) -> tuple[bool, str]:
-    options = EngineOptions(device=settings.device)
+    options = EngineOptions(device=settings.device, to_judge=True)
     told = None if progress is None else lambda done, total: progress("golden traces", done, total)
     try:
         verification = verify(bundle, open_pipeline(bundle, settings.engine, options), options, told)

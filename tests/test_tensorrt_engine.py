@@ -8,6 +8,7 @@ import io
 import json
 import re
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,17 @@ def assert_equal(ours: Feeds, wanted: Feeds) -> None:
         np.testing.assert_allclose(ours[name], wanted[name], rtol=1e-5, atol=1e-5, err_msg=name)
 
 
+def install_only(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of TensorRT's libraries the machine's own, for `auto`, which asks for both."""
+
+    def library(engine: str) -> Any:
+        if engine != gpu.engine:
+            raise EngineUnavailable(f"engine {engine} is not installed")
+        return gpu.trt
+
+    monkeypatch.setattr("engines.tensorrt.library", library)
+
+
 # Build, verify, run
 
 
@@ -145,12 +157,7 @@ def test_the_segmenter_gives_the_references_masks_on_them(gpu: Gpu, tiny_bundle:
 def test_auto_on_a_gpu_considers_built_engines_and_says_what_is_missing(
     gpu: Gpu, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def only_this(engine: str) -> Any:
-        if engine != gpu.engine:
-            raise EngineUnavailable(f"engine {engine} is not installed")
-        return gpu.trt
-
-    monkeypatch.setattr("engines.tensorrt.library", only_this)
+    install_only(gpu, monkeypatch)
     with pytest.raises(
         EngineUnavailable, match=f"{gpu.engine}/graph: stage pixel_encoder: expected an engine of.*found none; run agvas-build"
     ):
@@ -262,6 +269,72 @@ def test_verifying_on_the_device_is_noted_in_the_sidecar(gpu: Gpu, tiny_bundle: 
     assert verify_command.main(["--bundle", str(tiny_bundle), "--engine", gpu.engine, "--device", "cuda:0", "--quiet"]) == 0
     verified = record_of(gpu.key(tiny_bundle).path).verified
     assert verified is not None and verified["passed"] and verified["flips"] == 0
+
+
+@BOTH
+def test_engines_that_were_never_verified_are_warned_of_once_with_the_command(gpu: Gpu, tiny_bundle: Path) -> None:
+    gpu.build(tiny_bundle)
+    for stage in STAGES:
+        give_verdict(gpu, tiny_bundle, None, stage)
+    command = f"agvas-verify --bundle {tiny_bundle} --engine {gpu.engine} --device cuda:0"
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        for _ in range(2):
+            Segmenter(tiny_bundle, gpu.engine, "cuda:0")
+    told = f"the engines of {gpu.engine} for compute capability 8.9 have not been compared with the reference; run {command}, which notes "
+    assert len(caught) == 1 and str(caught[0].message).startswith(told)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert verify_command.main([*command.split()[1:], "--quiet"]) == 0
+        Segmenter(tiny_bundle, gpu.engine, "cuda:0")
+
+
+@BOTH
+def test_an_engine_that_failed_and_could_not_be_set_aside_is_refused_but_can_be_judged_again(gpu: Gpu, tiny_bundle: Path) -> None:
+    gpu.build(tiny_bundle)
+    path = give_verdict(gpu, tiny_bundle, {"passed": False, "failures": ["3 flips", "maps differ"]}, "language")
+    named = f"--bundle {tiny_bundle} --engine {gpu.engine} --device cuda:0"
+    with pytest.raises(EngineUnavailable) as refused:
+        Segmenter(tiny_bundle, gpu.engine, "cuda:0")
+    assert str(refused.value) == (
+        f"{path}: expected an engine that gives the reference's masks, found one that agvas-verify failed (3 flips; maps differ); "
+        f"run agvas-build {named} --rebuild, or judge it again with agvas-verify {named}"
+    )
+    assert verify_command.main([*named.split(), "--quiet"]) == 0
+    Segmenter(tiny_bundle, gpu.engine, "cuda:0")
+
+
+@BOTH
+def test_auto_verifies_for_itself_and_again_when_an_engine_is_another(
+    gpu: Gpu, tiny_bundle: Path, spoilt: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install_only(gpu, monkeypatch)
+    gpu.build(tiny_bundle)
+
+    def remembered() -> bool:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            choice = Segmenter(tiny_bundle, device="cuda:0").choice
+        assert choice is not None and choice.engine == gpu.engine
+        return choice.remembered
+
+    for verdict in (None, {"passed": False, "failures": []}):
+        give_verdict(gpu, tiny_bundle, verdict)
+        assert [remembered(), remembered()] == [False, True]
+    give_verdict(gpu, tiny_bundle, {"passed": True, "failures": []})
+    assert remembered(), "as when there was no verdict: this one only agrees"
+    gpu.graphs["mask_decoder"] = spoilt / "mask_decoder" / "mask_decoder.onnx"
+    gpu.build(tiny_bundle, stages=("mask_decoder",), rebuild=True)
+    with pytest.raises(EngineUnavailable, match=f"{gpu.engine}/graph: mean mask IoU .* maps differ"):
+        Segmenter(tiny_bundle, device="cuda:0")
+
+
+def give_verdict(gpu: Gpu, bundle: Path, verdict: dict[str, Any] | None, stage: str = "spam") -> Path:
+    """Of agvas-verify, in the sidecar of a stage's engine, whose path is returned."""
+    path = gpu.key(bundle, stage).path
+    sidecar = path.with_suffix(".json")
+    sidecar.write_text(json.dumps({**json.loads(sidecar.read_text()), "verified": verdict}))
+    return path
 
 
 @BOTH
@@ -579,15 +652,10 @@ def test_an_engine_that_cannot_be_read_is_one_that_cannot_be_had(gpu: Gpu, tiny_
             raise PermissionError(13, "Permission denied")
         return read(path)
 
-    def only_this(engine: str) -> Any:
-        if engine != gpu.engine:
-            raise EngineUnavailable(f"engine {engine} is not installed")
-        return gpu.trt
-
     monkeypatch.setattr(Path, "read_bytes", refused)
     with pytest.raises(EngineUnavailable, match=r"spam-.*engine: cannot be read \(.*Permission denied\); check its permissions"):
         gpu.open(tiny_bundle)
-    monkeypatch.setattr("engines.tensorrt.library", only_this)
+    install_only(gpu, monkeypatch)
     with pytest.raises(EngineUnavailable, match=f"{gpu.engine}/graph: .*cannot be read .* onnxruntime/graph: device cuda:0 was asked for"):
         Segmenter(tiny_bundle, device="cuda:0")  # goes on to the next one
 
