@@ -57,9 +57,12 @@ class TensorRtEngine:
         if self._engine is None:
             raise EngineFailed(f"{self.key.path}: {engine} cannot load it: {self._logger.last()}; run {self._rebuild} --rebuild")
         self._check_tensors()
-        self._kernels = _KernelCache(self.key.path.with_suffix(".kernels"), self._engine) if engine == TENSORRT_RTX else None
+        self._kernels: _KernelCache | None = None
+        if engine == TENSORRT_RTX:
+            fixed = all(least == most for least, _, most in self.record.profile.values())
+            self._kernels = _KernelCache(self.key.path.with_suffix(".kernels"), self._trt, self._engine, fixed)
         self._threads = threading.local()
-        weakref.finalize(self, free, [], self._runtime, self._engine).atexit = False
+        weakref.finalize(self, free, [self._kernels] if self._kernels else [], self._runtime, self._engine)  # at exit, too: kernels are kept
 
     def run(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         self.spec.check_inputs(feeds)
@@ -70,7 +73,7 @@ class TensorRtEngine:
             execution = self._threads.execution = _Execution(self._engine, self._new_context(), self.spec, self._logger)
         outputs = execution.run(feeds)
         if self._kernels:
-            self._kernels.keep()
+            self._kernels.called()
         return outputs
 
     def _new_context(self) -> Any:
@@ -233,28 +236,57 @@ class _Execution:
 
 
 class _KernelCache:
-    """Kernels that TensorRT for RTX compiled on this device, kept beside the engine so that the next start does not compile them again."""
+    """Kernels that TensorRT for RTX compiled on this device, kept beside the engine so that the next start does not compile them again.
 
-    def __init__(self, path: Path, engine: Any) -> None:
+    Where shapes are free, it runs on kernels for any shape until those for the ones that came are compiled in the background, and tells
+    nobody when they are. So after the first call, the second, the fourth and so on, and when the engine is let go, the cache is written
+    if it has grown. Where shapes are fixed, all is compiled before the first call.
+    """
+
+    def __init__(self, path: Path, trt: Any, engine: Any, fixed: bool) -> None:
         self._path = path
-        self._config = engine.create_runtime_config()
         self._engine = engine
+        self._config = engine.create_runtime_config()
+        if fixed and hasattr(self._config, "dynamic_shapes_kernel_specialization_strategy"):  # not in its first versions
+            self._config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
         self._cache = self._config.create_runtime_cache()
-        with contextlib.suppress(OSError):  # none yet; another driver's is refused by the library, and compiling again is always right
-            self._cache.deserialize(path.read_bytes())
+        self._kept = self._read()  # bytes
         self._config.set_runtime_cache(self._cache)
-        self._kept = False
+        self._lock = threading.Lock()
+        self._calls = 0
+        self._due = 1  # the call after which to look
 
     def context(self) -> Any:
-        self._kept = False
-        return self._engine.create_execution_context(self._config)
+        with self._lock:
+            return self._engine.create_execution_context(self._config)
 
-    def keep(self) -> None:
-        """Write the cache after a context's first call. Failing to costs a compilation next time, nothing else."""
-        if not self._kept:
-            self._kept = True
+    def called(self) -> None:
+        """A call has ended."""
+        with self._lock:
+            self._calls += 1
+            if self._calls >= self._due:
+                self._due = 2 * self._calls
+                self._keep()
+
+    def close(self) -> None:
+        with self._lock:
+            self._keep()
+
+    def _read(self) -> int:
+        """How many bytes of kernels the library took: none where there are none yet, or where they are another driver's."""
+        try:
+            content = self._path.read_bytes()
+        except OSError:
+            return 0
+        return len(content) if self._cache.deserialize(content) else 0
+
+    def _keep(self) -> None:
+        """Failing to write costs a compilation next time, nothing else."""
+        content = self._cache.serialize()
+        if content is not None and content.nbytes > self._kept:
             with contextlib.suppress(OSError):
-                write_whole(self._path, bytes(self._cache.serialize()))
+                write_whole(self._path, bytes(content))
+                self._kept = content.nbytes
 
 
 def _logger(trt: Any) -> Any:

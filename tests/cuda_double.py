@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -230,6 +231,9 @@ class TensorRtDouble:
 
     Attributes:
         contexts: how many were made.
+        configs: those that were made, in order.
+        saved_kernels: what a cache of kernels holds.
+        takes_kernels: whether one takes what was saved.
         validity: what get_engine_validity says: (EngineValidity, flags).
     """
 
@@ -241,6 +245,9 @@ class TensorRtDouble:
         self.contexts = 0
         self.saved_kernels = b"kernels"
         self.read_kernels: list[bytes] = []
+        self.takes_kernels = True
+        self.serializing = threading.Lock()
+        self.configs: list[_RuntimeConfig] = []
         self.validity = (real.EngineValidity.VALID, 0)
         self.capturable = True
         self.deserializes = True
@@ -263,6 +270,13 @@ class Restricted:
         if name in self._without:
             raise AttributeError(name)
         return getattr(self._double, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in ("_double", "_without"):
+            getattr(self, name)  # AttributeError: there is nothing of this name to set
+            setattr(self._double, name, value)
+        else:
+            super().__setattr__(name, value)
 
 
 def restricted(double: Any, real: type, without: tuple[str, ...] = ()) -> Any:
@@ -305,7 +319,9 @@ class _Engine:
         return self._trt.real.DataType.__members__[kinds[self._types[name]]]
 
     def create_runtime_config(self) -> Any:
-        return restricted(_RuntimeConfig(self._trt), self._trt.real.IRuntimeConfig)
+        config = _RuntimeConfig(self._trt)
+        self._trt.configs.append(config)
+        return restricted(config, self._trt.real.IRuntimeConfig)
 
     def create_execution_context(self, config: Any = None) -> Any:
         assert (config is not None) is self._trt.rtx
@@ -317,6 +333,16 @@ class _Engine:
 class _RuntimeConfig:
     def __init__(self, trt: TensorRtDouble) -> None:
         self._trt = trt
+        self._strategy = trt.real.DynamicShapesKernelSpecializationStrategy.LAZY
+
+    @property
+    def dynamic_shapes_kernel_specialization_strategy(self) -> Any:
+        return self._strategy
+
+    @dynamic_shapes_kernel_specialization_strategy.setter
+    def dynamic_shapes_kernel_specialization_strategy(self, strategy: Any) -> None:
+        assert isinstance(strategy, self._trt.real.DynamicShapesKernelSpecializationStrategy)
+        self._strategy = strategy
 
     def create_runtime_cache(self) -> Any:
         return restricted(_RuntimeCache(self._trt), self._trt.real.IRuntimeCache)
@@ -331,10 +357,14 @@ class _RuntimeCache:
 
     def deserialize(self, blob: bytes) -> bool:
         self._trt.read_kernels.append(blob)
-        return True
+        return self._trt.takes_kernels
 
-    def serialize(self) -> bytes:
-        return self._trt.saved_kernels
+    def serialize(self) -> memoryview:
+        """What has the bytes and nbytes of an IHostMemory."""
+        assert self._trt.serializing.acquire(blocking=False), "two threads at once"
+        time.sleep(0.001)
+        self._trt.serializing.release()
+        return memoryview(self._trt.saved_kernels)
 
 
 class _Context:

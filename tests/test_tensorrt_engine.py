@@ -532,13 +532,65 @@ def test_a_result_is_the_callers_own(gpu: Gpu, tiny_bundle: Path) -> None:
 
 def test_kernels_compiled_on_the_device_are_kept_for_the_next_start(gpu: Gpu, tiny_bundle: Path) -> None:
     gpu.build(tiny_bundle, stages=("spam",))
-    spam = gpu.open(tiny_bundle)
-    assert not gpu.trt.read_kernels and not gpu.key(tiny_bundle).path.with_suffix(".kernels").exists()
+    spam, path = gpu.open(tiny_bundle), gpu.key(tiny_bundle).path.with_suffix(".kernels")
+    assert not gpu.trt.read_kernels and not path.exists()
     spam.run(spam_feeds(tiny_bundle))
-    assert gpu.key(tiny_bundle).path.with_suffix(".kernels").read_bytes() == b"kernels"
+    assert path.read_bytes() == b"kernels"
     gpu.trt.read_kernels.clear()
+    again = gpu.open(tiny_bundle)
+    path.unlink()
+    again.run(spam_feeds(tiny_bundle))
+    assert gpu.trt.read_kernels == [b"kernels"] and not path.exists(), "those that were read are not written again"
+    gpu.trt.takes_kernels = False
+    path.write_bytes(b"those of another driver")
     gpu.open(tiny_bundle).run(spam_feeds(tiny_bundle))
-    assert gpu.trt.read_kernels == [b"kernels"]
+    assert path.read_bytes() == b"kernels"
+
+
+def test_kernels_compiled_in_the_background_are_kept_too(gpu: Gpu, tiny_bundle: Path) -> None:
+    gpu.build(tiny_bundle, stages=("spam",))
+    spam, path, found = gpu.open(tiny_bundle), gpu.key(tiny_bundle).path.with_suffix(".kernels"), list[int]()
+    for call in range(1, 7):
+        gpu.trt.saved_kernels = b"k" * call
+        spam.run(spam_feeds(tiny_bundle))
+        found.append(len(path.read_bytes()))
+    assert found == [1, 2, 2, 4, 4, 4]
+    del spam
+    assert len(path.read_bytes()) == 6
+
+
+def test_kernels_of_fixed_shapes_are_compiled_before_the_first_call(gpu: Gpu, tiny_bundle: Path) -> None:
+    gpu.build(tiny_bundle)
+    gpu.trt.configs.clear()
+    for stage in STAGES:
+        gpu.open(tiny_bundle, stage)
+    gpu.build(tiny_bundle, stages=("spam",), max_batch=2, rebuild=True)
+    gpu.open(tiny_bundle)
+    strategies = [config.dynamic_shapes_kernel_specialization_strategy.name for config in gpu.trt.configs]
+    assert dict(zip((*STAGES, "two at once"), strategies)) == {
+        **dict.fromkeys(STAGES, "EAGER"),
+        "language": "LAZY",
+        "two at once": "LAZY",
+    }
+
+
+def test_threads_take_turns_in_keeping_kernels(gpu: Gpu, tiny_bundle: Path) -> None:
+    gpu.build(tiny_bundle, stages=("spam",))
+    spam, wrong = gpu.open(tiny_bundle), list[BaseException]()
+
+    def work() -> None:
+        try:
+            for _ in range(4):
+                spam.run(spam_feeds(tiny_bundle))
+        except BaseException as error:
+            wrong.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong and gpu.key(tiny_bundle).path.with_suffix(".kernels").read_bytes() == b"kernels"
 
 
 def test_too_little_memory_on_the_gpu_is_told_in_cudas_words(gpu: Gpu, tiny_bundle: Path) -> None:
