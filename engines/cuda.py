@@ -6,6 +6,7 @@ Nothing else of CUDA is used, and no framework.
 
 from __future__ import annotations
 
+import contextlib
 import re
 import sys
 import threading
@@ -255,3 +256,75 @@ class Buffer:
         if size:
             cuda = self._cuda
             check(cuda.cudaMemcpyAsync(to, source, size, getattr(cuda.cudaMemcpyKind, kind), stream.handle))
+
+
+class Block:
+    """Memory on the device alone, of a size that stays.
+
+    Raises:
+        EngineFailed: there is not that much.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._cuda = runtime()
+        self.address = int(check(self._cuda.cudaMalloc(size)))
+        self.bytes = size
+
+    def fetch(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
+        """The first bytes as an array of the host's. They must have been waited for."""
+        array, cuda = np.empty(shape, dtype), self._cuda
+        if array.nbytes:
+            check(cuda.cudaMemcpy(array.ctypes.data, self.address, array.nbytes, cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost))
+        return array
+
+    def close(self) -> None:
+        if self.address:
+            self._cuda.cudaFree(self.address)
+        self.address = 0
+
+
+class Pool:
+    """Blocks that one thread takes and that come back, from any thread, when nobody needs what lies in them.
+
+    What grows with every call would otherwise be allocated and freed with every call, for which a device stands still.
+
+    Args:
+        keeps: keep what came back for the next to take; otherwise it is freed.
+    """
+
+    def __init__(self, keeps: bool) -> None:
+        self._keeps = keeps
+        self._back: list[Block] = []  # append and pop are whole steps: a finaliser takes no lock, which its own thread may hold
+
+    def take(self, size: int) -> Block:
+        """A block of `size` bytes or more: the smallest, and of those the one of the lowest address."""
+        fitting = [block for block in list(self._back) if block.bytes >= size]
+        if fitting:
+            block = min(fitting, key=lambda block: (block.bytes, block.address))
+            self._back.remove(block)
+            return block
+        self._free_all()  # too small for what grows
+        return Block(_with_room(size))
+
+    def give_back(self, block: Block) -> None:
+        if self._keeps:
+            self._back.append(block)
+        if not self._keeps:  # asked again: the pool may have been closed meanwhile
+            self._free_all()
+            free([block])
+
+    def close(self) -> None:
+        """Free what came back, and from now on what comes back."""
+        self._keeps = False
+        self._free_all()
+
+    def _free_all(self) -> None:
+        with contextlib.suppress(IndexError):
+            while True:
+                free([self._back.pop()])
+
+
+def _with_room(size: int) -> int:
+    """`size` or up to an eighth more, at least 256 bytes."""
+    step = max(256, 1 << max(0, size.bit_length() - 4))
+    return max(1, -(-size // step)) * step

@@ -150,6 +150,15 @@ class CudaDouble:
         self.put(stream, copy)
         return "cudaSuccess"
 
+    def _cudaMemcpy(self, to: int, source: int, size: int, kind: Any) -> str:
+        """From the device, to memory of any kind; as the legacy stream does, it waits for none of the streams here."""
+        assert kind == self.real.cudaMemcpyKind.cudaMemcpyDeviceToHost and size <= ctypes.sizeof(self.device[source])
+        if self.spoils():
+            return "cudaErrorStreamCaptureUnsupported"
+        ctypes.memmove(to, source, size)
+        self.copied["DeviceToHost"] += size
+        return "cudaSuccess"
+
     # Streams, events, graphs
 
     def put(self, stream: int, work: Work) -> None:
