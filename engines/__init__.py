@@ -37,12 +37,15 @@ class EngineOptions:
             bfloat16 on CPUs that do so natively, whatever the graph states; "int8" rounds what is multiplied with integer
             weights to 8 bit, token by token (blocks of inputs with a scale each), which is faster than integer weights alone.
         low_memory: keep no memory between calls; slower. A chain then also has one stage in memory at a time.
+        to_judge: open a TensorRT engine to compare it with the reference: one that failed that before, too, and without a warning one
+            that was never compared.
     """
 
     device: str = "cpu"
     threads: int = 0
     inference_precision: str = "graph"
     low_memory: bool = False
+    to_judge: bool = False
 
     def __post_init__(self) -> None:
         if self.device != "cpu" and not GPU.fullmatch(self.device):
@@ -74,7 +77,8 @@ def open_engine(graph: Path, spec: StageSpec, engine: str, options: EngineOption
     """Load `graph` (an .onnx file) on a back-end.
 
     Raises:
-        EngineUnavailable: unknown, not installed, without this device, or (TensorRT) not built for it; says what to install or do.
+        EngineUnavailable: unknown, not installed, without this device, or (TensorRT) not built for it or found wrong; says what to
+            install or do.
         EngineFailed: the back-end refuses the graph.
     """
     options = options or EngineOptions()

@@ -6,8 +6,10 @@ Nothing else of CUDA is used, and no framework.
 
 from __future__ import annotations
 
+import contextlib
 import re
 import sys
+import threading
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,15 @@ from engines.errors import EngineFailed, EngineUnavailable, let_interrupt_pass
 
 # The name of a GPU.
 GPU = re.compile(r"cuda:[0-9]+")
+
+
+class _Capture(threading.local):
+    """Whether this thread is capturing: then a list of what the collector came upon meanwhile, which `free` frees afterwards."""
+
+    found: list[tuple[list[Any], tuple[Any, ...]]] | None = None
+
+
+_capture = _Capture()
 
 
 def runtime() -> Any:
@@ -138,18 +149,28 @@ class Graph:
 
     def __enter__(self) -> Graph:
         cuda = self._cuda
-        # Thread-local: other threads' allocations do not spoil this capture.
-        check(cuda.cudaStreamBeginCapture(self._stream.handle, cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal))
+        _capture.found = []  # before it begins: the collector may come at any moment
+        # Thread-local: other threads' allocations do not spoil this capture; for this thread's own see `free`.
+        begun = cuda.cudaStreamBeginCapture(self._stream.handle, cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal)
+        if begun[0] != cuda.cudaError_t.cudaSuccess:
+            _free_found()
+        check(begun)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        ended = self._cuda.cudaStreamEndCapture(self._stream.handle)
+        _free_found()
+        self._keep(ended, told=error is not None)
+
+    def _keep(self, ended: tuple[Any, ...], told: bool) -> None:
+        """Make what was captured ready to be queued; where an error inside is being told already, only destroy it."""
         cuda = self._cuda
-        ended = cuda.cudaStreamEndCapture(self._stream.handle)
-        if error is not None:
-            return  # a capture that failed inside is invalid, and its cause is what is told
+        if told and ended[0] != cuda.cudaError_t.cudaSuccess:
+            return  # the capture is invalid because of that error, and there is no graph
         graph = check(ended)
         try:
-            self._executable = check(cuda.cudaGraphInstantiate(graph, 0))
+            if not told:
+                self._executable = check(cuda.cudaGraphInstantiate(graph, 0))
         finally:
             cuda.cudaGraphDestroy(graph)
 
@@ -160,6 +181,26 @@ class Graph:
         if self._executable is not None:
             self._cuda.cudaGraphExecDestroy(self._executable)
             self._executable = None
+
+
+def free(owned: list[Any], *held: object) -> None:
+    """Close what is owned, in order; what is only held (a library's objects, which free their memory as they go) goes with the call.
+
+    For finalisers. The collector may run one in the middle of a capture, and memory freed by the thread that captures makes its graph
+    invalid: then all of it waits for the capture's end.
+    """
+    if _capture.found is not None:
+        _capture.found.append((owned, held))
+        return
+    for thing in owned:
+        thing.close()
+
+
+def _free_found() -> None:
+    """Free what `free` had to leave."""
+    found, _capture.found = _capture.found or [], None
+    for owned, held in found:
+        free(owned, *held)
 
 
 class Buffer:
@@ -215,3 +256,75 @@ class Buffer:
         if size:
             cuda = self._cuda
             check(cuda.cudaMemcpyAsync(to, source, size, getattr(cuda.cudaMemcpyKind, kind), stream.handle))
+
+
+class Block:
+    """Memory on the device alone, of a size that stays.
+
+    Raises:
+        EngineFailed: there is not that much.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._cuda = runtime()
+        self.address = int(check(self._cuda.cudaMalloc(size)))
+        self.bytes = size
+
+    def fetch(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
+        """The first bytes as an array of the host's. They must have been waited for."""
+        array, cuda = np.empty(shape, dtype), self._cuda
+        if array.nbytes:
+            check(cuda.cudaMemcpy(array.ctypes.data, self.address, array.nbytes, cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost))
+        return array
+
+    def close(self) -> None:
+        if self.address:
+            self._cuda.cudaFree(self.address)
+        self.address = 0
+
+
+class Pool:
+    """Blocks that one thread takes and that come back, from any thread, when nobody needs what lies in them.
+
+    What grows with every call would otherwise be allocated and freed with every call, for which a device stands still.
+
+    Args:
+        keeps: keep what came back for the next to take; otherwise it is freed.
+    """
+
+    def __init__(self, keeps: bool) -> None:
+        self._keeps = keeps
+        self._back: list[Block] = []  # append and pop are whole steps: a finaliser takes no lock, which its own thread may hold
+
+    def take(self, size: int) -> Block:
+        """A block of `size` bytes or more: the smallest, and of those the one of the lowest address."""
+        fitting = [block for block in list(self._back) if block.bytes >= size]
+        if fitting:
+            block = min(fitting, key=lambda block: (block.bytes, block.address))
+            self._back.remove(block)
+            return block
+        self._free_all()  # too small for what grows
+        return Block(_with_room(size))
+
+    def give_back(self, block: Block) -> None:
+        if self._keeps:
+            self._back.append(block)
+        if not self._keeps:  # asked again: the pool may have been closed meanwhile
+            self._free_all()
+            free([block])
+
+    def close(self) -> None:
+        """Free what came back, and from now on what comes back."""
+        self._keeps = False
+        self._free_all()
+
+    def _free_all(self) -> None:
+        with contextlib.suppress(IndexError):
+            while True:
+                free([self._back.pop()])
+
+
+def _with_room(size: int) -> int:
+    """`size` or up to an eighth more, at least 256 bytes."""
+    step = max(256, 1 << max(0, size.bit_length() - 4))
+    return max(1, -(-size // step)) * step

@@ -1,17 +1,21 @@
 """TensorRT and TensorRT for RTX: runs the engines that agvas-build made, one code path for both.
 
-Nothing is built here: a build takes minutes, and one that was never compared with the reference must not slip into a line. Memory on the
-device and its pinned twin on the host are bound once and only grow; copies, kernels and copies back are queued on the stage's own stream
-and waited for with an event; a call with the same shapes as the one before is captured into a CUDA graph and queued in one call from
-then on. An execution context belongs to one thread, since two threads in one give wrong numbers without an error.
+Nothing is built here: a build takes minutes, and one that was never compared with the reference must not slip into a line. So an engine
+that failed agvas-verify is refused, and of one that it has not judged is warned. Memory on the device and its pinned twin on the host are
+bound once and only grow; copies, kernels and copies back are queued on the stage's own stream and waited for with an event; a call with
+the same shapes as the one before is captured into a CUDA graph and queued in one call from then on. The language model's keys and values
+stay on the device, in memory of their own, and are fed back there. An execution context belongs to one thread, since two threads in one
+give wrong numbers without an error.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 import warnings
 import weakref
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +23,7 @@ import numpy as np
 
 from engines import EngineOptions
 from engines.cache import write_whole
-from engines.cuda import Buffer, Graph, Stream, capability_here, device_index, select
+from engines.cuda import Buffer, Graph, Pool, Stream, capability_here, device_index, free, select
 from engines.errors import EngineFailed, EngineUnavailable, TensorMismatch
 from engines.spec import StageSpec
 from engines.tensorrt_cache import EngineKey, hash_of, load
@@ -40,11 +44,15 @@ class TensorRtEngine:
                 "or export the bundle in that precision"
             )
         self._index = device_index(options.device)
+        self._low_memory = options.low_memory
         self._trt = library(engine)
         capability = capability_here(options.device)
         self.key = EngineKey(spec.name, hash_of(graph), engine, self._trt.__version__, capability)
-        self._rebuild = f"agvas-build --bundle {graph.parent.parent} --engine {engine} --device {options.device}"
+        named = f"--bundle {graph.parent.parent} --engine {engine} --device {options.device}"
+        self._rebuild = f"agvas-build {named}"
         content, self.record = load(self.key, self._rebuild)
+        if not options.to_judge:
+            self._check_verdict(named)
         select(self._index)
         self._logger = _logger(self._trt)
         self._runtime = self._trt.Runtime(self._logger)
@@ -53,8 +61,13 @@ class TensorRtEngine:
         if self._engine is None:
             raise EngineFailed(f"{self.key.path}: {engine} cannot load it: {self._logger.last()}; run {self._rebuild} --rebuild")
         self._check_tensors()
-        self._kernels = _KernelCache(self.key.path.with_suffix(".kernels"), self._engine) if engine == TENSORRT_RTX else None
+        self._kernels: _KernelCache | None = None
+        if engine == TENSORRT_RTX:
+            fixed = all(least == most for least, _, most in self.record.profile.values())
+            self._kernels = _KernelCache(self.key.path.with_suffix(".kernels"), self._trt, self._engine, fixed)
         self._threads = threading.local()
+        owned = [self._kernels] if self._kernels else []  # at exit, too: that keeps its kernels
+        weakref.finalize(self, free, owned, self._runtime, self._engine)
 
     def run(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         self.spec.check_inputs(feeds)
@@ -62,10 +75,12 @@ class TensorRtEngine:
         select(self._index)  # another engine may have left this thread on another GPU
         execution = getattr(self._threads, "execution", None)
         if execution is None:
-            execution = self._threads.execution = _Execution(self._engine, self._new_context(), self.spec, self._logger)
+            context = self._new_context()
+            execution = _Execution(self._engine, context, self.spec, self._index, self._logger, keeps=not self._low_memory)
+            self._threads.execution = execution
         outputs = execution.run(feeds)
         if self._kernels:
-            self._kernels.keep()
+            self._kernels.called()
         return outputs
 
     def _new_context(self) -> Any:
@@ -73,6 +88,24 @@ class TensorRtEngine:
         if context is None:
             raise EngineFailed(f"stage {self.spec.name}: no execution context: {self._logger.last()} (too little memory on the GPU?)")
         return context
+
+    def _check_verdict(self, named: str) -> None:
+        """Refuse an engine that gave other masks than the reference; warn of one that was never compared with it."""
+        verdict = self.record.verified
+        if verdict is None:
+            # No stage is named: Python shows the same words from the same line once, not for each of a chain's engines.
+            warnings.warn(
+                f"the engines of {self.key.engine} for compute capability {self.key.capability} have not been compared with the reference; "
+                f"run agvas-verify {named}, which notes its verdict beside them",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        elif not verdict.get("passed"):
+            reasons = "; ".join(verdict.get("failures", ())) or "its sidecar does not say how"
+            raise EngineUnavailable(
+                f"{self.key.path}: expected an engine that gives the reference's masks, found one that agvas-verify failed ({reasons}); "
+                f"run {self._rebuild} --rebuild, or judge it again with agvas-verify {named}"
+            )
 
     def _check_validity(self, content: bytes) -> None:
         """TensorRT for RTX can say what is wrong with an engine before loading it."""
@@ -116,44 +149,55 @@ class TensorRtEngine:
 class _Execution:
     """One thread's context, stream and memory."""
 
-    def __init__(self, engine: Any, context: Any, spec: StageSpec, logger: Any) -> None:
+    def __init__(self, engine: Any, context: Any, spec: StageSpec, device: int, logger: Any, keeps: bool) -> None:
         self._context = context
         self._spec = spec
+        self._device = device
         self._logger = logger
         self._stream = Stream()
         self._types = {tensor.name: np.dtype(tensor.dtype) for tensor in (*spec.inputs, *spec.outputs)}
-        self._buffers = {name: Buffer() for name in self._types}
+        self._fetched = [tensor.name for tensor in spec.outputs if not tensor.stays]
+        # One for each: calls in turn then find each tensor where it was, and a graph captured there is right again.
+        self._pools = {tensor.name: Pool(keeps) for tensor in spec.outputs if tensor.stays}
+        self._buffers = {name: Buffer() for name in self._types if name not in self._pools}
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._addresses: dict[str, int] = {}  # those that the context has taken
+        self._bound: _Bound | None = None  # in the call before
         self._graph: Graph | None = None
+        self._graph_of: _Bound | None = None
         self._capture = True
         self._engine = engine  # a context must not outlive its engine
-        self._owned: list[Any] = [*self._buffers.values(), self._stream]
-        weakref.finalize(self, _free, self._owned).atexit = False  # at exit the driver frees
+        self._owned: list[Any] = [*self._buffers.values(), *self._pools.values(), self._stream]
+        weakref.finalize(self, free, self._owned, engine, context).atexit = False  # at exit the driver frees
 
     def run(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        again = self._bind({name: array.shape for name, array in feeds.items()})
-        for name, array in feeds.items():
-            np.copyto(self._host(name), array)
-        if self._graph is None and again and self._capture and self._can_be_captured():
-            self._graph = self._captured()
-        if self._graph is not None:
+        on_device: dict[str, Any] = {name: value for name, value in feeds.items() if isinstance(value, _OnDevice)}
+        here = {name: value for name, value in on_device.items() if value.device == self._device}  # others come over the host
+        self._set_shapes({name: value.shape for name, value in feeds.items()})
+        made = {name: _OnDevice(pool, self._shapes[name], self._types[name], self._device) for name, pool in self._pools.items()}
+        self._set_addresses(here | made)
+        bound = _Bound(self._shapes, dict(self._addresses), frozenset(here))
+        again, self._bound = bound == self._bound, bound
+        for name in feeds.keys() - here.keys():
+            np.copyto(self._host(name), feeds[name])
+        if bound != self._graph_of and again and self._capture and self._can_be_captured():
+            self._drop_graph()
+            self._graph = self._captured(bound)
+        if self._graph is not None and bound == self._graph_of:
             self._graph.launch()
         else:
-            self._enqueue()
+            self._enqueue(bound)
         self._stream.mark()
         self._stream.wait()
-        return {tensor.name: self._host(tensor.name).copy() for tensor in self._spec.outputs}
+        fetched = {name: self._host(name).copy() for name in self._fetched}
+        return fetched | made  # type: ignore[operator, return-value]
 
-    def _bind(self, shapes: dict[str, tuple[int, ...]]) -> bool:
-        """Set shapes and addresses; True when they are those of the call before."""
+    def _set_shapes(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        """The inputs' shapes, from which the library infers the outputs'."""
         if all(self._shapes.get(name) == shape for name, shape in shapes.items()):
-            return True
+            return
         self._shapes = {}  # until all is set: an error in between must not leave half of it as known
-        if self._graph is not None:
-            self._owned.remove(self._graph)
-            self._graph.close()
-            self._graph = None
+        self._drop_graph()
         for name, shape in shapes.items():
             if not self._context.set_input_shape(name, shape):
                 raise EngineFailed(f"stage {self._spec.name}: {name} {list(shape)} was refused: {self._logger.last()}")
@@ -163,80 +207,144 @@ class _Execution:
             raise EngineFailed(f"stage {self._spec.name}: its outputs' shapes were not found: {error} ({self._logger.last()})") from error
         if unknown:
             raise EngineFailed(f"stage {self._spec.name}: the shapes of {', '.join(unknown)} are not known before running")
-        known = shapes | {tensor.name: tuple(self._context.get_tensor_shape(tensor.name)) for tensor in self._spec.outputs}
-        for name, shape in known.items():
-            self._buffers[name].reserve(self._size(name, shape))
-            address = self._buffers[name].address
+        self._shapes = shapes | {tensor.name: tuple(self._context.get_tensor_shape(tensor.name)) for tensor in self._spec.outputs}
+
+    def _set_addresses(self, on_device: dict[str, _OnDevice]) -> None:
+        """Where every tensor lies: in the blocks of those that stay on the device, in this thread's buffers otherwise."""
+        for name in self._types:
+            if name in on_device:
+                address = on_device[name].block.address
+            else:
+                self._buffers[name].reserve(self._size(name))
+                address = self._buffers[name].address
             if self._addresses.get(name) != address:
                 if not self._context.set_tensor_address(name, address):
                     raise EngineFailed(f"stage {self._spec.name}: the memory of {name} was refused: {self._logger.last()}")
                 self._addresses[name] = address
-        self._shapes = known
-        return False
 
-    def _enqueue(self) -> None:
-        """Copies in, kernels, copies out, in order on the stream."""
+    def _enqueue(self, bound: _Bound) -> None:
+        """Copies in, kernels, copies out, in order on the stream; what lies on the device already, and what stays there, is not copied."""
         for tensor in self._spec.inputs:
-            self._buffers[tensor.name].upload(self._size(tensor.name, self._shapes[tensor.name]), self._stream)
+            if tensor.name not in bound.fed_on_device:
+                self._buffers[tensor.name].upload(self._size(tensor.name), self._stream)
         if not self._context.execute_async_v3(int(self._stream.handle)):
             raise EngineFailed(f"stage {self._spec.name} failed: {self._logger.last()}")
-        for tensor in self._spec.outputs:
-            self._buffers[tensor.name].download(self._size(tensor.name, self._shapes[tensor.name]), self._stream)
+        for name in self._fetched:
+            self._buffers[name].download(self._size(name), self._stream)
 
     def _can_be_captured(self) -> bool:
         """TensorRT for RTX may still be compiling kernels for these shapes; TensorRT cannot be asked."""
         ask = getattr(self._context, "is_stream_capturable", None)
         return True if ask is None else bool(ask(int(self._stream.handle)))
 
-    def _captured(self) -> Graph | None:
+    def _captured(self, bound: _Bound) -> Graph | None:
         """The work of `_enqueue` as a graph; None, with a warning, for an engine that has to wait for the host in between."""
         graph = Graph(self._stream)
         try:
             with graph:
-                self._enqueue()
+                self._enqueue(bound)
         except EngineFailed as error:
             self._capture = False
             warnings.warn(f"stage {self._spec.name} runs without a CUDA graph, a little slower: {error}", RuntimeWarning, stacklevel=4)
             return None
         self._owned.insert(0, graph)  # freed before its stream
+        self._graph_of = bound
         return graph
 
-    def _host(self, name: str) -> np.ndarray:
-        shape = self._shapes[name]
-        return self._buffers[name].host(shape, self._types[name])
+    def _drop_graph(self) -> None:
+        if self._graph is not None:
+            self._owned.remove(self._graph)
+            self._graph.close()
+        self._graph = self._graph_of = None
 
-    def _size(self, name: str, shape: tuple[int, ...]) -> int:
-        return int(np.prod(shape, dtype=np.int64)) * self._types[name].itemsize
+    def _host(self, name: str) -> np.ndarray:
+        return self._buffers[name].host(self._shapes[name], self._types[name])
+
+    def _size(self, name: str) -> int:
+        return int(np.prod(self._shapes[name], dtype=np.int64)) * self._types[name].itemsize
+
+
+@dataclass(frozen=True)
+class _Bound:
+    """What a context is set to in a call, and a CUDA graph is captured for; of two equal ones the second does the same work."""
+
+    shapes: dict[str, tuple[int, ...]]
+    addresses: dict[str, int]
+    fed_on_device: frozenset[str]
+
+
+class _OnDevice:
+    """See engines.Resident. Its memory may outlive the engine, and goes back to its pool with the last who needs it.
+
+    It is given out when its values are there: any thread, and its own stream, may read them.
+    """
+
+    def __init__(self, pool: Pool, shape: tuple[int, ...], dtype: np.dtype[Any], device: int) -> None:
+        self.shape = shape
+        self.dtype = dtype
+        self.ndim = len(shape)
+        self.size = math.prod(shape)
+        self.device = device
+        self.block = pool.take(self.size * dtype.itemsize)
+        weakref.finalize(self, pool.give_back, self.block).atexit = False
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        select(self.device)
+        return self.block.fetch(self.shape, self.dtype).astype(dtype or self.dtype, copy=False)
 
 
 class _KernelCache:
-    """Kernels that TensorRT for RTX compiled on this device, kept beside the engine so that the next start does not compile them again."""
+    """Kernels that TensorRT for RTX compiled on this device, kept beside the engine so that the next start does not compile them again.
 
-    def __init__(self, path: Path, engine: Any) -> None:
+    Where shapes are free, it runs on kernels for any shape until those for the ones that came are compiled in the background, and tells
+    nobody when they are. So after the first call, the second, the fourth and so on, and when the engine is let go, the cache is written
+    if it has grown. Where shapes are fixed, all is compiled before the first call.
+    """
+
+    def __init__(self, path: Path, trt: Any, engine: Any, fixed: bool) -> None:
         self._path = path
-        self._config = engine.create_runtime_config()
         self._engine = engine
+        self._config = engine.create_runtime_config()
+        if fixed and hasattr(self._config, "dynamic_shapes_kernel_specialization_strategy"):  # not in its first versions
+            self._config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
         self._cache = self._config.create_runtime_cache()
-        with contextlib.suppress(OSError):  # none yet; another driver's is refused by the library, and compiling again is always right
-            self._cache.deserialize(path.read_bytes())
+        self._kept = self._read()  # bytes
         self._config.set_runtime_cache(self._cache)
-        self._kept = False
+        self._lock = threading.Lock()
+        self._calls = 0
+        self._due = 1  # the call after which to look
 
     def context(self) -> Any:
-        self._kept = False
-        return self._engine.create_execution_context(self._config)
+        with self._lock:
+            return self._engine.create_execution_context(self._config)
 
-    def keep(self) -> None:
-        """Write the cache after a context's first call. Failing to costs a compilation next time, nothing else."""
-        if not self._kept:
-            self._kept = True
+    def called(self) -> None:
+        """A call has ended."""
+        with self._lock:
+            self._calls += 1
+            if self._calls >= self._due:
+                self._due = 2 * self._calls
+                self._keep()
+
+    def close(self) -> None:
+        with self._lock:
+            self._keep()
+
+    def _read(self) -> int:
+        """How many bytes of kernels the library took: none where there are none yet, or where they are another driver's."""
+        try:
+            content = self._path.read_bytes()
+        except OSError:
+            return 0
+        return len(content) if self._cache.deserialize(content) else 0
+
+    def _keep(self) -> None:
+        """Failing to write costs a compilation next time, nothing else."""
+        content = self._cache.serialize()
+        if content is not None and content.nbytes > self._kept:
             with contextlib.suppress(OSError):
-                write_whole(self._path, bytes(self._cache.serialize()))
-
-
-def _free(owned: list[Any]) -> None:
-    for thing in owned:
-        thing.close()
+                write_whole(self._path, bytes(content))
+                self._kept = content.nbytes
 
 
 def _logger(trt: Any) -> Any:

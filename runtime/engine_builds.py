@@ -198,7 +198,7 @@ def judge(
 
 
 def _verify(bundle: Bundle, settings: BuildSettings, progress: Told | None) -> tuple[bool, str]:
-    options = EngineOptions(device=settings.device)
+    options = EngineOptions(device=settings.device, to_judge=True)
     told = None if progress is None else lambda done, total: progress("golden traces", done, total)
     before = hashes()
     try:

@@ -1,8 +1,9 @@
 """Chooses the engine for `auto`: the fastest of those installed that reproduces the bundle's golden masks on this machine.
 
 Measured, not assumed, and remembered: the choice is kept in the user's cache under the bundle's hash, the engines' versions and the
-processor (on CUDA also the GPUs and their driver), so that a new version or another machine measures again; removing that folder forgets
-all choices, and agvas-verify forgets one that it finds wrong. Only the device that was asked for is considered.
+processor (on CUDA also the GPUs, their driver and the engines that were built), so that a new version, another machine or an engine built
+anew measures again; removing that folder forgets all choices, and agvas-verify forgets one that it finds wrong. Only the device that was
+asked for is considered.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from pathlib import Path
 
 from engines import INFERENCE_PRECISIONS, EngineError, EngineOptions, EngineUnavailable
 from engines.cache import cache_folder, write_whole
-from engines.tensorrt_cache import engines_folder
+from engines.tensorrt_cache import engines_folder, record_of
 from runtime.bundle import Bundle
 from runtime.parity import GATES
 from runtime.pipeline import Pipeline
@@ -70,7 +71,9 @@ def choose_engine(
     cache = _remembered(bundle, options, precision)
     if not remeasure and (known := _read(cache)) is not None:
         try:
-            pipeline = open_pipeline(bundle, known.engine, replace(options, inference_precision=known.inference_precision))
+            # To judge: these very engines were verified when they were chosen, whether or not agvas-verify has noted its verdict.
+            chosen = replace(options, inference_precision=known.inference_precision, to_judge=True)
+            pipeline = open_pipeline(bundle, known.engine, chosen)
         except EngineError as error:
             warnings.warn(
                 f"engine auto: {known.engine} ({known.inference_precision}), which it had chosen, cannot be opened ({error}); the engines "
@@ -83,7 +86,7 @@ def choose_engine(
     rejected: dict[str, str] = {}
     for engine, computes_in in candidates:
         name = f"{engine}/{computes_in}"
-        tried = replace(options, inference_precision=computes_in)
+        tried = replace(options, inference_precision=computes_in, to_judge=True)
         try:
             pipeline = open_pipeline(bundle, engine, tried)
             verification = verify(bundle, pipeline, tried)
@@ -153,10 +156,19 @@ def _remembered(bundle: Bundle, options: EngineOptions, precision: str | None) -
 def _key(bundle: Bundle, options: EngineOptions, precision: str | None) -> str:
     facts = [bundle.id, options.device, str(options.threads), str(precision), platform.machine(), _cpu_model()]
     facts += [str(_usable_cpus()), repr(GATES), *(f"{name} {_installed(name)}" for name in PACKAGES)]
-    if options.device != "cpu":  # engines built since may be faster
-        facts += sorted(path.name for path in engines_folder().glob("*.engine"))
+    if options.device != "cpu":  # engines built since may be faster, or wrong
+        facts += sorted(map(_engine_file, engines_folder().glob("*.engine")))
         facts += _gpus()
     return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:32]
+
+
+def _engine_file(path: Path) -> str:
+    """A TensorRT engine by name and content, and whether agvas-verify failed it; that it passed tells a choice nothing new."""
+    try:
+        record = record_of(path)
+    except EngineUnavailable:
+        return path.name  # refused when it is opened
+    return f"{path.name} {record.sha256}{'' if record.verified is None or record.verified.get('passed') else ' failed'}"
 
 
 def _usable_cpus() -> int | None:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import ctypes
 import threading
+import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -29,6 +31,7 @@ class CudaDouble:
         selected: number of the GPU that was set last.
         calls: names of the functions called, in order.
         copied: bytes copied to and from the device.
+        spoilt: streams whose capture is invalid, since the thread that captures took or freed memory.
     """
 
     def __init__(self, real: ModuleType, capability: str | None = "8.9", memory: int = 1 << 30) -> None:
@@ -42,6 +45,8 @@ class CudaDouble:
         self.pinned: dict[int, Any] = {}
         self.streams: dict[int, list[Work]] = {}
         self.capturing: dict[int, list[Work] | None] = {}
+        self.capturers: dict[int, int] = {}  # thread by stream
+        self.spoilt: set[int] = set()
         self.graphs: dict[int, list[Work]] = {}
         self.events: dict[int, tuple[int, int]] = {}
         self.copied = {"HostToDevice": 0, "DeviceToHost": 0}
@@ -93,12 +98,23 @@ class CudaDouble:
 
     # Memory
 
+    def spoils(self) -> bool:
+        """A call that may wait for the device: by a thread that captures, it is an error and makes the capture invalid."""
+        with self._lock:
+            streams = {stream for stream, thread in self.capturers.items() if thread == threading.get_ident()}
+            self.spoilt |= streams
+            return bool(streams)
+
     def _cudaMalloc(self, size: int) -> tuple[str, int]:
+        if self.spoils():
+            return "cudaErrorStreamCaptureUnsupported", 0
         if size + sum(map(ctypes.sizeof, self.device.values())) > self.memory:
             return "cudaErrorMemoryAllocation", 0
         return "cudaSuccess", self._new(self.device, size)
 
     def _cudaMallocHost(self, size: int) -> tuple[str, int]:
+        if self.spoils():
+            return "cudaErrorStreamCaptureUnsupported", 0
         return "cudaSuccess", self._new(self.pinned, size)
 
     @staticmethod
@@ -109,10 +125,14 @@ class CudaDouble:
         return ctypes.addressof(block)
 
     def _cudaFree(self, address: int) -> str:
+        if self.spoils():
+            return "cudaErrorStreamCaptureUnsupported"
         del self.device[address]
         return "cudaSuccess"
 
     def _cudaFreeHost(self, address: int) -> str:
+        if self.spoils():
+            return "cudaErrorStreamCaptureUnsupported"
         del self.pinned[address]
         return "cudaSuccess"
 
@@ -128,6 +148,15 @@ class CudaDouble:
             self.copied[direction] += size
 
         self.put(stream, copy)
+        return "cudaSuccess"
+
+    def _cudaMemcpy(self, to: int, source: int, size: int, kind: Any) -> str:
+        """From the device, to memory of any kind; as the legacy stream does, it waits for none of the streams here."""
+        assert kind == self.real.cudaMemcpyKind.cudaMemcpyDeviceToHost and size <= ctypes.sizeof(self.device[source])
+        if self.spoils():
+            return "cudaErrorStreamCaptureUnsupported"
+        ctypes.memmove(to, source, size)
+        self.copied["DeviceToHost"] += size
         return "cudaSuccess"
 
     # Streams, events, graphs
@@ -169,12 +198,16 @@ class CudaDouble:
     def _cudaStreamBeginCapture(self, stream: int, mode: Any) -> str:
         assert isinstance(mode, self.real.cudaStreamCaptureMode) and self.capturing.get(stream) is None
         self.capturing[stream] = []
+        if mode == self.real.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal:
+            self.capturers[stream] = threading.get_ident()
         return "cudaSuccess"
 
     def _cudaStreamEndCapture(self, stream: int) -> tuple[str, int]:
         work = self.capturing[stream]
         self.capturing[stream] = None
-        if self.refuse_capture:
+        self.capturers.pop(stream, None)
+        if self.refuse_capture or stream in self.spoilt:
+            self.spoilt.discard(stream)
             return "cudaErrorStreamCaptureInvalidated", 0
         assert work is not None
         graph = self.handle()
@@ -207,6 +240,9 @@ class TensorRtDouble:
 
     Attributes:
         contexts: how many were made.
+        configs: those that were made, in order.
+        saved_kernels: what a cache of kernels holds.
+        takes_kernels: whether one takes what was saved.
         validity: what get_engine_validity says: (EngineValidity, flags).
     """
 
@@ -218,6 +254,9 @@ class TensorRtDouble:
         self.contexts = 0
         self.saved_kernels = b"kernels"
         self.read_kernels: list[bytes] = []
+        self.takes_kernels = True
+        self.serializing = threading.Lock()
+        self.configs: list[_RuntimeConfig] = []
         self.validity = (real.EngineValidity.VALID, 0)
         self.capturable = True
         self.deserializes = True
@@ -226,10 +265,10 @@ class TensorRtDouble:
         return getattr(self.real, name)
 
     def Runtime(self, logger: Any) -> Any:
-        return _restricted(_Runtime(self, logger), self.real.Runtime, () if self.rtx else ("get_engine_validity",))
+        return restricted(_Runtime(self, logger), self.real.Runtime, () if self.rtx else ("get_engine_validity",))
 
 
-class _Restricted:
+class Restricted:
     """A double whose public names are all the real class's, less those that a version lacks."""
 
     def __init__(self, double: Any, without: tuple[str, ...]) -> None:
@@ -241,11 +280,18 @@ class _Restricted:
             raise AttributeError(name)
         return getattr(self._double, name)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in ("_double", "_without"):
+            getattr(self, name)  # AttributeError: there is nothing of this name to set
+            setattr(self._double, name, value)
+        else:
+            super().__setattr__(name, value)
 
-def _restricted(double: Any, real: type, without: tuple[str, ...] = ()) -> Any:
+
+def restricted(double: Any, real: type, without: tuple[str, ...] = ()) -> Any:
     unknown = [name for name in dir(double) if not name.startswith("_") and not hasattr(real, name)]
     assert not unknown, f"{real.__name__} has no {unknown}"
-    return _Restricted(double, without)
+    return Restricted(double, without)
 
 
 class _Runtime:
@@ -260,12 +306,13 @@ class _Runtime:
             self._logger.log(self._trt.real.ILogger.ERROR, "magicTag is odd")
             return None
         without = () if self._trt.rtx else ("create_runtime_config",)
-        return _restricted(_Engine(self._trt, Path(content.decode())), self._trt.real.ICudaEngine, without)
+        return restricted(_Engine(self._trt, Path(content.decode())), self._trt.real.ICudaEngine, without)
 
 
 class _Engine:
     def __init__(self, trt: TensorRtDouble, graph: Path) -> None:
         self._trt = trt
+        weakref.finalize(self, trt.cuda.spoils).atexit = False  # the library frees its weights
         self._session = onnxruntime.InferenceSession(str(graph), providers=["CPUExecutionProvider"])
         self._types = {node.name: node.type for node in (*self._session.get_inputs(), *self._session.get_outputs())}
 
@@ -281,21 +328,33 @@ class _Engine:
         return self._trt.real.DataType.__members__[kinds[self._types[name]]]
 
     def create_runtime_config(self) -> Any:
-        return _restricted(_RuntimeConfig(self._trt), self._trt.real.IRuntimeConfig)
+        config = _RuntimeConfig(self._trt)
+        self._trt.configs.append(config)
+        return restricted(config, self._trt.real.IRuntimeConfig)
 
     def create_execution_context(self, config: Any = None) -> Any:
         assert (config is not None) is self._trt.rtx
         self._trt.contexts += 1
         without = () if self._trt.rtx else ("is_stream_capturable",)
-        return _restricted(_Context(self._trt, self._session), self._trt.real.IExecutionContext, without)
+        return restricted(_Context(self._trt, self._session), self._trt.real.IExecutionContext, without)
 
 
 class _RuntimeConfig:
     def __init__(self, trt: TensorRtDouble) -> None:
         self._trt = trt
+        self._strategy = trt.real.DynamicShapesKernelSpecializationStrategy.LAZY
+
+    @property
+    def dynamic_shapes_kernel_specialization_strategy(self) -> Any:
+        return self._strategy
+
+    @dynamic_shapes_kernel_specialization_strategy.setter
+    def dynamic_shapes_kernel_specialization_strategy(self, strategy: Any) -> None:
+        assert isinstance(strategy, self._trt.real.DynamicShapesKernelSpecializationStrategy)
+        self._strategy = strategy
 
     def create_runtime_cache(self) -> Any:
-        return _restricted(_RuntimeCache(self._trt), self._trt.real.IRuntimeCache)
+        return restricted(_RuntimeCache(self._trt), self._trt.real.IRuntimeCache)
 
     def set_runtime_cache(self, cache: Any) -> bool:
         return True
@@ -307,10 +366,14 @@ class _RuntimeCache:
 
     def deserialize(self, blob: bytes) -> bool:
         self._trt.read_kernels.append(blob)
-        return True
+        return self._trt.takes_kernels
 
-    def serialize(self) -> bytes:
-        return self._trt.saved_kernels
+    def serialize(self) -> memoryview:
+        """What has the bytes and nbytes of an IHostMemory."""
+        assert self._trt.serializing.acquire(blocking=False), "two threads at once"
+        time.sleep(0.001)
+        self._trt.serializing.release()
+        return memoryview(self._trt.saved_kernels)
 
 
 class _Context:
@@ -319,6 +382,7 @@ class _Context:
     def __init__(self, trt: TensorRtDouble, session: Any) -> None:
         self._trt, self._session = trt, session
         self._thread = threading.get_ident()
+        weakref.finalize(self, trt.cuda.spoils).atexit = False  # the library frees its scratch memory
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._outputs: dict[str, tuple[int, ...]] = {}
         self._addresses: dict[str, int] = {}

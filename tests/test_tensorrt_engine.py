@@ -1,4 +1,4 @@
-"""The TensorRT runner on a double of the GPU: the chain's numbers, what is bound, captured and kept, and what is refused at loading."""
+"""The TensorRT runner on a double of the GPU: the chain's numbers, verdicts and what they lead to, and what is refused at loading."""
 
 from __future__ import annotations
 
@@ -6,115 +6,32 @@ import dataclasses
 import io
 import json
 import re
-import threading
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import cuda_double
 import numpy as np
 import pytest
-from cuda_double import CudaDouble, TensorRtDouble
+from cuda_double import CudaDouble
+from tensorrt_machine import BOTH, GPU, Feeds, Gpu, cudart, doubled, give_verdict, install_only, spam_feeds, trt
 
 from engines import EngineFailed, EngineOptions, EngineUnavailable, TensorMismatch, open_engine, tensorrt_builder, tensorrt_cache
 from engines.tensorrt import TensorRtEngine
-from engines.tensorrt_builder import BuildReport, BuildRequest
-from engines.tensorrt_cache import EngineKey, engines_folder, record_of, set_aside
+from engines.tensorrt_cache import engines_folder, record_of, set_aside
 from export.bisect import bisect
 from runtime import Segmenter
 from runtime.bundle import Bundle
 from runtime.cli import build as build_command
 from runtime.cli import verify as verify_command
-from runtime.contract import LANGUAGE, SPAM, STAGES
+from runtime.contract import SPAM, STAGES
 from runtime.engine_builds import BuildSettings, build_engines
-
-trt = pytest.importorskip("tensorrt_rtx", reason='its names and types are the double\'s: pip install "agvas[tensorrt-rtx]"')
-cudart = pytest.importorskip("cuda.bindings.runtime", reason='pip install "agvas[cuda]"')
-
-GPU = EngineOptions(device="cuda:0")
-BOTH = pytest.mark.parametrize("gpu", ["tensorrt", "tensorrt-rtx"], indirect=True)
-
-Feeds = dict[str, np.ndarray]
-
-
-@dataclasses.dataclass
-class Gpu:
-    """A machine with a doubled GPU and the library of one engine."""
-
-    engine: str
-    cuda: CudaDouble
-    trt: TensorRtDouble
-    graphs: dict[str, Path]  # another graph to "build" a stage from
-    requests: list[BuildRequest]  # that a builder was started for
-
-    def build(self, bundle: Path, **settings: Any) -> dict[str, Any]:
-        return build_engines(Bundle(bundle), BuildSettings(self.engine, **settings))
-
-    def open(self, bundle: Path, stage: str = "spam") -> TensorRtEngine:
-        engine = open_engine(Bundle(bundle, check_hashes=False).graph(stage), STAGES[stage], self.engine, GPU)
-        assert isinstance(engine, TensorRtEngine)
-        return engine
-
-    def key(self, bundle: Path, stage: str = "spam") -> EngineKey:
-        return EngineKey(stage, Bundle(bundle).graph_hash(stage), self.engine, self.trt.__version__, self.cuda.capability or "")
 
 
 @pytest.fixture
 def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
-    engine = getattr(request, "param", "tensorrt-rtx")
-    cuda = CudaDouble(cudart)
-    double = TensorRtDouble(trt, cuda, rtx=engine == "tensorrt-rtx", version="1.7.1.116" if engine == "tensorrt-rtx" else "10.3.0")
-    machine = Gpu(engine, cuda, double, {}, [])
-
-    def build(request: BuildRequest, log: Path, progress: Any = None) -> BuildReport:
-        machine.requests.append(request)
-        graph = machine.graphs.get(Path(request.graph).stem, Path(request.graph))
-        Path(request.output).write_text(str(graph))
-        return BuildReport(1.0, 1.0, len(str(graph)), 1 << 20, 3, 1, 1, (), 0)
-
-    def library(name: str) -> Any:
-        assert name == engine
-        return double
-
-    monkeypatch.setattr("engines.cuda.runtime", lambda: cuda)
-    for module in ("engines.tensorrt", "engines.tensorrt_builder", "engines.tensorrt_library"):
-        monkeypatch.setattr(f"{module}.library", library)
-    monkeypatch.setattr(tensorrt_cache, "build", build)
-    yield machine
-    assert not [stream for stream, work in cuda.streams.items() if work], "work was left on a stream"
-
-
-def spam_feeds(bundle: Path, seed: int = 0, batch: int = 1) -> Feeds:
-    sizes = Bundle(bundle, check_hashes=False).manifest.sizes | {"B": batch}
-    rng = np.random.default_rng(seed)
-    return {
-        tensor.name: rng.normal(size=[axis if isinstance(axis, int) else sizes[axis] for axis in tensor.shape]).astype(np.float32)
-        for tensor in SPAM.inputs
-    }
-
-
-def language_feeds(bundle: Path, tokens: int, past: int, seed: int = 0) -> Feeds:
-    sizes = Bundle(bundle, check_hashes=False).manifest.sizes
-    rng = np.random.default_rng(seed)
-    kept = (sizes["L"], 1, sizes["H"], past, sizes["C"])
-    return {
-        "input_embeddings": rng.normal(size=(1, tokens, sizes["D"])).astype(np.float32),
-        "positions": np.arange(past, past + tokens)[None],
-        "past_keys": rng.normal(size=kept).astype(np.float32),
-        "past_values": rng.normal(size=kept).astype(np.float32),
-        "rows": np.array([tokens - 1]),
-    }
-
-
-def reference(bundle: Path, stage: str, feeds: Feeds) -> Feeds:
-    return open_engine(Bundle(bundle, check_hashes=False).graph(stage), STAGES[stage], "onnxruntime").run(feeds)
-
-
-def assert_equal(ours: Feeds, wanted: Feeds) -> None:
-    assert ours.keys() == wanted.keys()
-    for name in wanted:
-        assert ours[name].dtype == wanted[name].dtype and ours[name].shape == wanted[name].shape
-        np.testing.assert_allclose(ours[name], wanted[name], rtol=1e-5, atol=1e-5, err_msg=name)
+    with doubled(getattr(request, "param", "tensorrt-rtx"), monkeypatch) as machine:
+        yield machine
 
 
 # Build, verify, run
@@ -144,12 +61,7 @@ def test_the_segmenter_gives_the_references_masks_on_them(gpu: Gpu, tiny_bundle:
 def test_auto_on_a_gpu_considers_built_engines_and_says_what_is_missing(
     gpu: Gpu, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def only_this(engine: str) -> Any:
-        if engine != gpu.engine:
-            raise EngineUnavailable(f"engine {engine} is not installed")
-        return gpu.trt
-
-    monkeypatch.setattr("engines.tensorrt.library", only_this)
+    install_only(gpu, monkeypatch)
     with pytest.raises(
         EngineUnavailable, match=f"{gpu.engine}/graph: stage pixel_encoder: expected an engine of.*found none; run agvas-build"
     ):
@@ -289,6 +201,64 @@ def test_verifying_on_the_device_is_noted_in_the_sidecar(gpu: Gpu, tiny_bundle: 
 
 
 @BOTH
+def test_engines_that_were_never_verified_are_warned_of_once_with_the_command(gpu: Gpu, tiny_bundle: Path) -> None:
+    gpu.build(tiny_bundle)
+    for stage in STAGES:
+        give_verdict(gpu, tiny_bundle, None, stage)
+    command = f"agvas-verify --bundle {tiny_bundle} --engine {gpu.engine} --device cuda:0"
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        for _ in range(2):
+            Segmenter(tiny_bundle, gpu.engine, "cuda:0")
+    told = f"the engines of {gpu.engine} for compute capability 8.9 have not been compared with the reference; run {command}, which notes "
+    assert len(caught) == 1 and str(caught[0].message).startswith(told)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert verify_command.main([*command.split()[1:], "--quiet"]) == 0
+        Segmenter(tiny_bundle, gpu.engine, "cuda:0")
+
+
+@BOTH
+def test_an_engine_that_failed_and_could_not_be_set_aside_is_refused_but_can_be_judged_again(gpu: Gpu, tiny_bundle: Path) -> None:
+    gpu.build(tiny_bundle)
+    path = give_verdict(gpu, tiny_bundle, {"passed": False, "failures": ["3 flips", "maps differ"]}, "language")
+    named = f"--bundle {tiny_bundle} --engine {gpu.engine} --device cuda:0"
+    with pytest.raises(EngineUnavailable) as refused:
+        Segmenter(tiny_bundle, gpu.engine, "cuda:0")
+    assert str(refused.value) == (
+        f"{path}: expected an engine that gives the reference's masks, found one that agvas-verify failed (3 flips; maps differ); "
+        f"run agvas-build {named} --rebuild, or judge it again with agvas-verify {named}"
+    )
+    assert verify_command.main([*named.split(), "--quiet"]) == 0
+    Segmenter(tiny_bundle, gpu.engine, "cuda:0")
+
+
+@BOTH
+def test_auto_verifies_for_itself_and_again_when_an_engine_is_another(
+    gpu: Gpu, tiny_bundle: Path, spoilt: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install_only(gpu, monkeypatch)
+    gpu.build(tiny_bundle)
+
+    def remembered() -> bool:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            choice = Segmenter(tiny_bundle, device="cuda:0").choice
+        assert choice is not None and choice.engine == gpu.engine
+        return choice.remembered
+
+    for verdict in (None, {"passed": False, "failures": []}):
+        give_verdict(gpu, tiny_bundle, verdict)
+        assert [remembered(), remembered()] == [False, True]
+    give_verdict(gpu, tiny_bundle, {"passed": True, "failures": []})
+    assert remembered(), "as when there was no verdict: this one only agrees"
+    gpu.graphs["mask_decoder"] = spoilt / "mask_decoder" / "mask_decoder.onnx"
+    gpu.build(tiny_bundle, stages=("mask_decoder",), rebuild=True)
+    with pytest.raises(EngineUnavailable, match=f"{gpu.engine}/graph: mean mask IoU .* maps differ"):
+        Segmenter(tiny_bundle, device="cuda:0")
+
+
+@BOTH
 def test_bisecting_builds_the_graphs_it_takes_apart(gpu: Gpu, tiny_bundle: Path, spoilt: Path) -> None:
     sealed = Bundle(tiny_bundle)  # the weights on the engine's side are others than the manifest's
     sealed.folder = spoilt
@@ -331,158 +301,6 @@ def spoilt(copy_of_bundle: Callable[[], Path]) -> Path:
     weights = np.fromfile(path, np.float32)
     (weights + np.random.default_rng(1).normal(0, 0.1, weights.size)).astype(np.float32).tofile(path)
     return folder
-
-
-# Memory, streams, graphs
-
-
-@BOTH
-def test_memory_is_bound_once_and_grows_when_a_larger_tensor_comes(gpu: Gpu, tiny_bundle: Path) -> None:
-    gpu.build(tiny_bundle, stages=("language",))
-    language = gpu.open(tiny_bundle, "language")
-    gpu.cuda.calls.clear()
-    for tokens, past in ((30, 0), (29, 0), (1, 20), (1, 21), (30, 0)):
-        feeds = language_feeds(tiny_bundle, tokens, past, seed=past)
-        assert_equal(language.run(feeds), reference(tiny_bundle, "language", feeds))
-    first = len([call for call in gpu.cuda.calls if call == "cudaMalloc"])
-    tensors = len(LANGUAGE.inputs) + len(LANGUAGE.outputs)
-    # The past grows twice from its one byte; nothing else does.
-    assert tensors <= first <= tensors + 4 and gpu.cuda.calls.count("cudaMallocHost") == first
-    assert gpu.cuda.calls.count("cudaStreamCreateWithFlags") == 1
-
-
-@BOTH
-def test_the_second_call_with_the_same_shapes_is_captured_and_later_ones_are_one_launch(gpu: Gpu, tiny_bundle: Path) -> None:
-    gpu.build(tiny_bundle, stages=("spam",))
-    spam = gpu.open(tiny_bundle)
-    for seed in range(4):
-        gpu.cuda.calls.clear()
-        feeds = spam_feeds(tiny_bundle, seed)
-        assert_equal(spam.run(feeds), reference(tiny_bundle, "spam", feeds))
-        assert ("cudaStreamBeginCapture" in gpu.cuda.calls) is (seed == 1)
-        assert ("cudaGraphLaunch" in gpu.cuda.calls) is (seed >= 1)
-        if seed >= 2:
-            assert gpu.cuda.calls == ["cudaSetDevice", "cudaGraphLaunch", "cudaEventRecord", "cudaEventSynchronize"]
-
-
-@BOTH
-def test_other_shapes_drop_the_graph_and_the_numbers_stay_right(gpu: Gpu, tiny_bundle: Path) -> None:
-    gpu.build(tiny_bundle, stages=("spam",), max_batch=3)
-    spam = gpu.open(tiny_bundle)
-    for batch in (1, 1, 1, 3, 3, 3, 1, 1):
-        feeds = spam_feeds(tiny_bundle, batch, batch)
-        assert_equal(spam.run(feeds), reference(tiny_bundle, "spam", feeds))
-    assert len(gpu.cuda.graphs) == 1  # the last shapes'
-    del spam
-    assert not gpu.cuda.graphs and not gpu.cuda.device and not gpu.cuda.pinned and not gpu.cuda.streams
-
-
-def test_kernels_still_being_compiled_are_not_captured(gpu: Gpu, tiny_bundle: Path) -> None:
-    gpu.build(tiny_bundle, stages=("spam",))
-    spam, feeds = gpu.open(tiny_bundle), spam_feeds(tiny_bundle)
-    gpu.trt.capturable = False
-    for _ in range(3):
-        spam.run(feeds)
-    assert "cudaStreamBeginCapture" not in gpu.cuda.calls
-    gpu.trt.capturable = True
-    assert_equal(spam.run(feeds), reference(tiny_bundle, "spam", feeds))
-    assert "cudaGraphLaunch" in gpu.cuda.calls
-
-
-@BOTH
-def test_an_engine_that_cannot_be_captured_runs_without_and_says_so_once(gpu: Gpu, tiny_bundle: Path) -> None:
-    gpu.build(tiny_bundle, stages=("spam",))
-    spam, feeds = gpu.open(tiny_bundle), spam_feeds(tiny_bundle)
-    gpu.cuda.refuse_capture = True
-    spam.run(feeds)
-    with pytest.warns(RuntimeWarning, match="stage spam runs without a CUDA graph.*cudaErrorStreamCaptureInvalidated"):
-        ours = spam.run(feeds)
-    assert_equal(ours, reference(tiny_bundle, "spam", feeds))
-    assert_equal(spam.run(feeds), reference(tiny_bundle, "spam", feeds))
-    assert gpu.cuda.calls.count("cudaStreamBeginCapture") == 1
-
-
-@BOTH
-def test_every_thread_has_a_context_of_its_own(gpu: Gpu, tiny_bundle: Path) -> None:
-    gpu.build(tiny_bundle, stages=("language",))
-    language = gpu.open(tiny_bundle, "language")
-    requests = [language_feeds(tiny_bundle, 10 + index, index, index) for index in range(4)]
-    alone = [reference(tiny_bundle, "language", feeds) for feeds in requests]
-    gpu.trt.contexts = 0
-    start, wrong = threading.Barrier(len(requests)), list[str]()
-
-    def work(index: int) -> None:
-        start.wait()
-        try:
-            for _ in range(5):
-                assert_equal(language.run(requests[index]), alone[index])
-        except BaseException as error:
-            wrong.append(f"{index}: {error!r}")
-
-    threads = [threading.Thread(target=work, args=(index,)) for index in range(len(requests))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong and gpu.trt.contexts == len(requests)
-
-
-@BOTH
-def test_a_result_is_the_callers_own(gpu: Gpu, tiny_bundle: Path) -> None:
-    gpu.build(tiny_bundle, stages=("spam",))
-    spam = gpu.open(tiny_bundle)
-    first = spam.run(spam_feeds(tiny_bundle, 1))["aligned_embeddings"]
-    kept = first.copy()
-    spam.run(spam_feeds(tiny_bundle, 2))
-    np.testing.assert_array_equal(first, kept)
-
-
-def test_kernels_compiled_on_the_device_are_kept_for_the_next_start(gpu: Gpu, tiny_bundle: Path) -> None:
-    gpu.build(tiny_bundle, stages=("spam",))
-    spam = gpu.open(tiny_bundle)
-    assert not gpu.trt.read_kernels and not gpu.key(tiny_bundle).path.with_suffix(".kernels").exists()
-    spam.run(spam_feeds(tiny_bundle))
-    assert gpu.key(tiny_bundle).path.with_suffix(".kernels").read_bytes() == b"kernels"
-    gpu.trt.read_kernels.clear()
-    gpu.open(tiny_bundle).run(spam_feeds(tiny_bundle))
-    assert gpu.trt.read_kernels == [b"kernels"]
-    gpu.build(tiny_bundle, stages=("spam",), rebuild=True)
-    gpu.open(tiny_bundle)
-    assert gpu.trt.read_kernels == [b"kernels"], "the old engine's"
-
-
-def test_too_little_memory_on_the_gpu_is_told_in_cudas_words(gpu: Gpu, tiny_bundle: Path) -> None:
-    gpu.build(tiny_bundle, stages=("spam",))
-    spam = gpu.open(tiny_bundle)
-    gpu.cuda.memory = 100
-    with pytest.raises(EngineFailed, match=r"CUDA: out of memory \(cudaErrorMemoryAllocation\)"):
-        spam.run(spam_feeds(tiny_bundle))
-    gpu.cuda.memory = 1 << 30
-    assert_equal(spam.run(spam_feeds(tiny_bundle)), reference(tiny_bundle, "spam", spam_feeds(tiny_bundle)))
-
-
-def test_shapes_that_the_library_cannot_infer_fail_in_the_stages_name(
-    gpu: Gpu, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    gpu.build(tiny_bundle, stages=("spam",))
-    spam = gpu.open(tiny_bundle)
-
-    def broken(context: object) -> list[str]:
-        raise RuntimeError("node_7 is odd")
-
-    monkeypatch.setattr(cuda_double._Context, "infer_shapes", broken)
-    with pytest.raises(EngineFailed, match=r"stage spam: its outputs' shapes were not found: node_7 is odd \(the library gave no reason\)"):
-        spam.run(spam_feeds(tiny_bundle))
-
-
-def test_memory_that_the_library_refused_once_is_offered_again(gpu: Gpu, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    gpu.build(tiny_bundle, stages=("spam",))
-    spam, feeds = gpu.open(tiny_bundle), spam_feeds(tiny_bundle)
-    with monkeypatch.context() as refusing:
-        refusing.setattr(cuda_double._Context, "set_tensor_address", lambda context, name, address: False)
-        with pytest.raises(EngineFailed, match="stage spam: the memory of .* was refused"):
-            spam.run(feeds)
-    assert_equal(spam.run(feeds), reference(tiny_bundle, "spam", feeds))
 
 
 # What is refused
@@ -563,15 +381,10 @@ def test_an_engine_that_cannot_be_read_is_one_that_cannot_be_had(gpu: Gpu, tiny_
             raise PermissionError(13, "Permission denied")
         return read(path)
 
-    def only_this(engine: str) -> Any:
-        if engine != gpu.engine:
-            raise EngineUnavailable(f"engine {engine} is not installed")
-        return gpu.trt
-
     monkeypatch.setattr(Path, "read_bytes", refused)
     with pytest.raises(EngineUnavailable, match=r"spam-.*engine: cannot be read \(.*Permission denied\); check its permissions"):
         gpu.open(tiny_bundle)
-    monkeypatch.setattr("engines.tensorrt.library", only_this)
+    install_only(gpu, monkeypatch)
     with pytest.raises(EngineUnavailable, match=f"{gpu.engine}/graph: .*cannot be read .* onnxruntime/graph: device cuda:0 was asked for"):
         Segmenter(tiny_bundle, device="cuda:0")  # goes on to the next one
 

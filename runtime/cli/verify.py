@@ -256,8 +256,9 @@ def _open(
     bundle: Bundle, engine: str, options: EngineOptions, precision: str | None, remeasure: bool
 ) -> tuple[Pipeline, str, EngineOptions, str]:
     """Pipeline, engine and options in use, and why `auto` could choose none."""
+    to_judge = replace(options, to_judge=True)
     if engine != AUTO:
-        return open_pipeline(bundle, engine, options), engine, options, ""
+        return open_pipeline(bundle, engine, to_judge), engine, options, ""
     try:
         pipeline, choice = choose_engine(bundle, options, precision, remeasure=remeasure)
     except EngineUnavailable as error:
@@ -265,7 +266,7 @@ def _open(
             # What the graphs state is verified, not a coarser precision that auto tries because it is faster.
             if computes_in == "graph":
                 with suppress(EngineError):
-                    return open_pipeline(bundle, name, options), name, options, str(error)
+                    return open_pipeline(bundle, name, to_judge), name, options, str(error)
         raise
     return pipeline, choice.engine, replace(options, inference_precision=choice.inference_precision), ""
 
