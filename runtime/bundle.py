@@ -230,6 +230,21 @@ class Bundle:
         return self.manifest.parity.get("compared") is not False
 
     @property
+    def doubt(self) -> str | None:
+        """In words, why its masks may not be the reference's: nobody compared them, or they failed; None where export's gates held."""
+        if not self.compared:
+            return (
+                f"{self.folder} was exported without a comparison (--parity none): nothing says that its masks are the reference's; export "
+                "it without --parity none before its verdicts count"
+            )
+        if not self.manifest.parity.get("passed"):
+            return (
+                f"{self.folder} failed its comparison with the reference in export and was written all the same (--parity report; "
+                f"{PARITY} says what failed): its verdicts may not be the reference's; export it so that its gates hold before they count"
+            )
+        return None
+
+    @property
     def bytes(self) -> int:
         """Size on disk of all files but the manifest."""
         return sum(record.bytes for record in self.manifest.files.values())
