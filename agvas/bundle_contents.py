@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from agvas.misread import misread
+
 MANIFEST = "manifest.json"
 UNFINISHED = "unfinished.json"  # in the folder that an export works in until the bundle is whole
 SHOWN = 12  # problems; --json has them all
@@ -110,7 +112,7 @@ def bundle_contents(folder: Path) -> Contents:
         ]
         return Contents(str(folder), "bundle", manifest["model"], stages=stages, vocabulary=tokens, facts=facts, problems=problems)
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        raise ValueError(f"{folder / MANIFEST} is no bundle's manifest ({error!r}); export the bundle again") from error
+        raise ValueError(f"{folder / MANIFEST} is no bundle's manifest: {misread(error)}; export the bundle again") from error
 
 
 def _tokens(folder: Path, rows: int, anchors: list[str]) -> dict[str, Any]:

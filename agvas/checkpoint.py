@@ -18,6 +18,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers.models.dinov3_vit.modeling_dinov3_vit import DINOv3ViTRopePositionEmbedding
 
+from agvas.bundle_contents import MANIFEST
 from agvas.config import AGVASConfig
 from agvas.layouts import beyond
 from agvas.lora import CONFIG as ADAPTER_CONFIG
@@ -54,6 +55,11 @@ def checkpoint_folder(checkpoint: str | Path) -> Path:
         raise CheckpointError(
             f"checkpoint {folder} is a {kind} of Hugging Face; put the parts together first: "
             f"agvas-import --base {folder} --pixel-encoder FILE --trained FOLDER --output CHECKPOINT"
+        )
+    if (folder / MANIFEST).is_file() and not (folder / "config.json").is_file():
+        raise CheckpointError(
+            f"checkpoint {folder} is a bundle, which agvas-export has made of one: give the checkpoint that it was made of; the bundle "
+            f"itself runs with agvas-segment --bundle {folder}"
         )
     stored = next((name for name in (WEIGHTS, INDEX, PARTS_FILE) if (folder / name).is_file()), WEIGHTS)
     if missing := [name for name in ("config.json", stored, "tokenizer.json") if not (folder / name).is_file()]:

@@ -47,7 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--untrained", type=int, nargs="?", const=0, metavar="SEED", help="start SPAM and mask decoder at random, for agvas-train"
     )
     parser.add_argument(
-        "--pixel-size", type=int, default=1024, help="side of the pixel encoder's pictures where it takes any: DINOv3 (default 1024)"
+        "--pixel-size", type=int, help="side of the pixel encoder's pictures where it takes any: DINOv3 alone (default 1024)"
     )
     parser.add_argument("--json", action="store_true", help="last line of stdout as JSON")
     options = parser.parse_args(arguments)

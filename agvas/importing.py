@@ -20,7 +20,7 @@ from tokenizers import Tokenizer
 from agvas.checkpoint import CheckpointError, OpenedCheckpoint, examine, fitting, open_checkpoint
 from agvas.config import AGVASConfig
 from agvas.mask_decoder import MaskDecoder
-from agvas.parts import FILE, NEW_STAGES, Gathered, Parts, deepspeed_weights, gather, model_type
+from agvas.parts import FILE, LLAVAS, NEW_STAGES, Gathered, Parts, deepspeed_weights, gather, model_type
 from agvas.published import Derived, derive, with_anchors, with_vocabulary
 from agvas.spam import SPAM
 from agvas.torch_file import torch_file
@@ -28,6 +28,7 @@ from agvas.vision_transformer import VisionTransformer
 from agvas.writing import disk_errors
 
 UNTRAINED = "untrained.safetensors"
+PIXEL_SIZE = 1024  # side of the pictures of a pixel encoder that takes any
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class ImportSettings:
         output: the folder to write.
         config, tokenizer: files to take instead of what the parts bring.
         untrained: seed of the parts that a training will make, where none of them exists yet; None where they must.
-        pixel_size: side of the pictures of a pixel encoder that takes any (DINOv3).
+        pixel_size: side of the pictures of a pixel encoder that takes any (DINOv3); None for PIXEL_SIZE.
     """
 
     base: Path
@@ -49,7 +50,7 @@ class ImportSettings:
     config: Path | None = None
     tokenizer: Path | None = None
     untrained: int | None = None
-    pixel_size: int = 1024
+    pixel_size: int | None = None
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,7 @@ def import_parts(settings: ImportSettings) -> Imported:
         swapped = settings.pixel_encoder is not None and settings.pixel_encoder.is_dir()
         what = "are --base and --pixel-encoder swapped?" if swapped else "give the folder that holds its config.json and weights"
         raise CheckpointError(f"--base {settings.base}: expected a folder of Hugging Face's or of this package, got a file; {what}")
+    _check_given(settings)
     partial = output.parent / f".{output.name}.partial-{uuid.uuid4().hex[:8]}"
     partial.mkdir(parents=True)
     try:
@@ -94,6 +96,27 @@ def import_parts(settings: ImportSettings) -> Imported:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return Imported(open_checkpoint(output), tuple(notes))
+
+
+def _check_given(settings: ImportSettings) -> None:
+    """CheckpointError for a base that is none, and for what would be taken and not used, or used in place of what the base has."""
+    base, encoder = settings.base, settings.pixel_encoder
+    if not (base / "config.json").is_file():
+        inside = sorted(path.parent for path in base.glob("*/config.json") if model_type(path.parent) in LLAVAS)
+        remedy = f"{inside[0]} looks like one" if inside else "copy it from where the base is published"
+        raise CheckpointError(
+            f"--base {base}: expected a folder of Hugging Face's or a checkpoint of this package, got one that has no config.json; {remedy}"
+        )
+    if encoder is not None and model_type(base) is None:
+        raise CheckpointError(
+            f"--pixel-encoder {encoder}: expected none with --base {base}, a checkpoint that has one; leave it out, or give the "
+            "published base"
+        )
+    if settings.pixel_size is not None and (encoder is None or model_type(encoder) != "dinov3_vit"):
+        raise CheckpointError(
+            f"--pixel-size {settings.pixel_size}: expected it with a DINOv3 alone, got {encoder or 'no --pixel-encoder'}, whose own size "
+            "holds; leave it out"
+        )
 
 
 def _write(folder: Path, settings: ImportSettings) -> list[str]:
@@ -135,7 +158,7 @@ def _config(settings: ImportSettings, gathered: Gathered, notes: list[str]) -> A
     file = next((path for path in ([settings.config] if settings.config else own) if path.is_file()), settings.config)
     derived = None
     if model_type(settings.base) is not None:
-        derived = derive(settings.base, gathered.tensors, settings.pixel_encoder, settings.pixel_size)
+        derived = derive(settings.base, gathered.tensors, settings.pixel_encoder, settings.pixel_size or PIXEL_SIZE)
     if file is None:
         if derived is None:
             raise ValueError(f"{settings.base} has no config.json; give a LLaVA in Hugging Face's layout or a checkpoint of this package")

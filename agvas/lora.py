@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from agvas.misread import misread
 from agvas.torch_file import torch_file
 from agvas.weights import LazyTensor, safetensors_file
 
@@ -125,7 +126,7 @@ def read_settings(path: Path) -> LoRASettings:
         settings = _settings(path, fields)
         kind = fields.get("peft_type", "LORA")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, re.error) as error:
-        raise ValueError(f"{path} cannot be read as peft's adapter configuration: {error!r}; copy the file again") from error
+        raise ValueError(f"{path} cannot be read as peft's adapter configuration: {misread(error)}; copy the file again") from error
     used = [name for name in _UNMERGEABLE if fields.get(name)]
     if (start := fields.get("init_lora_weights")) not in _PLAIN_STARTS:
         used.append(f"init_lora_weights = {start}")

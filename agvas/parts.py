@@ -17,6 +17,7 @@ from typing import Any
 
 from agvas import lora
 from agvas.layouts import ADAPTER, LLAVA, SAM, SAM_MODEL, TRAINED, VIT, Rules, Translated, rename, translate
+from agvas.misread import misread
 from agvas.torch_file import read_structure, torch_file, torch_folder
 from agvas.weights import LazyTensor, safetensors_file, safetensors_folder
 
@@ -306,7 +307,7 @@ def _against_record(path: Path, tensors: Mapping[str, LazyTensor], has_adapter: 
         names = list(map(str, fields["tensors"] if whole else fields["parts"]))
         adapted = bool(fields.get("adapter"))
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} cannot be read as what agvas-train leaves ({error!r}); copy the file again") from error
+        raise ValueError(f"{file} cannot be read as what agvas-train leaves: {misread(error)}; copy the file again") from error
     known = {*tensors, *(name.partition(".")[0] for name in tensors)}
     lacking = [name for name in names if name not in known]
     if adapted and not has_adapter:

@@ -54,6 +54,13 @@ def torch_folder(folder: Path, name: str = "pytorch_model.bin") -> dict[str, Laz
 def read_structure(path: Path) -> Any:
     """What a file holds, its tensors without values. ValueError where it cannot be read in this way."""
     if not zipfile.is_zipfile(path):
+        with open(path, "rb") as file:
+            head = file.read(16)
+        if head and not head.startswith((b"PK", b"\x80")):  # an archive cut short, perhaps to nothing, or of torch before 1.6
+            raise ValueError(
+                f"{path}: expected weights (a file of torch.save, or .safetensors), got a file that begins with {head!r}; give the one "
+                "that holds them"
+            )
         raise ValueError(
             f"{path} cannot be read: no file of torch.save since torch 1.6, or cut short; copy it again, "
             f"or rewrite it once with python -c 'import torch; torch.save(torch.load(\"{path.name}\", weights_only=True), \"new.pth\")'"

@@ -186,9 +186,10 @@ def _parser() -> argparse.ArgumentParser:
     output = parser.add_argument_group("output")
     output.add_argument("--paper", action="store_true", help="print the table in the paper's form: (AP, F1-max, IoU) in per cent")
     output.add_argument("--json", action="store_true", help="print JSON as the last lines")
-    output.add_argument("--output", type=Path, metavar="FILE.json", help="also write the JSON to this file")
+    output.add_argument("--output", type=Path, metavar="FILE.json", help="also write the JSON to this file, in place of an older one")
     output.add_argument("--csv", type=Path, metavar="FILE.csv", help="a line for each image, written as it is judged; a new file")
-    output.add_argument("--overlays", type=Path, metavar="DIR", help="a contact sheet of each data set: best, worst and random images")
+    sheets = "a contact sheet of each data set, in place of older ones: best, worst and random images"
+    output.add_argument("--overlays", type=Path, metavar="DIR", help=sheets)
     return parser
 
 
@@ -316,8 +317,12 @@ def _run(arguments: argparse.Namespace, stack: ExitStack, tables: list[PerImageT
     for option, path in (("--output", arguments.output), ("--csv", arguments.csv)):
         if path is not None and not path.resolve().parent.is_dir():
             raise ValueError(f"{option}: expected a file in an existing folder, got {path}; make the folder first")
+        if path is not None and path.is_dir():
+            raise ValueError(f"{option}: expected a file, got the folder {path}; name a file in it")
         if path is not None and not os.access(path if path.exists() else path.resolve().parent, os.W_OK):
             raise ValueError(f"{option}: expected a place that can be written to, got {path}; choose another")
+    if arguments.overlays is not None and arguments.overlays.exists() and not arguments.overlays.is_dir():
+        raise ValueError(f"--overlays: expected a folder, got the file {arguments.overlays}; name another")
     source, question = _asked(arguments)
     datasets = read_datasets(named, arguments.limit, arguments.split)
     question.check(item.category for dataset in datasets for item in dataset.items)

@@ -3,7 +3,8 @@
 The pictures are photographs of surfaces, nano's subject, that scikit-image carries in its package (nothing is
 downloaded), with procedural defects drawn on them from seeds that training never used, so that the truth is known; two
 are left without a defect. Photos of one's own are segmented unchanged. It shows that the chain works on this machine;
-how good the model is on real defects, benchmarks.accuracy measures.
+how good the model is on real defects, benchmarks.accuracy measures. A second demo takes the first one's bundle as long as model and code
+are the same, and what the first one left is replaced when the second one's pictures have been judged.
 
 Exit codes: 0 all went well, 1 export's or verification's gates or a picture failed, 2 it could not be run,
 130 interrupted.
@@ -12,6 +13,7 @@ Exit codes: 0 all went well, 1 export's or verification's gates or a picture fai
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib.util
 import json
 import math
@@ -19,6 +21,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +31,14 @@ from PIL import Image, ImageDraw, ImageFont
 
 from engines import EngineError
 from runtime import Segmentation, Segmenter
+from runtime.bundle import Bundle
 from runtime.cli.common import Progress, json_line
 from runtime.cli.records import output_stems
 from runtime.cli.verify import verify_bundle
-from runtime.errors import AgvasError, RequestError
+from runtime.errors import AgvasError, BundleError, RequestError
 from runtime.images import read_image
 from runtime.picture_files import find_images
+from runtime.writing import write_whole
 
 SURFACES = ("brick", "gravel", "grass")
 SCENES = ("coins", "coffee", "page")
@@ -45,6 +50,9 @@ _DEFECT_SHARE = (0.004, 0.2)  # of the picture
 
 TIMED_CALLS = 20  # at least; every picture equally often
 WARM_UP_CALLS = 3
+
+MADE_OF = "bundle.made_of.json"  # beside the bundle: what it was made of, once it has been verified
+MAKERS = ("agvas", "calibration", "export", "engines", "runtime")  # packages whose code a bundle depends on
 
 _CELL = 256  # of the contact sheet, pixels
 _LABEL = 28
@@ -95,17 +103,22 @@ def run_demo(output: Path, count: int, photos: Sequence[str]) -> int:
     if count < 0 or not (count or photos):
         raise RequestError(f"--count: expected at least 1 picture to segment, got {count} and {len(photos)} photos")
     photo_paths = find_images(photos) if photos else []
-    _clear(output)
-    print(f"1. export nano to {output / 'bundle'}", file=sys.stderr)
-    if code := _export(output / "bundle"):
-        print(f"demo: the export failed (exit code {code}); see above", file=sys.stderr)
-        return code
+    _check_output(output)
+    if _is_made_of(output, made_of := _made_of()):
+        print(f"1. {output / 'bundle'} is an earlier demo's of this model and code: not exported again", file=sys.stderr)
+    else:
+        print(f"1. export nano to {output / 'bundle'}", file=sys.stderr)
+        if code := _export(output / "bundle"):
+            print(f"demo: the export failed (exit code {code}); see above", file=sys.stderr)
+            return code
     with Progress() as progress:
         print("2. verify: do the masks agree with the PyTorch reference's?", file=sys.stderr)
         verified = verify_bundle(output / "bundle", progress=progress)
         if not verified["passed"]:
             print(f"demo: verification failed: {'; '.join(verified['failures'])}", file=sys.stderr)
             return 1
+        noted = {"made_of": made_of, "bundle": Bundle(output / "bundle", check_hashes=False).id}
+        write_whole(output / MADE_OF, json.dumps(noted).encode())
         progress.step_aside()
         parity = verified["parity"]
         agreed = f"mask IoU {parity['mask_iou_mean']:.4f}, {parity['flips']} flips on {parity['images']} golden pictures"
@@ -123,14 +136,14 @@ def run_demo(output: Path, count: int, photos: Sequence[str]) -> int:
             return 2
         print("4. segment", file=sys.stderr)
         segmenter = Segmenter(output / "bundle", engine="auto")
-        results, records = [], []
-        stems = output_stems([picture.path for picture in pictures])
-        for done, (picture, stem) in enumerate(zip(pictures, stems, strict=True), 1):
-            result = segmenter(picture.image)
-            results.append(result)
-            records.append(_write(picture, result, stem, output))
+        results = []
+        for done, picture in enumerate(pictures, 1):
+            results.append(segmenter(picture.image))
             progress("pictures", done, len(pictures))
         latency = measure_latency(segmenter, [picture.image for picture in pictures], progress)
+    _clear(output)  # not before: what stops a second demo leaves the first one's results
+    stems = output_stems([picture.path for picture in pictures])
+    records = [_write(picture, result, stem, output) for picture, result, stem in zip(pictures, results, stems, strict=True)]
     ious = [record["true_iou"] for record in records if "true_iou" in record]
     summary = {
         "bundle": str(output / "bundle"),
@@ -152,8 +165,8 @@ def run_demo(output: Path, count: int, photos: Sequence[str]) -> int:
 def make_pictures(folder: Path, count: int) -> list[DemoPicture]:
     """Surfaces from scikit-image's package, every round turned further, with one drawn defect each; of four or more the last two have none.
 
-    Written to `folder` as PNG. The same count gives the same pictures. A defect of a size outside _DEFECT_SHARE is
-    drawn again from the next seed: too small or too large to tell on the contact sheet, it would show nothing.
+    Their files are to be in `folder` (`_write` saves them). The same count gives the same pictures. A defect of a size outside
+    _DEFECT_SHARE is drawn again from the next seed: too small or too large to tell on the contact sheet, it would show nothing.
 
     Raises:
         RequestError: scikit-image is not installed, or its package carries none of the photographs.
@@ -162,7 +175,6 @@ def make_pictures(folder: Path, count: int) -> list[DemoPicture]:
         return []
     photographs = photographs_of(SURFACES)
     flawless = 2 if count >= 4 else count // 2
-    folder.mkdir(parents=True, exist_ok=True)
     pictures = []
     for index in range(count):
         turn, which = divmod(index, len(photographs))
@@ -171,7 +183,6 @@ def make_pictures(folder: Path, count: int) -> list[DemoPicture]:
         if index < count - flawless:
             image, truth, defect = with_defect(image, DEFECTS[index % len(DEFECTS)], FIRST_SEED + _ATTEMPTS * index)
         path = folder / f"{index + 1:02}_{photographs[which][0]}_{defect or 'good'}.png"
-        Image.fromarray(image).save(path)
         pictures.append(DemoPicture(path, image, truth, defect))
     return pictures
 
@@ -233,8 +244,30 @@ def _export(bundle: Path) -> int:
     return export(["--checkpoint", "nano", "--precision", "fp32", "--lmm", "float", "--output", str(bundle)])
 
 
-def _clear(output: Path) -> None:
-    """Remove what an earlier demo wrote but the bundle, which export replaces: nothing old beside the new summary."""
+def _made_of() -> str:
+    """sha256 of what a demo's bundle depends on: nano's files, the packages that make and read a bundle, and the tools' versions."""
+    from export.bundle import TOOLS  # loads torch
+
+    top, digest = Path(__file__).parents[1], hashlib.sha256()
+    code = [path for package in MAKERS for path in (top / package).rglob("*.py")]
+    for path in sorted([*code, *(path for path in (top / "agvas" / "nano").iterdir() if path.is_file())]):
+        digest.update(f"{path.relative_to(top).as_posix()} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+    for tool in TOOLS:
+        digest.update(f"{tool} {version(tool)}\n".encode())
+    return digest.hexdigest()
+
+
+def _is_made_of(output: Path, made_of: str) -> bool:
+    """Whether a demo has made and verified the bundle that lies there of these very things; one that is damaged is made anew."""
+    try:
+        noted = json.loads((output / MADE_OF).read_text())
+        return bool(noted == {"made_of": made_of, "bundle": Bundle(output / "bundle").id})
+    except (OSError, ValueError, BundleError):
+        return False
+
+
+def _check_output(output: Path) -> None:
+    """Raises RequestError where it is a folder of something else."""
     if output.exists() and not output.is_dir():
         raise RequestError(f"--output {output}: expected a folder, got a file; choose another")
     # Hidden names are what a killed export leaves.
@@ -242,6 +275,10 @@ def _clear(output: Path) -> None:
         return
     if not ((output / "summary.json").is_file() or (output / "bundle" / "manifest.json").is_file()):
         raise RequestError(f"--output {output}: expected an earlier demo or an empty folder, got other files; choose another")
+
+
+def _clear(output: Path) -> None:
+    """Remove what an earlier demo wrote but the bundle: nothing old beside the new summary."""
     for path in (
         *output.glob("pictures/*.png"),
         *output.glob("masks/*_mask.png"),
@@ -270,9 +307,12 @@ def photographs_of(names: Sequence[str]) -> list[tuple[str, npt.NDArray[np.uint8
 
 
 def _write(picture: DemoPicture, result: Segmentation, stem: str, output: Path) -> dict[str, Any]:
-    """Save mask and overlay; the picture's record for summary.json."""
+    """Save mask and overlay, and a picture that the demo drew; the picture's record for summary.json."""
     from benchmarks.metrics import intersection_over_union
 
+    if picture.truth is not None:
+        picture.path.parent.mkdir(exist_ok=True)
+        Image.fromarray(picture.image).save(picture.path)
     record = {"image": str(picture.path), **result.to_json()}
     record["mask"] = str(result.save(output / "masks", stem)["mask"])
     (output / "overlays").mkdir(exist_ok=True)

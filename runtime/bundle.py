@@ -105,6 +105,10 @@ class Manifest:
         """Raises BundleCorrupt when it is no manifest or was changed since export, BundleVersionError when it is one of another version."""
         try:
             fields = json.loads(text)
+            if not isinstance(fields, dict):
+                raise ValueError(f"expected an object, got a {type(fields).__name__}")
+            if lacking := [name for name in ("schema_version", "contract_version") if name not in fields]:
+                raise ValueError(f"expected {lacking[0]!r} in it, got none")
             versions = int(fields["schema_version"]), int(fields["contract_version"])
         except (ValueError, KeyError, TypeError) as error:
             raise BundleCorrupt(f"{where} is not a bundle manifest ({error}); export the bundle again") from error
@@ -113,6 +117,9 @@ class Manifest:
         _check_version("contract", versions[1], CONTRACT_VERSION, where)
         seal = fields.pop(SEAL, None)
         try:
+            needed = [field.name for field in dataclasses.fields(cls) if field.default is field.default_factory is dataclasses.MISSING]
+            if lacking := [name for name in needed if name not in fields]:
+                raise ValueError(f"expected {', '.join(map(repr, lacking))} in it, got none")
             for group, names in WHOLE_NUMBERS.items():
                 for name in names:
                     if not (isinstance(value := fields[group][name], int) and value > 0):
@@ -126,10 +133,11 @@ class Manifest:
             MaskRule(fields["threshold"], fields.get("relative_threshold", 1.0))
             Gates(**(fields.get("gates") or dataclasses.asdict(GATES["fp32"])))  # a misspelt one must not pass for none
             if missing := {"L", "H", "C"} - fields["sizes"].keys():
-                raise KeyError(f"sizes lacks {', '.join(sorted(missing))}")
+                raise ValueError(f"sizes lacks {', '.join(sorted(missing))}")
             manifest = cls(**fields)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise BundleCorrupt(f"{where} does not describe a bundle: {error}; export the bundle again") from error
+            words = f"expected {error.args[0]!r} in it, got none" if isinstance(error, KeyError) else error
+            raise BundleCorrupt(f"{where} does not describe a bundle: {words}; export the bundle again") from error
         if versions[0] >= SEALED_SCHEMA and seal != seal_of(json.loads(text)):
             raise BundleCorrupt(
                 f"{where} was changed after export: its sha256 is not that of what it says; copy or export the bundle again, and judge "
@@ -228,6 +236,21 @@ class Bundle:
     def compared(self) -> bool:
         """False where export was told not to compare it with the reference."""
         return self.manifest.parity.get("compared") is not False
+
+    @property
+    def doubt(self) -> str | None:
+        """In words, why its masks may not be the reference's: nobody compared them, or they failed; None where export's gates held."""
+        if not self.compared:
+            return (
+                f"{self.folder} was exported without a comparison (--parity none): nothing says that its masks are the reference's; export "
+                "it without --parity none before its verdicts count"
+            )
+        if not self.manifest.parity.get("passed"):
+            return (
+                f"{self.folder} failed its comparison with the reference in export and was written all the same (--parity report; "
+                f"{PARITY} says what failed): its verdicts may not be the reference's; export it so that its gates hold before they count"
+            )
+        return None
 
     @property
     def bytes(self) -> int:

@@ -112,7 +112,9 @@ def as_rgb(source: Picture, *, pixel_limit: int = PIXEL_LIMIT) -> np.ndarray:
 def read_image(path: str | os.PathLike[str], *, pixel_limit: int = PIXEL_LIMIT) -> np.ndarray:
     """Read a picture file; the rules stand at the top of this file.
 
-    A truncated file is refused, unless the process has switched on Pillow's LOAD_TRUNCATED_IMAGES itself.
+    A truncated file is refused, unless the process has switched on Pillow's LOAD_TRUNCATED_IMAGES itself. One whose bytes were changed on
+    the way is told only where its kind has checksums, which is PNG: JPEG's decoder goes on over damage, which Pillow does not tell, and
+    uncompressed kinds (BMP, PNM, TIFF) have nothing to tell it by; a compressed TIFF may or may not decode.
 
     Args:
         pixel_limit: largest accepted H × W, compared with the header before anything is decoded. It is the only limit:

@@ -151,8 +151,11 @@ class Recipe:
             BundleError, EngineError, ImageError: see Segmenter.
         """
         self.check()
-        segmenter = Segmenter(self.bundle, **{name: getattr(self, name) for name in OF_SEGMENTER})
-        segmenter.request(**self.request)  # or it would be found out with the first part
+        try:
+            segmenter = Segmenter(self.bundle, **{name: getattr(self, name) for name in OF_SEGMENTER})
+            segmenter.request(**self.request)  # or it would be found out with the first part
+        except RequestError as error:
+            raise RequestError(f"{self._name}: {error}") from error
         return segmenter
 
     def check(self) -> None:
@@ -180,7 +183,13 @@ class Recipe:
         try:
             return Bundle(Path(self.bundle), check_hashes=False).id
         except BundleError as error:
-            raise type(error)(f"{self._name}: {error}") from error
+            raise type(error)(f"{self._name}: {error}{self._moved(self.bundle)}") from error
+
+    def _moved(self, path: str) -> str:
+        """What else to say where there is nothing at a path of the file's."""
+        if not self.path or os.path.exists(path):
+            return ""
+        return "; its paths are told from its own folder: move both together, or save the recipe anew where it is now"
 
     @property
     def _name(self) -> str:
@@ -192,7 +201,8 @@ class Recipe:
         try:
             return sha256_of(Path(self.region))
         except OSError as error:
-            raise ImageError(f"{self._name}: expected its region at {self.region}, got {error}; put it back") from error
+            words = f"{self._name}: expected its region at {self.region}, got {error}; put it back{self._moved(self.region)}"
+            raise ImageError(words) from error
 
     @property
     def request(self) -> dict[str, Any]:

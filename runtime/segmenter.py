@@ -50,7 +50,8 @@ class _Read:
 class Segmenter:
     """Segments anomalies in pictures with an exported AG-VAS.
 
-    Its engines go with `close()`, at the end of a `with`, or with the object.
+    Its engines go with `close()`, at the end of a `with`, or with the object. A bundle that failed export's comparison with the reference,
+    or was never compared, is told by one warning.
 
     Args:
         bundle: folder that agvas-export wrote.
@@ -116,6 +117,9 @@ class Segmenter:
         if threads > (processors := os.cpu_count() or threads):
             warnings.warn(f"threads: {threads} on {processors} processors wait for one another; 0 leaves it to the engine", stacklevel=2)
         check_whole("pixel_limit", pixel_limit)
+        for name, given in (("check_hashes", check_hashes), ("low_memory", low_memory), ("remeasure", remeasure)):
+            if not isinstance(given, (bool, np.bool_)):  # "no" would be taken for yes
+                raise RequestError(f"{name}: expected True or False, got {given!r}")
         if inference_precision is not None:
             choose("inference_precision", inference_precision, INFERENCE_PRECISIONS)
         try:
@@ -133,6 +137,8 @@ class Segmenter:
         self.tiling = None if tile is None else Tiling(tile, tile_overlap)
         self.region = None if region is None else read_region(region) if isinstance(region, (str, os.PathLike)) else as_region(region)
         self.bundle = Bundle(Path(bundle), check_hashes=check_hashes)
+        if (doubt := self.bundle.doubt) is not None:
+            warnings.warn(doubt, stacklevel=2)
         self.rule = self.bundle.manifest.mask_rule.changed(threshold, relative_threshold)
         self.pixel_limit = pixel_limit
         self.device = device

@@ -42,11 +42,13 @@ def write_whole(path: Path, data: bytes | memoryview) -> None:
 
 
 def write_result(path: Path, text: str) -> None:
-    """A command's JSON where its user wants it, be that a device or pipe, which nothing can be renamed over.
+    """A command's JSON where its user wants it, be that a device or pipe, which nothing can be renamed over; a file whole or not at all.
 
     Raises:
         OutputError: it cannot be written.
     """
+    if (path.is_file() or not path.exists()) and not path.is_symlink() and os.access(path.parent, os.W_OK):
+        return write_whole(path, text.encode())
     try:
         path.write_text(text, encoding="utf-8")
     except OSError as error:

@@ -58,3 +58,44 @@ def test_the_demo_leaves_a_folder_of_other_files_alone(
     assert demo.main(["--output", str(photos)]) == 2
     assert "expected an earlier demo or an empty folder" in capsys.readouterr().err
     assert len(list(photos.iterdir())) == 3
+
+
+def test_a_second_demo_takes_the_first_ones_bundle_until_the_code_is_another(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exported = []
+
+    def export(bundle: Path) -> int:
+        exported.append(bundle)
+        shutil.copytree(tiny_bundle, bundle, dirs_exist_ok=True)
+        return 0
+
+    monkeypatch.setattr(demo, "_export", export)
+    run = ["--output", str(tmp_path / "demo"), "--count", "1"]
+    assert [demo.main(run), demo.main(run)] == [0, 0] and len(exported) == 1
+    (tmp_path / "demo" / "bundle" / "tokenizer.json").write_text("{}")
+    assert demo.main(run) == 0 and len(exported) == 2
+    monkeypatch.setattr(demo, "_made_of", lambda: "of other code")
+    assert demo.main(run) == 0 and len(exported) == 3
+
+
+@pytest.mark.parametrize("at", ["_export", "measure_latency"])
+def test_an_interrupted_second_demo_leaves_the_first_ones_results(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
+) -> None:
+    monkeypatch.setattr(demo, "_export", lambda bundle: shutil.copytree(tiny_bundle, bundle, dirs_exist_ok=True) and 0)
+    output = tmp_path / "demo"
+    assert demo.main(["--output", str(output), "--count", "2"]) == 0
+    results = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo, at, interrupt)
+    monkeypatch.setattr(demo, "_made_of", lambda: "of other code")
+    if at == "measure_latency":
+        monkeypatch.setattr(demo, "_export", lambda bundle: 0)  # the very same bundle again
+    assert demo.main(["--output", str(output), "--count", "1"]) == 130
+    assert {path: path.read_bytes() for path in results if path.name != demo.MADE_OF} == {
+        path: content for path, content in results.items() if path.name != demo.MADE_OF
+    }

@@ -491,3 +491,12 @@ def test_signed_bytes_are_not_taken_for_a_cameras_sixteen_bits():
     assert ">>" not in str(error.value)
     with pytest.raises(ImageError, match=">> 4"):
         as_rgb(np.zeros((4, 5, 3), np.int16))
+
+
+def test_of_files_changed_on_the_way_png_is_refused_as_its_page_says(tmp_path: Path) -> None:
+    content = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (200, 300, 3), dtype=np.uint8)).save(content, "PNG")
+    damaged = bytearray(content.getvalue())
+    damaged[len(damaged) // 2 : len(damaged) // 2 + 4096] = bytes(4096)
+    with pytest.raises(ImageError, match="truncated, damaged"):
+        as_rgb(bytes(damaged))

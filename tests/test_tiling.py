@@ -256,6 +256,9 @@ def test_texts_of_several_tiles_are_not_streamed(tiled: Segmenter) -> None:
         ({"tile": 1000, "tile_overlap": 0.1}, "tile_overlap: expected a whole number, got 0.1"),
         ({"threads": "2"}, "threads: expected a whole number"),
         ({"pixel_limit": None}, "pixel_limit: expected a whole number"),
+        ({"low_memory": "no"}, "low_memory: expected True or False, got 'no'"),
+        ({"check_hashes": "no"}, "check_hashes: expected True or False, got 'no'"),
+        ({"remeasure": 0}, "remeasure: expected True or False, got 0"),
         ({"device": 0}, "device: expected cpu or cuda:N"),
     ],
 )

@@ -452,3 +452,11 @@ def test_what_cannot_be_watched_is_refused_at_once(
     started = time.monotonic()
     assert segment.main([*arguments, "--bundle", "never opened", "--engine", "onnxruntime"]) == 2
     assert words in capsys.readouterr().err and time.monotonic() - started < AMPLE
+
+
+def test_a_file_that_came_just_before_the_end_counts_as_not_judged(tmp_path: Path) -> None:
+    watch = Watch([str(tmp_path)], settled=0, sleep=lambda seconds: None)
+    Image.fromarray(picture(0)).save(tmp_path / "first.png")
+    next(iter(watch))  # and the end comes while it is being judged
+    Image.fromarray(picture(0)).save(tmp_path / "last.png")
+    assert watch.left() == 2

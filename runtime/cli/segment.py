@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     heard = sys.stdout is not None
     open_streams()
     parser = _parser()
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_intermixed_args(argv)  # inputs before and behind the options
     if arguments.bundle is None and arguments.recipe is None:
         parser.error("one of the arguments --bundle --recipe is required")
     before, recipe = _end_as_ctrl_c(), None
@@ -153,7 +153,8 @@ def _follow(arguments: argparse.Namespace, argv: Sequence[str] | None) -> Recipe
     recipe = Recipe.read(arguments.recipe)
     left_out = object()  # not a default, which may have been given, too; of what is given several times None
     apart = argparse.Namespace(**dict.fromkeys(vars(arguments), left_out) | {"instruction": None})
-    given = [name for name, value in vars(_parser().parse_args(argv, apart)).items() if value is not left_out and value is not None]
+    again = vars(_parser().parse_intermixed_args(argv, apart))
+    given = [name for name, value in again.items() if value is not left_out and value is not None]
     if twice := next((name for name in ("bundle", *OF_SEGMENTER, *OF_REQUEST, "save_recipe") if name in given), None):
         raise beside_recipe(twice)
     recipe.check()
@@ -354,8 +355,8 @@ def _as_they_come(watch: Watch, arguments: argparse.Namespace) -> Iterator[tuple
 
 
 def _tell_waiting(watch: Watch) -> None:
-    if watch.waiting:
-        print(f"agvas-segment: pictures that lie there and have not been judged: {watch.waiting} at least", file=sys.stderr)
+    if waiting := watch.left():
+        print(f"agvas-segment: pictures that lie there and have not been judged: {waiting} at least", file=sys.stderr)
 
 
 def _places(arguments: argparse.Namespace) -> list[str]:

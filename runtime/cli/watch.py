@@ -52,6 +52,8 @@ class Watch:
         waiting: pictures seen at the last look that have not been given yet; more may have come since.
     """
 
+    _given: str | None = None  # the picture that whoever iterates is at
+
     def __init__(
         self,
         folders: Sequence[str],
@@ -77,10 +79,17 @@ class Watch:
                 self._sleep(max(EVERY, time.monotonic() - begun))  # in folders of many thousands, half of a core is enough
             for state, path, folder in whole:
                 self._taken[path] = state  # of before it is read: what changes meanwhile is taken again
+                self._given = path
                 yield folder, Path(path)
+                self._given = None
                 self.waiting -= 1
                 if not os.path.exists(os.path.dirname(path) or "."):
                     self._taken.pop(path, None)  # it may not have been read: it is judged when its folder is there again
+
+    def left(self) -> int:
+        """How many pictures lie there at the end that were not judged: one more look, and the one that was being judged."""
+        self.look()
+        return self.waiting + (self._given is not None and self._given not in self._waiting)
 
     def look(self) -> list[tuple[_State, str, str]]:
         """(state, picture, folder) of those that are whole and not taken yet, oldest first."""
