@@ -58,6 +58,7 @@ class TensorRtEngine:
         self._runtime = self._trt.Runtime(self._logger)
         self._check_validity(content)
         self._engine = self._runtime.deserialize_cuda_engine(content)
+        del content  # gigabytes, of which the engine has its own by now
         if self._engine is None:
             raise EngineFailed(f"{self.key.path}: {engine} cannot load it: {self._logger.last()}; run {self._rebuild} --rebuild")
         self._check_tensors()
@@ -72,6 +73,7 @@ class TensorRtEngine:
     def run(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         self.spec.check_inputs(feeds)
         self._check_profile(feeds)
+        self._logger.forget()
         select(self._index)  # another engine may have left this thread on another GPU
         execution = getattr(self._threads, "execution", None)
         if execution is None:
@@ -113,12 +115,19 @@ class TensorRtEngine:
         if ask is None:
             return
         validity, diagnostics = ask(content)
+        flags = self._trt.EngineInvalidityDiagnostics.__members__.items()
+        reasons = ", ".join(name for name, flag in flags if int(diagnostics) & int(flag)) or str(diagnostics)
         if validity == self._trt.EngineValidity.INVALID:
-            flags = self._trt.EngineInvalidityDiagnostics.__members__.items()
-            reasons = [name for name, flag in flags if int(diagnostics) & int(flag)] or [str(diagnostics)]
             raise EngineUnavailable(
                 f"{self.key.path}: expected an engine that runs on compute capability {self.key.capability} with this driver, "
-                f"found one that does not ({', '.join(reasons)}); update the driver, or run {self._rebuild} --rebuild"
+                f"found one that does not ({reasons}); update the driver, or run {self._rebuild} --rebuild"
+            )
+        if validity == self._trt.EngineValidity.SUBOPTIMAL:
+            warnings.warn(  # no stage is named, as in _check_verdict
+                f"{self.key.engine} finds that engines built for compute capability {self.key.capability} may be slower here than they "
+                f"need be ({reasons}); update the driver, or run {self._rebuild} --rebuild on this GPU",
+                RuntimeWarning,
+                stacklevel=2,
             )
 
     def _check_tensors(self) -> None:
@@ -349,17 +358,21 @@ class _KernelCache:
 
 def _logger(trt: Any) -> Any:
     class Log(trt.ILogger):  # type: ignore[misc, name-defined]
-        """Keeps the last error, since the library returns None or False and says why here alone."""
+        """Keeps each thread's last error, since the library returns None or False and says why here alone."""
 
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
-            self._last = ""
+            self._here = threading.local()
 
         def log(self, severity: Any, message: str) -> None:
             if severity <= trt.ILogger.ERROR:
-                self._last = message
+                self._here.error = message
+
+        def forget(self) -> None:
+            """What comes is not to be explained by what was."""
+            self._here.error = ""
 
         def last(self) -> str:
-            return self._last.strip() or "the library gave no reason"
+            return getattr(self._here, "error", "").strip() or "the library gave no reason"
 
     return Log()

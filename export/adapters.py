@@ -29,27 +29,38 @@ class PixelEncoderStage(nn.Module):
             # Batch norms are folded in fp32, before any precision is lowered; into a copy, since the reference stays as it is.
             self.encoder = copy.deepcopy(self.encoder)
             self.encoder.patch_embed.fold()
-        if isinstance(self.encoder, SamVisionEncoder):
-            self.encoder = without_padded_products(self.encoder)
 
     def forward(self, pixel_image: Tensor) -> tuple[Tensor]:
         return (self.encoder(pixel_image).last_hidden_state,)
+
+    def for_graph(self) -> PixelEncoderStage:
+        """As it is exported, over the same weights; what it is compared with computes as SAM does."""
+        twin = copy.copy(self)
+        twin._modules = dict(self._modules)
+        if isinstance(self.encoder, SamVisionEncoder):
+            twin.encoder = without_padded_products(self.encoder)
+        return twin
 
 
 class WindowLayer(SamVisionLayer):
     """SAM's layer of windowed attention, whose linear layers see the picture's tokens alone.
 
-    Windows that do not divide the grid are filled up with zeros before keys, queries and values are made of them, which are then their
-    biases, and what attention makes of the filling is projected and thrown away. Here both products stand outside the windows: of
-    ViT-H's 4,900 tokens they leave out 804. The result is the same, sum by sum.
+    Windows that do not divide the grid are filled up with zeros before queries, keys and values are made of them, which are then the
+    biases, and what attention makes of the filling is projected and thrown away. Here both products stand outside the windows, which are
+    filled up with the biases: of ViT-H's 4,900 tokens they leave out 804. The result is the same, sum by sum.
     """
 
     def forward(self, hidden: Tensor) -> Tensor:
         attention, size = self.attn, hidden.shape[1:3]
-        projected = F.linear(self.layer_norm1(hidden), attention.qkv.weight)  # [B, G, G, 3 D]
+        projected = attention.qkv(self.layer_norm1(hidden))  # [B, G, G, 3 D]
+        filling = torch.zeros_like(projected[0, 0, 0]) if attention.qkv.bias is None else attention.qkv.bias  # [3 D]
+        for axis in (1, 2):
+            shape = list(projected.shape)
+            shape[axis] = -shape[axis] % self.window_size
+            projected = torch.cat([projected, filling.expand(shape)], axis)
         windows, padded = self.window_partition(projected, self.window_size)  # [n, w, w, 3 D]
-        mixed = _attend(attention, windows if attention.qkv.bias is None else windows + attention.qkv.bias)
-        hidden = hidden + attention.proj(self.window_unpartition(mixed, self.window_size, padded, size))
+        mixed = self.window_unpartition(_attend(attention, windows), self.window_size, padded, size)
+        hidden = hidden + attention.proj(mixed)
         return hidden + self.mlp(self.layer_norm2(hidden))
 
 

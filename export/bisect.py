@@ -1,6 +1,7 @@
 """Finds where an engine leaves the reference: the first stage, then the first layer in it.
 
-Each stage is fed what the reference fed it, so a stage is blamed for its own error alone. In the first one that leaves tolerance,
+The golden picture whose mask the engine's whole chain gets most wrong is the one that is followed, through its first language pass. Each
+stage is fed what the reference fed it, so a stage is blamed for its own error alone. In the first one that leaves tolerance,
 intermediate tensors are marked as outputs of the ONNX graph, and the engine's values are compared with onnxruntime's on the same graph
 raised to fp32. Few are marked at a time, since every one costs memory and keeps the engine from fusing across it; where the
 error goes once a tensor is visible, it was in a fusion, and that is told. Needs onnx and onnxruntime, no torch.
@@ -33,8 +34,10 @@ from runtime.bundle import Bundle
 from runtime.contract import STAGES
 from runtime.engine_builds import profiles
 from runtime.errors import AgvasError
-from runtime.parity import relative_error
-from runtime.pipeline import Pipeline
+from runtime.one_at_a_time import Turn, TurnStage, give_back
+from runtime.parity import compare, relative_error
+from runtime.pipeline import Pipeline, Stage
+from runtime.verify import golden_outcome, run_outcome, trace_count
 
 try:
     import onnx
@@ -70,6 +73,7 @@ class Finding:
         in_fusion: the error went away when inner tensors were made visible: it is in a fusion of layers, this one among them.
         tolerance: what was allowed.
         tries: engines built or opened to find it.
+        picture: number of the golden picture that was followed.
     """
 
     stage: str
@@ -83,6 +87,7 @@ class Finding:
     in_fusion: bool
     tolerance: float
     tries: int
+    picture: int = 0
 
 
 def bisect(
@@ -108,13 +113,16 @@ def bisect(
     """
     allowed = tolerance if tolerance is not None else tolerance_for(bundle, options)
     errors: dict[str, float] = {}
+    shapes = profiles(bundle)
+    picture = _worst_picture(bundle, engine, options, shapes, progress)
+    give_back()
     with tempfile.TemporaryDirectory(prefix="agvas-bisect-") as name:
         folder = Path(name)
         twins = {stage: _Graph.raised((against or bundle).graph(stage), folder / "reference" / stage) for stage in STAGES}
-        seen = _record(
-            against or bundle, {stage: twin.open(STAGES[stage], "onnxruntime", EngineOptions()) for stage, twin in twins.items()}
-        )
-        shapes = profiles(bundle)
+        turn = Turn()  # a reference in fp32 is twice a bundle in 16 bit: one stage of it is in memory at a time
+        reference = {stage: TurnStage(turn, twin.path, STAGES[stage], "onnxruntime", EngineOptions()) for stage, twin in twins.items()}
+        seen = _record(against or bundle, bundle.golden()[f"{picture}.image"], reference)
+        turn.close()
         for number, (stage, spec) in enumerate(STAGES.items()):
             if progress:
                 progress("stages", number, len(STAGES))
@@ -126,7 +134,7 @@ def bisect(
             bad = [tensor for tensor, error in each.items() if not error <= allowed]
             if bad:
                 probe = _Probe(ours, twins[stage], spec, engine, options, shapes[stage], feeds, bad[0], progress)
-                return search(ours, probe, stage, errors[stage], bad[0], allowed), errors
+                return replace(search(ours, probe, stage, errors[stage], bad[0], allowed), picture=picture), errors
     return None, errors
 
 
@@ -225,11 +233,14 @@ class _Graph:
 
     def open(self, spec: StageSpec, engine: str, options: EngineOptions, profile: Any = None, path: Path | None = None) -> Engine:
         """The graph, or a variant of it, on an engine; TensorRT's is built first."""
-        graph = path or self.path
-        if engine in TENSORRT_ENGINES:
-            key = EngineKey(spec.name, hash_of(graph), engine, version(engine), capability_here(options.device))
-            build_into_cache(key, graph, profile, device=device_index(options.device))
-        return open_engine(graph, spec, engine, replace(options, to_judge=True))
+        return _open(path or self.path, spec, engine, options, profile)
+
+
+def _open(graph: Path, spec: StageSpec, engine: str, options: EngineOptions, profile: Any) -> Engine:
+    if engine in TENSORRT_ENGINES:
+        key = EngineKey(spec.name, hash_of(graph), engine, version(engine), capability_here(options.device))
+        build_into_cache(key, graph, profile, device=device_index(options.device))
+    return open_engine(graph, spec, engine, replace(options, to_judge=True))
 
 
 class _Probe:
@@ -341,8 +352,33 @@ def _error(ours: np.ndarray, wanted: np.ndarray) -> float:
     return relative_error(np.where(finite, ours, 0), np.where(finite, wanted, 0))
 
 
-def _record(bundle: Bundle, stages: Mapping[str, Engine]) -> dict[str, tuple[Arrays, Arrays]]:
-    """What each stage was first fed on the first golden picture, and gave."""
+def _worst_picture(bundle: Bundle, engine: str, options: EngineOptions, shapes: Mapping[str, Any], progress: Told | None) -> int:
+    """Number of the golden picture that the engine's chain gets most wrong: no map, no anchors, a flip, then by mask and by map.
+
+    Of those to which the reference said its anchors, since only they go through every stage.
+    """
+    golden, rule = bundle.golden(), bundle.manifest.mask_rule
+    wanted = {index: golden_outcome(golden, index, rule) for index in range(trace_count(golden))}
+    pictures = [index for index, outcome in wanted.items() if outcome.anchor_states is not None]
+    stages = {stage: _open(bundle.graph(stage), spec, engine, options, shapes[stage]) for stage, spec in STAGES.items()}
+    pipeline = _pipeline(bundle, stages)
+    worst: dict[int, tuple[float, ...]] = {0: ()}
+    for number, index in enumerate(pictures):
+        if progress:
+            progress("golden pictures", number, len(pictures))
+        outcome, _ = run_outcome(pipeline, golden[f"{index}.image"], rule)
+        parity = compare([outcome], [wanted[index]])
+        worst[index] = (parity.not_finite, parity.anchors_changed, parity.flips, 1 - parity.mask_iou_mean, parity.map_max_abs)
+    return max(worst, key=worst.__getitem__)
+
+
+def _pipeline(bundle: Bundle, stages: Mapping[str, Any]) -> Pipeline:
+    manifest = bundle.manifest
+    return Pipeline(stages, manifest.preprocessing, bundle.prompt_encoder(), bundle.embeddings(), manifest.sizes)
+
+
+def _record(bundle: Bundle, image: np.ndarray, stages: Mapping[str, Stage]) -> dict[str, tuple[Arrays, Arrays]]:
+    """What each stage was first fed on a picture, and gave."""
     seen: dict[str, tuple[Arrays, Arrays]] = {}
 
     class Recorder:
@@ -354,10 +390,8 @@ def _record(bundle: Bundle, stages: Mapping[str, Engine]) -> dict[str, tuple[Arr
             seen.setdefault(self.stage, (dict(feeds), outputs))
             return outputs
 
-    manifest = bundle.manifest
-    recorders = {stage: Recorder(stage) for stage in STAGES}
-    pipeline = Pipeline(recorders, manifest.preprocessing, bundle.prompt_encoder(), bundle.embeddings(), manifest.sizes)
-    pipeline.run(bundle.golden()["0.image"], pipeline.prompts.encode())
+    pipeline = _pipeline(bundle, {stage: Recorder(stage) for stage in STAGES})
+    pipeline.run(image, pipeline.prompts.encode())
     if missing := [stage for stage in STAGES if stage not in seen]:
         raise EngineFailed(f"the reference's answer has no anchors, so {', '.join(missing)} was not run; nothing to compare")
     return seen

@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from agvas.interruption import held_back
 from agvas.weights import LazyTensor, LazyTensors
-from export.adapters import ADAPTERS, example_inputs
+from export.adapters import ADAPTERS, PixelEncoderStage, example_inputs
 from export.passes import turn_weights
 from export.streamed_tensor import StreamedTensor
 from runtime.contract import AXIS_NAMES, STAGES
@@ -45,6 +45,8 @@ def export_stage(module: nn.Module, stage: str, sizes: dict[str, int], weights: 
         ValueError: a tensor of a module on the meta device that there is no weight for.
     """
     spec = STAGES[stage]
+    if isinstance(module, PixelEncoderStage):
+        module = module.for_graph()
     device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
     inputs = tuple(tensor.to(device) for tensor in example_inputs(stage, sizes, FREE_AXES))
     dimensions = {axis: torch.export.Dim(AXIS_NAMES[axis]) for axis in FREE_AXES}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ import onnx
 import onnx_ir
 import pytest
 
-from engines import EngineOptions
+from engines import EngineOptions, open_engine
 from export import bisect as bisecting
 from export.bisect import Finding, bisect, search
 from export.bundle import write_cuda_form
@@ -92,6 +93,32 @@ def test_the_module_of_the_reference_is_named(tiny_bundle: Path, copy_of_bundle:
 def test_where_nothing_is_broken_nothing_is_found(engine: str, tiny_bundle: Path) -> None:
     finding, errors = bisect(Bundle(tiny_bundle), engine, EngineOptions())
     assert finding is None and len(errors) == 5 and max(errors.values()) < 1e-4
+
+
+@pytest.mark.parametrize("worst", [1, 3])
+def test_the_picture_that_is_followed_is_the_one_whose_mask_is_furthest(
+    worst: int, tiny_bundle: Path, copy_of_bundle: Callable[[], Path]
+) -> None:
+    folder = copy_of_bundle()
+    golden = dict(np.load(folder / "golden.npz"))
+    golden[f"{worst}.map"] = 1 - golden[f"{worst}.map"]
+    np.savez(folder / "golden.npz", **golden)
+    broken(folder, "mask_decoder", "LayerNormalization", -1, 1.1)
+    assert found(folder, tiny_bundle).picture == worst
+
+
+def test_one_stage_of_the_reference_is_in_memory_at_a_time(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = list[weakref.ref[Any]]()
+
+    def opening(*arguments: Any) -> Any:
+        assert not [engine for engine in opened if engine() is not None]
+        engine = open_engine(*arguments)
+        opened.append(weakref.ref(engine))
+        return engine
+
+    monkeypatch.setattr("runtime.one_at_a_time.open_engine", opening)
+    assert bisect(Bundle(tiny_bundle), "onnxruntime", EngineOptions())[0] is None
+    assert len(opened) == 5
 
 
 def test_rounding_is_not_blamed_in_16_bit_but_a_break_is(tiny_bundle: Path, copy_of_bundle: Callable[[], Path]) -> None:

@@ -9,6 +9,7 @@ import io
 import json
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -82,7 +83,8 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
             done.check_returncode()
         return done
 
-    monkeypatch.setattr(full_size.subprocess, "run", run)
+    # In this module alone: others ask git.
+    monkeypatch.setattr(full_size, "subprocess", SimpleNamespace(run=run, PIPE=subprocess.PIPE))
 
 
 @pytest.mark.usefixtures("in_this_process")

@@ -6,11 +6,13 @@ import dataclasses
 import io
 import json
 import re
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import cuda_double
 import numpy as np
 import pytest
 from cuda_double import CudaDouble
@@ -406,6 +408,68 @@ def test_an_engine_that_the_library_finds_invalid_is_told_by_its_reasons(gpu: Gp
     gpu.trt.validity = (trt.EngineValidity.INVALID, int(reasons.OLD_CUDA_DRIVER) | int(reasons.UNSUPPORTED_CC))
     with pytest.raises(EngineUnavailable, match=r"does not \(UNSUPPORTED_CC, OLD_CUDA_DRIVER\); update the driver, or run agvas-build"):
         gpu.open(tiny_bundle)
+
+
+def test_an_engine_that_the_library_finds_slow_is_told_once_and_runs(gpu: Gpu, tiny_bundle: Path) -> None:
+    gpu.build(tiny_bundle)
+    gpu.trt.validity = (trt.EngineValidity.SUBOPTIMAL, int(trt.EngineInvalidityDiagnostics.OLD_CUDA_RUNTIME))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        Segmenter(tiny_bundle, gpu.engine, "cuda:0")
+    assert [str(warning.message) for warning in caught] == [
+        "tensorrt-rtx finds that engines built for compute capability 8.9 may be slower here than they need be (OLD_CUDA_RUNTIME); "
+        f"update the driver, or run agvas-build --bundle {tiny_bundle} --engine tensorrt-rtx --device cuda:0 --rebuild on this GPU"
+    ]
+
+
+@BOTH
+def test_a_failure_is_not_told_with_the_reason_of_an_earlier_one_or_of_another_thread(
+    gpu: Gpu, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu.build(tiny_bundle, stages=("spam",))
+    spam, feeds = gpu.open(tiny_bundle), spam_feeds(tiny_bundle)
+
+    def refusing(context: object, name: str, shape: object, said: str = "node_7 is odd") -> bool:
+        spam._logger.log(trt.ILogger.ERROR, said)
+        return False
+
+    with monkeypatch.context() as loud:
+        loud.setattr(cuda_double._Context, "set_input_shape", refusing)
+        with pytest.raises(EngineFailed, match="was refused: node_7 is odd"):
+            spam.run(feeds)
+
+    def silent(context: object, name: str, shape: object) -> bool:
+        other = threading.Thread(target=refusing, args=(None, name, shape, "in another thread"))
+        other.start()
+        other.join()
+        return False
+
+    monkeypatch.setattr(cuda_double._Context, "set_input_shape", silent)
+    with pytest.raises(EngineFailed, match="was refused: the library gave no reason"):
+        spam.run(feeds)
+
+
+@BOTH
+def test_the_files_content_is_let_go_once_the_library_has_the_engine(
+    gpu: Gpu, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is as large as the engine: more than a gigabyte of full-size SAM's."""
+    gpu.build(tiny_bundle, stages=("spam",))
+    events: list[str] = []
+
+    class Content(bytes):
+        def __del__(self) -> None:
+            events.append("let go")
+
+    def load(*arguments: Any) -> tuple[bytes, Any]:
+        content, record = tensorrt_cache.load(*arguments)
+        return Content(content), record
+
+    check = TensorRtEngine._check_tensors
+    monkeypatch.setattr("engines.tensorrt.load", load)
+    monkeypatch.setattr(TensorRtEngine, "_check_tensors", lambda engine: (events.append("checked"), check(engine)))
+    gpu.open(tiny_bundle)
+    assert events == ["let go", "checked"]
 
 
 @BOTH

@@ -15,7 +15,7 @@ from agvas.checkpoint import load
 from agvas.config import ov_7b
 from agvas.stem import CONTEXTS, CONTRASTS
 from benchmarks import work
-from export.adapters import ADAPTERS, axis_sizes, example_inputs
+from export.adapters import ADAPTERS, PixelEncoderStage, axis_sizes, example_inputs
 from runtime.contract import STAGES
 
 TOKENS, ROWS = 37, 5
@@ -25,7 +25,8 @@ def counted(model: AGVAS, stage: str) -> int:
     sizes = axis_sizes(model.config)
     inputs = example_inputs(stage, sizes, {"B": 1, "N": TOKENS, "K": 0, "R": ROWS})
     with FlopCounterMode(display=False) as counter, sdpa_kernel([SDPBackend.MATH]), torch.inference_mode():
-        ADAPTERS[stage](model).eval()(*inputs)
+        adapter = ADAPTERS[stage](model).eval()
+        (adapter.for_graph() if isinstance(adapter, PixelEncoderStage) else adapter)(*inputs)
     constant = 2 * model.config.pixel.grid**2 * model.config.pixel.output_width if stage == "mask_decoder" else 0  # its positions
     return int(counter.get_total_flops()) - constant
 
