@@ -184,8 +184,10 @@ def judge_streamed(
         progress.note(f"not looked for fp16's end: it takes {FULL_SIZE >> 30} GiB of memory, and {memory / 2**30:.1f} are available")
     else:
         report = _within_half_range(report, ranges, progress)
-    unlike = "not with the language model's inputs in 8 bits: the model was not held in memory" if settings.lmm == "int8" else ""
-    searched = {"kept_float": {}, "trials": [], "not_searched": "the model was not held in memory", "not_judged": unlike}
+    not_judged = "not with the language model's inputs in 8 bits: the model was not held in memory" if settings.lmm == "int8" else ""
+    if not_judged:
+        progress.note(f"judged {not_judged}")
+    searched = {"kept_float": {}, "trials": [], "not_searched": "the model was not held in memory", "not_judged": not_judged}
     return Verdict(report, golden, {"limits": asdict(gates), **searched})
 
 

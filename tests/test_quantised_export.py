@@ -224,6 +224,16 @@ def test_a_layer_that_costs_masks_is_put_back_to_float_and_told(
     assert verify(bundle, open_pipeline(bundle, "onnxruntime", options), options).passed
 
 
+def test_layer_by_layer_inputs_in_8_bits_are_not_judged_and_export_says_so(
+    ready: Callable[..., ExportSettings], wide: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = ready(tmp_path / "bundle", lmm="int8", calibration=wide / "plan8", pictures=1, streamed=True)
+    bundle, report = export_bundle(settings, Progress())
+    told = "not with the language model's inputs in 8 bits: the model was not held in memory"
+    assert json.loads((bundle.folder / "parity.json").read_text())["gate"]["not_judged"] == told
+    assert f"judged {told}" in capsys.readouterr().err and report is not None and report.int8_inputs is None
+
+
 OUTLIERS = ("language.model.layers.1.mlp.gate_proj", "language.model.layers.1.mlp.up_proj")
 
 
