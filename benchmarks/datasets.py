@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from agvas.training.sources.errors import DatasetError
-from agvas.training.sources.manifest import MANIFEST, read_manifest
+from agvas.training.sources.manifest import MANIFEST, read_split
 from agvas.training.sources.pictures import decoded, picture_shapes
 from runtime.errors import choose
 from runtime.picture_files import SUFFIXES, UNREAD_SUFFIXES
@@ -125,7 +125,7 @@ def read_dataset(layout: str, root: Path, split: str | None = None) -> list[Judg
         remedy = "name a folder of pictures" if layout in _OF_YOURS else "unpack the data set and name its folder"
         raise DatasetError(root, None, "a folder", "a file" if root.exists() else "nothing", remedy)
     if layout == "manifest":
-        return _of_split(root, split)
+        return list(read_split(root, split))
     pictures = _read(layout, root, split or "test")
     for picture in pictures:
         if picture.mask is not None:
@@ -149,15 +149,6 @@ def _read(layout: str, root: Path, split: str) -> list[Picture]:
             images, masks = _one_of(root, (("images", "masks"), ("Original", "Ground Truth")))
             return [Picture(image, mask, True, "colon", smoothed=True) for image, mask in _paired(_files(images), _files(masks), "")]
     return _good(root) if layout == "good" else _folder(root)
-
-
-def _of_split(root: Path, split: str | None) -> list[Judged]:
-    items = read_manifest(root)
-    chosen = [item for item in items if split is None or item.split == split]
-    if not chosen:
-        splits = ", ".join(sorted({item.split or "(empty)" for item in items}))
-        raise DatasetError(root / MANIFEST, None, f"images of split {split}", splits, "give another --split")
-    return list(chosen)
 
 
 def _mvtec(root: Path) -> list[Picture]:

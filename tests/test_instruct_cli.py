@@ -213,6 +213,29 @@ def test_a_small_cost_is_shown_with_the_digits_it_has(
     assert capsys.readouterr().out.splitlines()[0].endswith(shown)
 
 
+def test_the_cost_of_resumed_runs_is_summed_with_that_of_refused_and_superseded_answers(
+    dataset: Path, server: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """0 is refused after two answers, 1 and 2 are described in a second run, 1 again in a third one, and its endpoint counts no tokens."""
+    prices = ("--price-input", "2", "--price-output", "10")
+    server.play = lambda number, body: (200, completion("{"), {})
+    assert run(dataset, server, "--limit", "1", "--answers", "2", *prices) == 0
+    first = capsys.readouterr().out
+    assert "in all runs" not in first and json.loads(first.splitlines()[-1])["all_runs"]["input_tokens"] == 2000
+    server.play = lambda number, body: (200, completion(ANSWER), {})
+    assert run(dataset, server, *prices) == 0
+    second = capsys.readouterr().out.splitlines()
+    assert second[1].startswith("in all runs so far 4000 input and 400 output tokens") and second[1].endswith("cost 0.012 at these prices")
+    correct_mask(dataset, 1, 20)
+    server.play = lambda number, body: (200, completion(ANSWER, usage={}), {})
+    assert run(dataset, server, *prices) == 0
+    summary = last_line(capsys)
+    assert (summary["input_tokens"], summary["cost"]) == (0, 0)
+    assert summary["all_runs"] == {
+        "input_tokens": 4000, "output_tokens": 400, "samples_without_usage": 1, "cost": pytest.approx(0.012),
+    }  # fmt: skip
+
+
 def test_an_outage_ends_the_run_and_not_every_sample(
     tmp_path: Path, server: Server, waits: list[float], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from agvas.instruct.construction import Construction, Tally
+    from agvas.instruct.journal import Usage
     from agvas.instruct.references import References
     from agvas.instruct.request import RequestSettings
     from agvas.instruct.samples import Explanations, Record
@@ -271,9 +272,10 @@ def _decide(output: Path) -> str:
 
 
 def _summarise(options: argparse.Namespace, tally: Tally, requests: int, seconds: float, review: Path) -> None:
-    from agvas.instruct.journal import DESCRIBED
+    from agvas.instruct.journal import DESCRIBED, read_usage
 
-    cost = _cost(options, tally)
+    cost, all_runs = _cost(options, tally), read_usage(options.output)
+    cost_of_all = _cost(options, all_runs)
     without = f", {tally.replies_without_usage} replies did not say theirs" if tally.replies_without_usage else ""
     again = f" ({tally.superseded} of them again, the older description no longer counts)" if tally.superseded else ""
     print(
@@ -281,6 +283,12 @@ def _summarise(options: argparse.Namespace, tally: Tally, requests: int, seconds
         f"{tally.done_before} done before; {tally.input_tokens} input and {tally.output_tokens} output tokens{without}"
         + ("" if cost is None else f", cost {_money(cost)}")
     )
+    if tally.done_before:
+        print(
+            f"in all runs so far {all_runs.input_tokens} input and {all_runs.output_tokens} output tokens for what was described or refused"
+            + (f", {all_runs.samples_without_usage} samples without theirs" if all_runs.samples_without_usage else "")
+            + ("" if cost_of_all is None else f", cost {_money(cost_of_all)} at these prices")
+        )
     if tally.described + tally.refused + tally.done_before:
         print(f"next: {_decide(options.output)}, then run {PROG} review --output {options.output} --apply")
     if options.json:
@@ -296,6 +304,7 @@ def _summarise(options: argparse.Namespace, tally: Tally, requests: int, seconds
             "output_tokens": tally.output_tokens,
             "replies_without_usage": tally.replies_without_usage,
             "cost": cost,
+            "all_runs": {**vars(all_runs), "cost": cost_of_all},
             "seconds": round(seconds, 3),
             "instruct": str(options.output / DESCRIBED),
             "review": str(review),
@@ -303,8 +312,8 @@ def _summarise(options: argparse.Namespace, tally: Tally, requests: int, seconds
         print(json.dumps(record), flush=True)
 
 
-def _cost(options: argparse.Namespace, tally: Tally) -> float | None:
-    """Of this run, in the unit of the prices; None without prices."""
+def _cost(options: argparse.Namespace, tally: Tally | Usage) -> float | None:
+    """Of one run or of all, in the unit of the prices; None without prices."""
     if options.price_input is None:
         return None
     return float(tally.input_tokens * options.price_input + tally.output_tokens * options.price_output) / 1e6

@@ -21,7 +21,20 @@ from agvas.instruct.answers import FIELDS
 from agvas.training.instructions import Description
 from agvas.training.sources.errors import DatasetError
 
-__all__ = ["ACCEPTED", "DESCRIBED", "REFUSED", "Entry", "Journal", "Refusal", "latest", "read_entries", "read_refusals", "relative_path"]
+__all__ = [
+    "ACCEPTED",
+    "DESCRIBED",
+    "REFUSED",
+    "Entry",
+    "Journal",
+    "Refusal",
+    "Usage",
+    "latest",
+    "read_entries",
+    "read_refusals",
+    "read_usage",
+    "relative_path",
+]
 
 DESCRIBED = "instruct.jsonl"
 REFUSED = "refused.jsonl"
@@ -175,6 +188,24 @@ def latest(entries: Iterable[Entry]) -> list[Entry]:
 def read_refusals(path: str | os.PathLike[str]) -> list[Refusal]:
     """As read_entries, of a refused.jsonl."""
     return [_build(Refusal, Path(path), number, record) for number, record in _records(Path(path))]
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Tokens of all runs into a folder, as far as its lines tell them: not of `samples_without_usage`, whose endpoint did not, and not of
+    samples that were left for a later run."""
+
+    input_tokens: int
+    output_tokens: int
+    samples_without_usage: int
+
+
+def read_usage(output: Path) -> Usage:
+    """The sum over all lines of output's journals, superseded ones too: they were paid for. Raises DatasetError for a damaged one."""
+    told = [entry.usage for entry in read_entries(output / DESCRIBED)] + [refusal.usage for refusal in read_refusals(output / REFUSED)]
+    known = [usage for usage in told if usage is not None]
+    tokens = [sum(usage[name] for usage in known) for name in ("input_tokens", "output_tokens")]
+    return Usage(tokens[0], tokens[1], len(told) - len(known))
 
 
 def relative_path(path: Path, folder: Path) -> str:

@@ -24,12 +24,12 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from agvas.training.sources.files import IMAGE_SUFFIXES
 from agvas.training.sources.pictures import read_picture
 
 __all__ = ["References", "bhattacharyya_distance", "colour_histogram", "find_normals", "structural_score", "thumbnail"]
 
 SIDE = 64
-_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff")
 _BINS = 8
 
 
@@ -108,7 +108,7 @@ def find_normals(folder: Path) -> dict[str, list[Path]]:
     """The pictures of folder/CATEGORY/ by category, in the order of their names; {} where there are none."""
     found: dict[str, list[Path]] = {}
     for path in sorted(folder.glob("*/*")):
-        if path.suffix.lower() in _SUFFIXES and path.is_file():
+        if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file():
             found.setdefault(path.parent.name, []).append(path)
     return found
 
