@@ -1,8 +1,9 @@
 """A GPU for tests on machines without one: CUDA's runtime and TensorRT's, doubled in host memory, computing with onnxruntime.
 
-The doubles take the names, enumerations and types of the real packages and know no name that those lack, so a call that does not exist
-there does not exist here. Work put on a stream is not done until the host waits for it, as on a GPU: who reads too early reads
-zeros. What the double cannot show is whether a real GPU agrees.
+The doubles take the names, enumerations and types of the installed packages and know no name that those lack, so a call that does not
+exist there does not exist here. TensorRT itself is not among them: its double has the types of TensorRT for RTX and of the names only its
+own. Work put on a stream is not done until the host waits for it, as on a GPU: who reads too early reads zeros. What the double cannot
+show is whether a real GPU agrees.
 """
 
 from __future__ import annotations
@@ -20,6 +21,21 @@ import numpy as np
 import onnxruntime
 
 Work = Callable[[], None]
+
+# What of TensorRT may be used, by class: names that its Python interface has in 10.3 (a Jetson's) and later 10s, after NVIDIA's sources,
+# since the package cannot be had here (11's were not seen). What only TensorRT for RTX has, or newer versions alone, is not among them.
+TENSORRT_NAMES = {
+    "module": (
+        *("Builder", "DataType", "Dims", "ILogger", "IProgressMonitor", "LayerType", "MemoryPoolType", "NetworkDefinitionCreationFlag"),
+        *("OnnxParser", "ProfilingVerbosity", "Runtime"),
+    ),
+    "Runtime": ("deserialize_cuda_engine",),
+    "ICudaEngine": (
+        *("create_execution_context", "get_tensor_dtype", "get_tensor_location", "get_tensor_mode", "get_tensor_name", "get_tensor_shape"),
+        "num_io_tensors",
+    ),
+    "IExecutionContext": ("execute_async_v3", "get_tensor_shape", "infer_shapes", "set_input_shape", "set_tensor_address"),
+}
 
 
 class CudaDouble:
@@ -234,7 +250,7 @@ class CudaDouble:
 
 
 class TensorRtDouble:
-    """tensorrt_rtx, or tensorrt where `rtx` is False (whose 10.3 has no validity, runtime configuration or capturability to ask for).
+    """tensorrt_rtx, or tensorrt where `rtx` is False: then with no other names than TENSORRT_NAMES, and the types of tensorrt_rtx's.
 
     An engine's content is the path of an .onnx file, which its contexts run with onnxruntime on the doubled device's memory.
 
@@ -262,36 +278,38 @@ class TensorRtDouble:
         self.deserializes = True
 
     def __getattr__(self, name: str) -> Any:
+        if not self.rtx and name not in TENSORRT_NAMES["module"]:
+            raise AttributeError(f"tensorrt has no {name} that TENSORRT_NAMES knows")
         return getattr(self.real, name)
 
     def Runtime(self, logger: Any) -> Any:
-        return restricted(_Runtime(self, logger), self.real.Runtime, () if self.rtx else ("get_engine_validity",))
+        return self.restricted(_Runtime(self, logger), "Runtime")
+
+    def restricted(self, double: Any, real: str) -> Any:
+        """A double that shows the names of the real class alone."""
+        unknown = [name for name in dir(double) if not name.startswith("_") and not hasattr(getattr(self.real, real), name)]
+        assert not unknown, f"{real} has no {unknown}"
+        return _Restricted(double, None if self.rtx else TENSORRT_NAMES[real])
 
 
-class Restricted:
-    """A double whose public names are all the real class's, less those that a version lacks."""
+class _Restricted:
+    """A double whose public names are all the real class's; `only` these where they are told."""
 
-    def __init__(self, double: Any, without: tuple[str, ...]) -> None:
+    def __init__(self, double: Any, only: tuple[str, ...] | None) -> None:
         self._double = double
-        self._without = without
+        self._only = only
 
     def __getattr__(self, name: str) -> Any:
-        if name in self._without:
-            raise AttributeError(name)
+        if self._only is not None and name not in self._only:
+            raise AttributeError(f"no {name} that TENSORRT_NAMES knows")
         return getattr(self._double, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name not in ("_double", "_without"):
+        if name not in ("_double", "_only"):
             getattr(self, name)  # AttributeError: there is nothing of this name to set
             setattr(self._double, name, value)
         else:
             super().__setattr__(name, value)
-
-
-def restricted(double: Any, real: type, without: tuple[str, ...] = ()) -> Any:
-    unknown = [name for name in dir(double) if not name.startswith("_") and not hasattr(real, name)]
-    assert not unknown, f"{real.__name__} has no {unknown}"
-    return Restricted(double, without)
 
 
 class _Runtime:
@@ -305,8 +323,7 @@ class _Runtime:
         if not self._trt.deserializes:
             self._logger.log(self._trt.real.ILogger.ERROR, "magicTag is odd")
             return None
-        without = () if self._trt.rtx else ("create_runtime_config",)
-        return restricted(_Engine(self._trt, Path(content.decode())), self._trt.real.ICudaEngine, without)
+        return self._trt.restricted(_Engine(self._trt, Path(content.decode())), "ICudaEngine")
 
 
 class _Engine:
@@ -330,13 +347,12 @@ class _Engine:
     def create_runtime_config(self) -> Any:
         config = _RuntimeConfig(self._trt)
         self._trt.configs.append(config)
-        return restricted(config, self._trt.real.IRuntimeConfig)
+        return self._trt.restricted(config, "IRuntimeConfig")
 
     def create_execution_context(self, config: Any = None) -> Any:
         assert (config is not None) is self._trt.rtx
         self._trt.contexts += 1
-        without = () if self._trt.rtx else ("is_stream_capturable",)
-        return restricted(_Context(self._trt, self._session), self._trt.real.IExecutionContext, without)
+        return self._trt.restricted(_Context(self._trt, self._session), "IExecutionContext")
 
 
 class _RuntimeConfig:
@@ -354,7 +370,7 @@ class _RuntimeConfig:
         self._strategy = strategy
 
     def create_runtime_cache(self) -> Any:
-        return restricted(_RuntimeCache(self._trt), self._trt.real.IRuntimeCache)
+        return self._trt.restricted(_RuntimeCache(self._trt), "IRuntimeCache")
 
     def set_runtime_cache(self, cache: Any) -> bool:
         return True

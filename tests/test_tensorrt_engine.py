@@ -521,3 +521,20 @@ def test_the_double_knows_no_name_that_the_real_packages_lack(gpu: Gpu) -> None:
         gpu.cuda.cudaDoSomethingElse  # noqa: B018
     with pytest.raises(AssertionError, match="the double has no cudaMemset"):
         gpu.cuda.cudaMemset  # noqa: B018
+
+
+@pytest.mark.parametrize("gpu", ["tensorrt"], indirect=True)
+def test_the_double_of_tensorrt_knows_no_name_that_only_rtx_has(gpu: Gpu, tiny_bundle: Path) -> None:
+    gpu.build(tiny_bundle, stages=("spam",))
+    spam = gpu.open(tiny_bundle)
+    engine, runtime, context = spam._engine, spam._runtime, spam._new_context()
+    for name in ("ComputeCapability", "DynamicShapesKernelSpecializationStrategy", "EngineValidity", "IRuntimeCache", "IRuntimeConfig"):
+        assert hasattr(trt, name) and not hasattr(gpu.trt, name), name
+    for double, of, names in (
+        (runtime, trt.Runtime, ("get_engine_validity",)),
+        (engine, trt.ICudaEngine, ("create_runtime_config", "create_weights_manager")),
+        (context, trt.IExecutionContext, ("is_stream_capturable", "get_runtime_config")),
+    ):
+        assert all(hasattr(of, name) and not hasattr(double, name) for name in names), names
+    for of, names in cuda_double.TENSORRT_NAMES.items():
+        assert all(hasattr(trt if of == "module" else getattr(trt, of), name) for name in names), of
