@@ -23,6 +23,7 @@ from agvas.model import AGVAS
 from agvas.tokenizer import train_tokenizer
 from agvas.training.instructions import all_instructions
 from calibration.gptq import GPTQSettings, round_to_nearest
+from calibration.weights import IntegerWeight
 from engines import EngineFailed, EngineUnavailable, memory, tensorrt_builder
 from engines.cuda import capability_here
 from engines.tensorrt_builder import BuildReport, BuildRequest, Profile, build
@@ -118,17 +119,23 @@ def test_in_fp32_no_attention_fuses_and_the_report_names_each(graphs: Graphs, tm
     assert len(report.unfused) == 1 and "softmax" in report.unfused[0].lower()
 
 
-@pytest.mark.parametrize("precision", ["fp16", "bf16"])
-def test_int4_weights_stay_in_4_bit_and_attention_fuses_beside_them(precision: str, graphs: Graphs, tmp_path: Path) -> None:
-    model = graphs["language"].clone()
+def in_4_bit(language: ir.Model) -> tuple[ir.Model, dict[str, IntegerWeight]]:
+    """A language graph with its layers' weights in 4 bit, and those."""
+    model = language.clone()
     products = {name: node for name, node in linears(model).items() if name.startswith("layers.")}
     settings = GPTQSettings(bits=4, group=32)
     weights = {
         name: round_to_nearest(torch.from_numpy(node.inputs[1].const_value.numpy().T.copy()), settings) for name, node in products.items()
     }
     assert len(weights) == 14  # two layers of q, k, v, o, gate, up, down
-    float_bytes = built(lowered(graphs["language"], precision), "language", nano_profile("language"), tmp_path / "float").bytes
     store_integers(model, weights)
+    return model, weights
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_int4_weights_stay_in_4_bit_and_attention_fuses_beside_them(precision: str, graphs: Graphs, tmp_path: Path) -> None:
+    model, weights = in_4_bit(graphs["language"])
+    float_bytes = built(lowered(graphs["language"], precision), "language", nano_profile("language"), tmp_path / "float").bytes
     report = built(lowered(model, precision), "language", nano_profile("language"), tmp_path / "int4")
     assert (report.attention_fused, report.attention) == (2, 2)
     # Engines share products (gate and up are one), so there are fewer kernels than weights; and none was unpacked into the engine.
@@ -149,12 +156,24 @@ def test_float32_is_computed_in_float32_and_not_in_tf32(graphs: Graphs, tmp_path
     assert re.findall(rb"\btf32=(\d)", (tmp_path / "engine").read_bytes()) == [b"0"]
 
 
-def test_the_graphs_hold_nothing_that_one_of_the_builders_refuses(graphs: Graphs) -> None:
-    """Opset 20 (21 with integers), ONNX's own operators, no attention operator: what TensorRT 10.3 reads. Not run on it."""
-    for name, model in graphs.items():
-        assert model.opset_imports[""] == 20, name
-        assert {node.domain for node in model.graph} == {""}, name
-        assert not {"Attention", "RMSNormalization", "RotaryEmbedding"} & {node.op_type for node in model.graph}, name
+def check_readable(model: ir.Model, opset: int) -> None:
+    """What TensorRT 10.3 reads: ONNX's own operators, none of attention. Integers: symmetric and signed. Not run on it."""
+    assert model.opset_imports[""] == opset
+    assert {node.domain for node in model.graph} == {""}
+    assert not {"Attention", "RMSNormalization", "RotaryEmbedding"} & {node.op_type for node in model.graph}
+    for node in model.graph:
+        if node.op_type == "DequantizeLinear":
+            assert len(node.inputs) == 2, "a zero point"
+            assert node.inputs[0] is not None and node.inputs[0].dtype in (ir.DataType.INT4, ir.DataType.INT8)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_the_graphs_hold_nothing_that_one_of_the_builders_refuses(precision: str, graphs: Graphs) -> None:
+    for model in graphs.values():
+        check_readable(lowered(model, precision), 20)
+    integers = lowered(in_4_bit(graphs["language"])[0], precision)
+    check_readable(integers, 21)
+    assert sum(node.op_type == "DequantizeLinear" for node in integers.graph) == 14
 
 
 # What goes wrong
