@@ -284,7 +284,6 @@ LEVERS = (
         "2 %: 1.0 of its 35 GFLOP, and a copy that is three times as large",
         True,
         _windows,
-        exact=False,  # in bf16 biases are added to what has been rounded
     ),
     Lever(
         "openvino: sizes known when compiling",

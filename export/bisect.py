@@ -346,7 +346,6 @@ def _error(ours: np.ndarray, wanted: np.ndarray) -> float:
     ours = np.asarray(ours)  # a GPU's engine keeps some outputs where they are (engines.Resident)
     if ours.shape != wanted.shape:
         return math.inf
-    ours = np.asarray(ours)  # keys and values stay on a GPU
     finite = np.isfinite(wanted)
     if not np.isfinite(ours[finite]).all():
         return math.inf

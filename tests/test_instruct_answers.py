@@ -6,18 +6,11 @@ import json
 from typing import Any
 
 import pytest
+from chat_server import GOOD
 
 from agvas.instruct.answers import FIELDS, LENGTHS, check_fields, read_answer, salvage_fields
 from agvas.instruct.request import _EXAMPLE, SYSTEM_PROMPT, RequestSettings, first_request, knowledge_sentence, with_reasons
 from agvas.training.instructions import Description
-
-GOOD = {
-    "Expectation": "A normal bolt has a straight shaft and an even thread.",
-    "Observation": "On the left flank of the thread lies a dark notch, about a twentieth of the length.",
-    "Diagnosis": "The notch interrupts the thread, so it cannot carry load evenly.",
-    "Summary": "A small dark notch on the left flank of the thread: [NOR][ANO][SEG].",
-    "Explanation": "The thread of a sound bolt runs evenly along the shaft. Here its left flank is interrupted by a dark notch.",
-}
 
 
 def answer(**changes: Any) -> str:

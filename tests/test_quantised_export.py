@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -358,7 +360,11 @@ def test_other_gates_are_kept_in_the_manifest_and_hold_on_the_target(
 ) -> None:
     bundle, _ = export_bundle(ready(tmp_path / "bundle", lmm="gptq4", calibration=wide / "plan4", gates=LAX, strict=False), QUIET)
     assert limits(bundle, EngineOptions()) == replace(GATES["gptq4"], **LAX)
-    assert limits(bundle, EngineOptions(inference_precision="int8")).mask_iou_mean == 0.9
+    rounding = EngineOptions(inference_precision="int8")
+    assert limits(bundle, rounding).mask_iou_mean == 0.9
+    stricter = asdict(replace(GATES["gptq4"], mask_iou_mean=0.999))
+    asked: Any = SimpleNamespace(manifest=replace(bundle.manifest, gates=stricter))
+    assert limits(asked, rounding).mask_iou_mean == 0.999, "inputs in 8 bits are no coarser than weights in 4"
 
 
 def test_golden_pictures_are_judged_by_what_export_lost_on_them_and_a_failed_export_excuses_nothing(
