@@ -54,11 +54,14 @@ class Candidate:
 
 @dataclass
 class Segmented:
-    """What a call gives: bool [H, W], the map's maximum, and milliseconds by stage where the candidate tells them."""
+    """What a call gives: bool [H, W], the map's maximum, and milliseconds by stage where the candidate tells them: until the host has a
+    stage's outputs, and on the device.
+    """
 
     mask: np.ndarray
     score: float
     stages: dict[str, float] = field(default_factory=dict)
+    device_stages: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -106,7 +109,8 @@ def _bundle(candidate: Candidate) -> Opened:
 
     def segment(image: np.ndarray) -> Segmented:
         result = segmenter(image)
-        return Segmented(result.mask, result.score, {name: ms for name, ms in result.timings.items() if name != "total"})
+        stages = {name: ms for name, ms in result.timings.items() if name != "total"}
+        return Segmented(result.mask, result.score, stages, result.device_timings)
 
     manifest = segmenter.bundle.manifest
     inside = manifest.precision["pixel_encoder"] if candidate.inference_precision == "graph" else candidate.inference_precision

@@ -60,6 +60,7 @@ def _segment(opened: Opened, request: dict[str, Any]) -> dict[str, Any]:
         "disk_ms": (read - began) * 1e3,
         "decode_ms": (decoded - read) * 1e3,
         "stages": result.stages,
+        "device_stages": result.device_stages,
         "score": result.score,
         "checksum": zlib.crc32(result.mask.tobytes()),
         "peak_rss_bytes": peak(),

@@ -461,7 +461,10 @@ def _run(
 ) -> dict[str, Any]:
     """One candidate's entry of "runs"; "unsteady" counts pictures whose mask was not the same every time."""
     times = [sample["ms"] for sample in taken]
-    stages = {name: [sample["stages"].get(name, 0.0) for sample in taken] for name in taken[0]["stages"]}
+    stages, device_stages = (
+        {name: [round(sample[kind].get(name, 0.0), 4) for sample in taken] for name in taken[0][kind]}
+        for kind in ("stages", "device_stages")
+    )
     gaps = [sample["ms"] - sum(sample["stages"].values()) for sample in taken]
     masks: dict[int, set[int]] = {}
     for index, sample in enumerate(taken):
@@ -471,6 +474,7 @@ def _run(
     entry = {
         **percentiles(times),
         "stages_ms": {name: round(float(np.median(values)), 4) for name, values in stages.items()},
+        "device_stages_ms": {name: round(float(np.median(values)), 4) for name, values in device_stages.items()},
         "gap_ms": round(float(np.median(gaps)), 4),
         "queries": len(times),
         "peak_rss_bytes": taken[-1]["peak_rss_bytes"],
@@ -491,7 +495,8 @@ def _run(
         "unsteady": sum(len(found) > 1 for found in masks.values()),
         "samples": {
             "ms": [round(value, 4) for value in times],
-            "stages_ms": {name: [round(value, 4) for value in values] for name, values in stages.items()},
+            "stages_ms": stages,
+            "device_stages_ms": device_stages,
         },
     }
     if memory is None:

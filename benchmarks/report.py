@@ -62,6 +62,9 @@ def markdown(result: Mapping[str, Any]) -> str:
     for stage in (*_stages(result), "gap"):
         spent = (run["gap_ms"] if stage == "gap" else run["stages_ms"].get(stage) for run in runs.values())
         lines.append(_row([stage, *("" if ms is None else f"{ms:.2f}" for ms in spent)]))
+    device_stages: list[dict[str, float]] = [run.get("device_stages_ms", {}) for run in runs.values()]  # not in files of before
+    for stage in dict.fromkeys(name for each in device_stages for name in each):
+        lines.append(_row([f"{stage}, on the GPU", *(f"{each[stage]:.2f}" if stage in each else "" for each in device_stages)]))
     lines.append("")
     for name, run in runs.items():
         if told := run.get("deadline"):

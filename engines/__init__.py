@@ -7,6 +7,7 @@ falls back. Choosing among engines is the runtime's business.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -15,7 +16,7 @@ import numpy as np
 
 from engines.cuda import GPU
 from engines.errors import EngineError, EngineFailed, EngineUnavailable, TensorMismatch
-from engines.spec import Resident, StageSpec, TensorSpec
+from engines.spec import Joined, Resident, StageSpec, TensorSpec
 
 # onnxruntime's official builds tell Microsoft about sessions and models over the network from 1.29 on, unless this stands in the
 # environment before it is loaded. A line's PC calls nobody: a user who wants it says ORT_DISABLE_TELEMETRY=0.
@@ -73,6 +74,38 @@ class Engine(Protocol):
         ...
 
 
+class Pending(Protocol):
+    """A call that was queued on a device, see Queueing.
+
+    Attributes:
+        resident: the outputs that stay on the device, by name: may be fed to other calls at once, which wait for them there.
+        milliseconds: what the device took, its copies included, once the call has ended; None before.
+    """
+
+    @property
+    def resident(self) -> Mapping[str, Resident]: ...
+
+    @property
+    def milliseconds(self) -> float | None: ...
+
+    def result(self) -> dict[str, np.ndarray]:
+        """Wait for all outputs by name, as Engine.run gives them. In the thread that started the call."""
+        ...
+
+
+class Queueing(Engine, Protocol):
+    """An engine whose device works on while the host goes on."""
+
+    def start(self, feeds: dict[str, np.ndarray]) -> Pending:
+        """`run` without waiting. A feed may be a Joined, too. A thread's next call of the same engine waits for this one.
+
+        Raises:
+            TensorMismatch: feeds that do not fit the stage.
+            EngineFailed: the device refused the work.
+        """
+        ...
+
+
 def open_engine(graph: Path, spec: StageSpec, engine: str, options: EngineOptions | None = None) -> Engine:
     """Load `graph` (an .onnx file) on a back-end.
 
@@ -105,6 +138,9 @@ __all__ = [
     "EngineFailed",
     "EngineOptions",
     "EngineUnavailable",
+    "Joined",
+    "Pending",
+    "Queueing",
     "Resident",
     "StageSpec",
     "TensorMismatch",

@@ -117,25 +117,49 @@ def _words(cuda: Any, error: Any) -> str:
 
 
 class Stream:
-    """One queue of GPU work that other streams do not wait for, and an event behind its last piece."""
+    """One queue of GPU work that other streams wait for where they are told to alone, and events before and behind its last call."""
 
     def __init__(self) -> None:
         cuda = self._cuda = runtime()
         self.handle = check(cuda.cudaStreamCreateWithFlags(cuda.cudaStreamNonBlocking))
         # Blocking: a thread that waits sleeps, and leaves its core to the picture being read next.
-        self._done = check(cuda.cudaEventCreateWithFlags(cuda.cudaEventDisableTiming | cuda.cudaEventBlockingSync))
+        self._begun, self._done = (check(cuda.cudaEventCreateWithFlags(cuda.cudaEventBlockingSync)) for _ in range(2))
+        self._closed = False
+
+    def begin(self) -> None:
+        """Put an event before what is queued next."""
+        check(self._cuda.cudaEventRecord(self._begun, self.handle))
 
     def mark(self) -> None:
-        """Put the event behind what was queued so far."""
+        """Put an event behind what was queued so far."""
         check(self._cuda.cudaEventRecord(self._done, self.handle))
 
     def wait(self) -> None:
         """Sleep until everything before the mark is done."""
-        check(self._cuda.cudaEventSynchronize(self._done))
+        if not self._closed:
+            check(self._cuda.cudaEventSynchronize(self._done))
+
+    def wait_for(self, other: Stream) -> None:
+        """Queue a wait on the device for everything before the other's mark."""
+        if other is not self and not other._closed:
+            check(self._cuda.cudaStreamWaitEvent(self.handle, other._done, 0))
+
+    def milliseconds(self) -> float:
+        """What the device took from `begin` to `mark`, which must have been waited for."""
+        return float(check(self._cuda.cudaEventElapsedTime(self._begun, self._done)))
+
+    def copy(self, to: int, source: int, size: int) -> None:
+        """Queue the copy of `size` bytes from one place on the device to another."""
+        cuda = self._cuda
+        if size:
+            check(cuda.cudaMemcpyAsync(to, source, size, cuda.cudaMemcpyKind.cudaMemcpyDeviceToDevice, self.handle))
 
     def close(self) -> None:
-        cuda = self._cuda
-        cuda.cudaEventDestroy(self._done)
+        """Wait for its work, and end."""
+        cuda, self._closed = self._cuda, True
+        cuda.cudaStreamSynchronize(self.handle)
+        for event in (self._begun, self._done):
+            cuda.cudaEventDestroy(event)
         cuda.cudaStreamDestroy(self.handle)
 
 
@@ -204,7 +228,7 @@ def _free_found() -> None:
 
 
 class Buffer:
-    """A tensor's memory on the device and its pinned twin on the host, grown when a larger tensor comes and never shrunk.
+    """A tensor's memory on the device and, where it crosses, its pinned twin on the host: grown for a larger tensor and never shrunk.
 
     Attributes:
         address: of the device memory; changes when it grows.
@@ -217,16 +241,20 @@ class Buffer:
         self.bytes = 0
         self._pinned = 0
 
-    def reserve(self, size: int) -> None:
-        """Make room for `size` bytes, at least one, since TensorRT takes no null address for an empty tensor."""
-        size = max(size, 1)
-        if size <= self.bytes:
-            return
-        cuda = self._cuda
-        self.close()
-        self.address = int(check(cuda.cudaMalloc(size)))
-        self._pinned = int(check(cuda.cudaMallocHost(size)))
-        self.bytes = size
+    def reserve(self, size: int, crosses: bool = True) -> None:
+        """Make room for `size` bytes, at least one, since TensorRT takes no null address for an empty tensor.
+
+        Args:
+            crosses: on the host, too.
+        """
+        cuda, size = self._cuda, max(size, 1)
+        if size > self.bytes:
+            crosses = crosses or bool(self._pinned)
+            self.close()
+            self.address = int(check(cuda.cudaMalloc(size)))
+            self.bytes = size
+        if crosses and not self._pinned:
+            self._pinned = int(check(cuda.cudaMallocHost(self.bytes)))
 
     def host(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
         """The pinned memory's first bytes as an array."""
@@ -236,9 +264,9 @@ class Buffer:
         memory = memoryview((ctypes.c_ubyte * size).from_address(self._pinned))
         return np.ndarray(shape, dtype, memory) if size else np.empty(shape, dtype)
 
-    def upload(self, size: int, stream: Stream) -> None:
-        """Queue the copy of `size` bytes from the pinned memory to the device."""
-        self._copy(self.address, self._pinned, size, "cudaMemcpyHostToDevice", stream)
+    def upload(self, size: int, stream: Stream, start: int = 0) -> None:
+        """Queue the copy of `size` bytes from the pinned memory to the device, from byte `start` of both on."""
+        self._copy(self.address + start, self._pinned + start, size, "cudaMemcpyHostToDevice", stream)
 
     def download(self, size: int, stream: Stream) -> None:
         """Queue the copy of `size` bytes from the device to the pinned memory."""

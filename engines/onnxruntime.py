@@ -72,7 +72,6 @@ class OnnxRuntimeEngine:
         settings.log_severity_level = 3  # warnings about constant folding are of no use to a user
         provider, provider_options = _provider(options.device)
         self._captures = False
-        feeds_itself = any(output.stays for output in spec.outputs)
         if provider == CUDA:
             # Known sizes make shapes constants, which would otherwise be computed on the CPU, and no graph captured.
             for name, size in spec.sizes:
@@ -82,7 +81,7 @@ class OnnxRuntimeEngine:
                 # Inputs are rounded to 8 bits as the graph says, and multiplied in fp32. session.x64quantprecision, made for such CPUs,
                 # gives weights with a scale for each output one zero point, which DequantizeLinear then refuses.
                 settings.add_session_config_entry("session.disable_quant_qdq", "1")
-            if provider == CUDA and not feeds_itself:
+            if provider == CUDA and not spec.feeds_itself:
                 try:
                     self._session = _session(graph, settings, provider, provider_options | {"enable_cuda_graph": "1"})
                     self._captures = True
@@ -102,7 +101,7 @@ class OnnxRuntimeEngine:
         self._bound: _Bound | _Growing | None = None
         if provider == CUDA:
             number = provider_options["device_id"]
-            if feeds_itself:
+            if spec.feeds_itself:
                 self._bound = _Growing(self._session, spec, number)
             else:
                 self._bound = _Bound(self._session, self._outputs, number, self._captures)

@@ -6,7 +6,7 @@ of AG-VAS: which stages exist is written in runtime/contract.py.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -19,8 +19,8 @@ from engines.errors import TensorMismatch
 class TensorSpec:
     """One named tensor: `shape` holds an int for a fixed axis and a letter for a symbolic one (equal letters, equal sizes).
 
-    `stays`: of an output that is mostly fed back or dropped, and too large to be fetched each time. An engine on a GPU may give a
-    `Resident` for it, and takes one as an input.
+    `stays`: of an output that other calls are fed, and that the host mostly does not look at. An engine on a GPU may give a `Resident`
+    for it, and takes one as an input.
     """
 
     name: str
@@ -30,6 +30,11 @@ class TensorSpec:
 
     def __str__(self) -> str:
         return f"{self.name} {self.dtype} [{', '.join(map(str, self.shape))}]"
+
+    @property
+    def grows(self) -> bool:
+        """An axis is a sum ("K+N"), so that what is fed back grows with every call."""
+        return any(isinstance(axis, str) and "+" in axis for axis in self.shape)
 
 
 class Resident(Protocol):
@@ -50,6 +55,23 @@ class Resident(Protocol):
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray: ...
 
 
+class Joined:
+    """Parts [1, n, D] one behind the other as one tensor [1, sum of n, D], for engines that can put them together on their device."""
+
+    def __init__(self, parts: Sequence[np.ndarray | Resident]) -> None:
+        self.parts = tuple(parts)
+        first = self.parts[0]
+        if any(part.ndim != 3 or part.shape[0] != 1 or part.shape[2] != first.shape[2] or part.dtype != first.dtype for part in self.parts):
+            raise ValueError(f"expected parts [1, n, D] of one width and type, got {[(str(p.dtype), list(p.shape)) for p in self.parts]}")
+        self.dtype = first.dtype
+        self.shape = (1, sum(part.shape[1] for part in self.parts), first.shape[2])
+        self.ndim = 3
+        self.size = self.shape[1] * self.shape[2]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.concatenate([np.asarray(part) for part in self.parts], axis=1, dtype=dtype or self.dtype)
+
+
 @dataclass(frozen=True)
 class StageSpec:
     """One graph: its name and its tensors in order.
@@ -61,6 +83,11 @@ class StageSpec:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     sizes: tuple[tuple[str, int], ...] = ()
+
+    @property
+    def feeds_itself(self) -> bool:
+        """Its outputs come back as its inputs, grown: keys and values."""
+        return any(output.grows for output in self.outputs)
 
     def fixed(self, sizes: Mapping[str, int], names: Mapping[str, str] | None = None) -> StageSpec:
         """The same stage with these symbolic axes at these sizes: an engine may then plan for them, and refuses others.

@@ -3,9 +3,10 @@
 Nothing is built here: a build takes minutes, and one that was never compared with the reference must not slip into a line. So an engine
 that failed agvas-verify is refused, and of one that it has not judged is warned. Memory on the device and its pinned twin on the host are
 bound once and only grow; copies, kernels and copies back are queued on the stage's own stream and waited for with an event; a call with
-the same shapes as the one before is captured into a CUDA graph and queued in one call from then on. The language model's keys and values
-stay on the device, in memory of their own, and are fed back there. An execution context belongs to one thread, since two threads in one
-give wrong numbers without an error.
+the same shapes as the one before is captured into a CUDA graph and queued in one call from then on. What one stage computes for another
+stays on the device: the other's stream waits there for the first one's event, so that a chain is queued without the host waiting in
+between, and stages that need nothing of each other (the two encoders) run at the same time as far as the device has room. An execution
+context belongs to one thread, since two threads in one give wrong numbers without an error.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import math
 import threading
 import warnings
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ from engines import EngineOptions
 from engines.cache import write_whole
 from engines.cuda import Buffer, Graph, Pool, Stream, capability_here, device_index, free, select
 from engines.errors import EngineFailed, EngineUnavailable, TensorMismatch
-from engines.spec import StageSpec
+from engines.spec import Joined, StageSpec
 from engines.tensorrt_cache import EngineKey, hash_of, load
 from engines.tensorrt_library import TENSORRT_RTX, library
 
@@ -71,6 +73,10 @@ class TensorRtEngine:
         weakref.finalize(self, free, owned, self._runtime, self._engine)
 
     def run(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return self.start(feeds).result()
+
+    def start(self, feeds: dict[str, np.ndarray]) -> _Call:
+        """See engines.Queueing."""
         self.spec.check_inputs(feeds)
         self._check_profile(feeds)
         self._logger.forget()
@@ -80,10 +86,7 @@ class TensorRtEngine:
             context = self._new_context()
             execution = _Execution(self._engine, context, self.spec, self._index, self._logger, keeps=not self._low_memory)
             self._threads.execution = execution
-        outputs = execution.run(feeds)
-        if self._kernels:
-            self._kernels.called()
-        return outputs
+        return execution.start(feeds, self._kernels.called if self._kernels else _nothing)
 
     def _new_context(self) -> Any:
         context = self._kernels.context() if self._kernels else self._engine.create_execution_context()
@@ -156,7 +159,7 @@ class TensorRtEngine:
 
 
 class _Execution:
-    """One thread's context, stream and memory."""
+    """One thread's context, stream and memory; one call at a time is on its way."""
 
     def __init__(self, engine: Any, context: Any, spec: StageSpec, device: int, logger: Any, keeps: bool) -> None:
         self._context = context
@@ -168,27 +171,67 @@ class _Execution:
         self._fetched = [tensor.name for tensor in spec.outputs if not tensor.stays]
         # One for each: calls in turn then find each tensor where it was, and a graph captured there is right again.
         self._pools = {tensor.name: Pool(keeps) for tensor in spec.outputs if tensor.stays}
-        self._buffers = {name: Buffer() for name in self._types if name not in self._pools}
+        # Keys and values are written and read where they lie. What else stays is copied there, on the device, which takes microseconds:
+        # the stage's own memory then never changes, nor does its graph, however many pictures are on their way.
+        self._in_place = spec.feeds_itself
+        self._buffers = {name: Buffer() for name in self._types if not (self._in_place and name in self._pools)}
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._addresses: dict[str, int] = {}  # those that the context has taken
         self._bound: _Bound | None = None  # in the call before
         self._graph: Graph | None = None
         self._graph_of: _Bound | None = None
         self._capture = True
+        self._work: _Work | None = None  # of the call before
+        self._call: weakref.ref[_Call] | None = None  # that call, where somebody still waits for it
+        self._held: list[_OnDevice] = []  # what it reads and writes
         self._engine = engine  # a context must not outlive its engine
-        self._owned: list[Any] = [*self._buffers.values(), *self._pools.values(), self._stream]
+        self._owned: list[Any] = [self._stream, *self._buffers.values(), *self._pools.values()]  # closing the stream waits for its work
         weakref.finalize(self, free, self._owned, engine, context).atexit = False  # at exit the driver frees
 
-    def run(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        on_device: dict[str, Any] = {name: value for name, value in feeds.items() if isinstance(value, _OnDevice)}
-        here = {name: value for name, value in on_device.items() if value.device == self._device}  # others come over the host
+    def start(self, feeds: dict[str, np.ndarray], ended: Callable[[], None]) -> _Call:
+        self._end_call()
         self._set_shapes({name: value.shape for name, value in feeds.items()})
-        made = {name: _OnDevice(pool, self._shapes[name], self._types[name], self._device) for name, pool in self._pools.items()}
-        self._set_addresses(here | made)
-        bound = _Bound(self._shapes, dict(self._addresses), frozenset(here))
+        work = _Work(self._stream)
+        made = {name: _OnDevice(pool, self._shapes[name], self._types[name], self._device, work) for name, pool in self._pools.items()}
+        values: dict[str, Any] = dict(feeds)
+        placed = {name: value for name, value in values.items() if isinstance(value, Joined) or self._is_here(value)}
+        self._held = [part for value in (*placed.values(), *made.values()) for part in _parts(value) if self._is_here(part)]
+        self._set_addresses({name: value for name, value in (placed | made).items() if not isinstance(value, Joined)})
+        for name in values.keys() - placed.keys():
+            np.copyto(self._host(name), values[name])
+        self._queue(_Bound(self._shapes, dict(self._addresses), frozenset(placed)), placed, made)
+        self._stream.mark()
+        self._work = work
+        call = _Call(self, made, ended)
+        self._call = weakref.ref(call)
+        return call
+
+    def finish(self) -> tuple[dict[str, np.ndarray], float]:
+        """Wait for the call: what is fetched of it, and what it took on the device in milliseconds."""
+        self._wait()
+        return {name: self._host(name).copy() for name in self._fetched}, self._stream.milliseconds()
+
+    def _end_call(self) -> None:
+        """The call before leaves the memory that the next one takes."""
+        call = self._call() if self._call is not None else None
+        if call is not None:
+            call.settle()
+        self._wait()
+
+    def _wait(self) -> None:
+        if self._work is not None:
+            self._work.wait()
+        self._held = []
+
+    def _queue(self, bound: _Bound, placed: dict[str, Any], made: dict[str, _OnDevice]) -> None:
+        """A call's work, in order on the stream; what other calls have still to compute for it is waited for there."""
         again, self._bound = bound == self._bound, bound
-        for name in feeds.keys() - here.keys():
-            np.copyto(self._host(name), feeds[name])
+        for part in self._held:
+            part.work.before(self._stream)
+        self._stream.begin()
+        for name, value in placed.items():
+            if isinstance(value, Joined) or not self._in_place:
+                self._place(name, value)
         if bound != self._graph_of and again and self._capture and self._can_be_captured():
             self._drop_graph()
             self._graph = self._captured(bound)
@@ -196,10 +239,25 @@ class _Execution:
             self._graph.launch()
         else:
             self._enqueue(bound)
-        self._stream.mark()
-        self._stream.wait()
-        fetched = {name: self._host(name).copy() for name in self._fetched}
-        return fetched | made  # type: ignore[operator, return-value]
+        if not self._in_place:
+            for name, value in made.items():
+                self._stream.copy(value.block.address, self._buffers[name].address, self._size(name))
+
+    def _is_here(self, value: Any) -> bool:
+        return isinstance(value, _OnDevice) and value.device == self._device  # from another GPU it comes over the host
+
+    def _place(self, name: str, value: Any) -> None:
+        """Copy a feed into this thread's buffer, each part from where it is."""
+        buffer, row, start = self._buffers[name], 0, 0
+        for part in _parts(value):
+            size = part.size * self._types[name].itemsize
+            if self._is_here(part):
+                self._stream.copy(buffer.address + start, part.block.address, size)
+            else:
+                rows = slice(row, row + part.shape[1])
+                self._host(name)[:, rows] = np.asarray(part)
+                buffer.upload(size, self._stream, start)
+            row, start = row + part.shape[1], start + size
 
     def _set_shapes(self, shapes: dict[str, tuple[int, ...]]) -> None:
         """The inputs' shapes, from which the library infers the outputs'."""
@@ -219,12 +277,12 @@ class _Execution:
         self._shapes = shapes | {tensor.name: tuple(self._context.get_tensor_shape(tensor.name)) for tensor in self._spec.outputs}
 
     def _set_addresses(self, on_device: dict[str, _OnDevice]) -> None:
-        """Where every tensor lies: in the blocks of those that stay on the device, in this thread's buffers otherwise."""
+        """Where every tensor lies: keys and values that are on the device in their blocks, everything else in this thread's buffers."""
         for name in self._types:
-            if name in on_device:
+            if self._in_place and name in on_device:
                 address = on_device[name].block.address
             else:
-                self._buffers[name].reserve(self._size(name))
+                self._buffers[name].reserve(self._size(name), crosses=name not in on_device)
                 address = self._buffers[name].address
             if self._addresses.get(name) != address:
                 if not self._context.set_tensor_address(name, address):
@@ -232,9 +290,9 @@ class _Execution:
                 self._addresses[name] = address
 
     def _enqueue(self, bound: _Bound) -> None:
-        """Copies in, kernels, copies out, in order on the stream; what lies on the device already, and what stays there, is not copied."""
+        """Copies in, kernels, copies out, in order on the stream; what was placed already, and what stays there, is not copied."""
         for tensor in self._spec.inputs:
-            if tensor.name not in bound.fed_on_device:
+            if tensor.name not in bound.placed:
                 self._buffers[tensor.name].upload(self._size(tensor.name), self._stream)
         if not self._context.execute_async_v3(int(self._stream.handle)):
             raise EngineFailed(f"stage {self._spec.name} failed: {self._logger.last()}")
@@ -256,7 +314,7 @@ class _Execution:
             self._capture = False
             warnings.warn(f"stage {self._spec.name} runs without a CUDA graph, a little slower: {error}", RuntimeWarning, stacklevel=4)
             return None
-        self._owned.insert(0, graph)  # freed before its stream
+        self._owned.append(graph)
         self._graph_of = bound
         return graph
 
@@ -279,27 +337,85 @@ class _Bound:
 
     shapes: dict[str, tuple[int, ...]]
     addresses: dict[str, int]
-    fed_on_device: frozenset[str]
+    placed: frozenset[str]  # inputs that are not copied from the host within
+
+
+class _Work:
+    """What a call put on its stream. The stream may have been closed meanwhile, for which its work was waited for."""
+
+    def __init__(self, stream: Stream) -> None:
+        self._stream = stream
+        self._done = False
+
+    def wait(self) -> None:
+        """Until it is done; a call that the stream got later is waited for, too."""
+        if not self._done:
+            self._stream.wait()
+            self._done = True
+
+    def before(self, stream: Stream) -> None:
+        """What is queued on a stream from now on waits for it there."""
+        if not self._done:
+            stream.wait_for(self._stream)
+
+
+class _Call:
+    """See engines.Pending."""
+
+    def __init__(self, execution: _Execution, resident: dict[str, _OnDevice], ended: Callable[[], None]) -> None:
+        self.resident = resident
+        self.milliseconds: float | None = None
+        self._execution: _Execution | None = execution  # until its end
+        self._ended = ended
+        self._fetched: dict[str, np.ndarray] = {}
+        self._error: EngineFailed | None = None
+
+    def result(self) -> dict[str, np.ndarray]:
+        self.settle()
+        if self._error is not None:
+            raise self._error
+        return self._fetched | self.resident  # type: ignore[operator, return-value]
+
+    def settle(self) -> None:
+        """Wait for the end, and take the numbers out of the memory that the next call writes."""
+        execution, self._execution = self._execution, None
+        if execution is None:
+            return
+        try:
+            self._fetched, self.milliseconds = execution.finish()
+        except EngineFailed as error:
+            self._error = error
+        self._ended()
 
 
 class _OnDevice:
     """See engines.Resident. Its memory may outlive the engine, and goes back to its pool with the last who needs it.
 
-    It is given out when its values are there: any thread, and its own stream, may read them.
+    It may be given out before its values are there: who is not on the stream that computes them waits for `work`.
     """
 
-    def __init__(self, pool: Pool, shape: tuple[int, ...], dtype: np.dtype[Any], device: int) -> None:
+    def __init__(self, pool: Pool, shape: tuple[int, ...], dtype: np.dtype[Any], device: int, work: _Work) -> None:
         self.shape = shape
         self.dtype = dtype
         self.ndim = len(shape)
         self.size = math.prod(shape)
         self.device = device
+        self.work = work
         self.block = pool.take(self.size * dtype.itemsize)
         weakref.finalize(self, pool.give_back, self.block).atexit = False
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        self.work.wait()
         select(self.device)
         return self.block.fetch(self.shape, self.dtype).astype(dtype or self.dtype, copy=False)
+
+
+def _parts(value: Any) -> tuple[Any, ...]:
+    return value.parts if isinstance(value, Joined) else (value,)
+
+
+def _nothing() -> None:
+    """Of an engine that keeps no kernels there is nothing to do after a call."""
 
 
 class _KernelCache:

@@ -19,14 +19,14 @@ AXIS_NAMES = {"B": "batch", "N": "tokens", "K": "past", "R": "row_count"}
 PIXEL_ENCODER = StageSpec(
     "pixel_encoder",
     inputs=(TensorSpec("pixel_image", "float32", ("B", 3, "S", "S")),),
-    outputs=(TensorSpec("pixel_embeddings", "float32", ("B", "P", "G", "G")),),
+    outputs=(TensorSpec("pixel_embeddings", "float32", ("B", "P", "G", "G"), stays=True),),
 )
 SEMANTIC_ENCODER = StageSpec(
     "semantic_encoder",
     inputs=(TensorSpec("semantic_image", "float32", ("B", 3, "s", "s")),),
     outputs=(
-        TensorSpec("semantic_features", "float32", ("B", "T", "Ds")),
-        TensorSpec("image_embeddings", "float32", ("B", "T", "D")),
+        TensorSpec("semantic_features", "float32", ("B", "T", "Ds"), stays=True),
+        TensorSpec("image_embeddings", "float32", ("B", "T", "D"), stays=True),
     ),
 )
 SPAM = StageSpec(
@@ -35,7 +35,7 @@ SPAM = StageSpec(
         TensorSpec("semantic_features", "float32", ("B", "T", "Ds")),
         TensorSpec("pixel_embeddings", "float32", ("B", "P", "G", "G")),
     ),
-    outputs=(TensorSpec("aligned_embeddings", "float32", ("B", "T", "D")),),
+    outputs=(TensorSpec("aligned_embeddings", "float32", ("B", "T", "D"), stays=True),),
 )
 LANGUAGE = StageSpec(
     "language",

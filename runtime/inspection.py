@@ -105,6 +105,7 @@ class Inspection:
             truncated=said.truncated,
             rule=self.rule,
             timings=trace.timings,
+            device_timings=trace.device_timings,
             image=self.image,
             tiles=trace.tiles,
             warnings=self.warnings,

@@ -7,7 +7,8 @@ the pipeline generates, reusing the keys and values up to there. So the result i
 What a picture contributes is computed once, however many instructions are given about it: the encoders' outputs, and the language
 model's keys and values of everything before the instruction, which a causal model computes alike whatever follows.
 
-Stages are anything with `run(feeds)`: engines, or torch modules when export checks this glue against AGVAS.
+Stages are anything with `run(feeds)`: engines, or torch modules when export checks this glue against AGVAS. Those with `start(feeds)`, too,
+are queued on their device, and one stage's outputs are fed to the next where they lie.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any, Protocol, cast
 
 import numpy as np
 
-from engines import EngineFailed, Resident
+from engines import EngineFailed, Joined, Pending, Resident
 from runtime import preprocess
 from runtime.contract import STAGES
 from runtime.deadline import computing
@@ -65,7 +66,8 @@ class Trace:
         anchor_states: float32 [1, 3, D], None when the answer lacks an anchor.
         anomaly_map: float32 [H, W] at the picture's size; zeros when the answer lacks an anchor.
         timings: milliseconds by stage, "preprocess", "postprocess" and "total"; the first answer about a picture includes what
-            seeing it took, later ones do not.
+            seeing it took, later ones do not. Of stages that a GPU computes at the same time, each has what it was waited for.
+        device_timings: milliseconds that each stage took on its device, its copies included, where the engine can tell.
         tiles: how many pieces the picture was seen in.
     """
 
@@ -75,6 +77,7 @@ class Trace:
     anchor_states: np.ndarray | None = None
     anomaly_map: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.float32))
     timings: dict[str, float] = field(default_factory=dict)
+    device_timings: dict[str, float] = field(default_factory=dict)
     tiles: int = 1
 
     @contextmanager
@@ -82,6 +85,42 @@ class Trace:
         started = time.perf_counter()
         yield
         self.timings[name] = self.timings.get(name, 0.0) + (time.perf_counter() - started) * 1e3
+
+
+class _Call:
+    """A stage at work for a trace, which takes its outputs and times at its end."""
+
+    def __init__(self, trace: Trace, name: str, pending: Pending) -> None:
+        self._trace, self._name, self._pending = trace, name, pending
+        self._outputs: dict[str, np.ndarray] | None = None
+
+    def __getitem__(self, output: str) -> Any:
+        """An output for another stage: before it is computed where it stays on the device."""
+        early = self._pending.resident.get(output)
+        return self.end()[output] if early is None else early
+
+    def end(self) -> dict[str, np.ndarray]:
+        if self._outputs is None:
+            with computing(), self._trace.timed(self._name):
+                self._outputs = self._pending.result()
+            for name, value in self._outputs.items():
+                self._trace.tensors.setdefault(name, value)
+            if self._pending.milliseconds is not None:
+                times = self._trace.device_timings
+                times[self._name] = times.get(self._name, 0.0) + self._pending.milliseconds
+        return self._outputs
+
+
+@dataclass(frozen=True)
+class _Ran:
+    """What a stage that cannot be queued has computed, as a Pending."""
+
+    outputs: dict[str, np.ndarray]
+    resident: Mapping[str, Resident] = field(default_factory=dict)
+    milliseconds: float | None = None
+
+    def result(self) -> dict[str, np.ndarray]:
+        return self.outputs
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,14 +146,14 @@ class Vision:
     def __init__(self, frame: Frame, trace: Trace) -> None:
         self.frame = frame
         self.tensors = trace.tensors
-        self._timings = trace.timings
+        self._timings = trace.timings, trace.device_timings
         self._past: tuple[Past, Past] | None = None
         self._prefix = 0  # tokens
 
-    def take_timings(self) -> dict[str, float]:
-        """What seeing took, once: it is told with the first answer."""
-        timings, self._timings = self._timings, {}
-        return dict(timings)
+    def take_timings(self) -> tuple[dict[str, float], dict[str, float]]:
+        """What seeing took, and on the device, once: it is told with the first answer."""
+        timings, self._timings = self._timings, ({}, {})
+        return dict(timings[0]), dict(timings[1])
 
     def keep(self, keys: Past, values: Past, tokens: int) -> None:
         """Remember a pass that began with the picture's own `tokens`; nothing is copied until a second answer asks for them."""
@@ -190,10 +229,12 @@ class Pipeline:
         """
         trace = Trace(timings={"preprocess": prepared.milliseconds, "total": prepared.milliseconds})
         with trace.timed("total"):
-            self._stage(trace, "pixel_encoder", pixel_image=prepared.pixel_image[None])
-            self._stage(trace, "semantic_encoder", semantic_image=prepared.semantic_image[None])
-            features, pixel_embeddings = trace.tensors["semantic_features"], trace.tensors["pixel_embeddings"]
-            self._stage(trace, "spam", semantic_features=features, pixel_embeddings=pixel_embeddings)
+            pixel = self._start(trace, "pixel_encoder", pixel_image=prepared.pixel_image[None])
+            semantic = self._start(trace, "semantic_encoder", semantic_image=prepared.semantic_image[None])
+            features, pixel_embeddings = semantic["semantic_features"], pixel["pixel_embeddings"]
+            spam = self._start(trace, "spam", semantic_features=features, pixel_embeddings=pixel_embeddings)
+            for call in (pixel, semantic, spam):
+                call.end()
         return Vision(prepared.frame, trace)
 
     def answer(self, vision: Vision, prompt: Prompt, on_text: Callable[[str], object] | None = None) -> Trace:
@@ -205,7 +246,8 @@ class Pipeline:
         Raises:
             EngineFailed: a stage could not be computed; NotFinite: the language stage chose among logits that are NaN.
         """
-        trace = Trace(dict(vision.tensors), timings=vision.take_timings())
+        timings, device_timings = vision.take_timings()
+        trace = Trace(dict(vision.tensors), timings=timings, device_timings=device_timings)
         with trace.timed("total"):
             states = self._generate(trace, vision, prompt, TextStream(self.prompts.decode, on_text) if on_text else None)
             anchors = self.prompts.find_anchors(trace.answer)
@@ -221,11 +263,15 @@ class Pipeline:
         return trace
 
     def _stage(self, trace: Trace, name: str, **feeds: np.ndarray) -> dict[str, np.ndarray]:
+        return self._start(trace, name, **feeds).end()
+
+    def _start(self, trace: Trace, name: str, **feeds: np.ndarray) -> _Call:
+        """Queue a stage's work, or do it where its engine does not queue."""
+        stage = self.stages[name]
+        start = getattr(stage, "start", None)
         with computing(), trace.timed(name):
-            outputs = self.stages[name].run(feeds)
-        for key, value in outputs.items():
-            trace.tensors.setdefault(key, value)
-        return outputs
+            pending = start(feeds) if start is not None else _Ran(stage.run(feeds))
+        return _Call(trace, name, pending)
 
     def _generate(self, trace: Trace, vision: Vision, prompt: Prompt, stream: TextStream | None) -> np.ndarray:
         """Fill in `answer` and `verified`; return the states [A, D] that predicted each token."""
@@ -234,7 +280,7 @@ class Pipeline:
         past = vision.past()
         if past is None:
             seen = [self._embed(prompt.prefix), vision.tensors["image_embeddings"], vision.tensors["aligned_embeddings"]]
-            embeddings = np.concatenate([*seen, embeddings], axis=1)
+            embeddings = _joined([*seen, embeddings])
         keys, values = past or (self._empty_past, self._empty_past)
         start = keys.shape[3]
         question = embeddings.shape[1] - len(draft[:-1])  # tokens of this pass without the draft
@@ -280,6 +326,11 @@ class Pipeline:
 
     def _embed(self, ids: tuple[int, ...]) -> np.ndarray:
         return np.asarray(self.embeddings[list(ids)], np.float32)[None]
+
+
+def _joined(parts: list[Any]) -> Any:
+    """Parts [1, n, D] as [1, sum of n, D]: by the engine where one of them is on its device."""
+    return np.concatenate(parts, axis=1) if all(isinstance(part, np.ndarray) for part in parts) else Joined(parts)
 
 
 def _cut(past: tuple[Past, Past], tokens: int) -> tuple[Past, Past]:

@@ -46,7 +46,9 @@ class Segmentation:
         truncated: the answer stopped at the length limit, not at its end.
         rule: how the mask was cut from the map.
         timings: milliseconds by stage, and "total"; with several answers about one picture, the first one's include seeing it. Reading
-            the picture (decoding it) and saving results are not among them.
+            the picture (decoding it) and saving results are not among them. Of stages that a GPU computes at the same time, each has
+            what it was waited for.
+        device_timings: milliseconds that each stage took on a GPU, its copies included, where the engine can tell (TensorRT); else empty.
         image: uint8 RGB [H, W, 3] for `overlay`, by reference; None where it was not kept.
         tiles: how many pieces the picture was seen in.
         region: bool [H, W], the pixels that the verdict is about, see `within`; None for all.
@@ -74,6 +76,7 @@ class Segmentation:
     tiles: int = 1
     region: np.ndarray | None = field(default=None, repr=False)
     warnings: tuple[str, ...] = ()
+    device_timings: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _check_array("mask", self.mask, "bool", "[H, W]", self.mask.ndim == 2 and self.mask.size > 0)

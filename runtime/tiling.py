@@ -116,7 +116,7 @@ class TiledPipeline:
         return TiledVision(prepared.image, prepared.tiles, [self.pipeline.look(tile) for tile in prepared.prepared])
 
     def answer(self, vision: TiledVision, prompt: Prompt, on_text: Callable[[str], object] | None = None) -> Trace:
-        """The tiles' answers as one; `timings` are their sums. A trace of tiles holds no tensors.
+        """The tiles' answers as one; its timings are their sums. A trace of tiles holds no tensors.
 
         Raises:
             RequestError: `on_text` for a picture of several tiles, whose texts would run into one another.
@@ -128,7 +128,7 @@ class TiledPipeline:
         if on_text is not None and len(vision.tiles) > 1:
             raise RequestError(f"on_text: expected a picture in one piece, got {len(vision.tiles)} tiles, each with a text of its own")
         anomaly_map = np.zeros((height, width), np.float32)
-        timings = Counter[str]()
+        timings, device_timings = Counter[str](), Counter[str]()
         said: tuple[int, ...] = ()
         without: tuple[int, ...] | None = None
         verified, highest, joining = True, -math.inf, 0.0
@@ -141,6 +141,7 @@ class TiledPipeline:
             seen.forget()
             started = time.perf_counter()
             timings.update(trace.timings)
+            device_timings.update(trace.device_timings)
             verified = verified and trace.verified
             if trace.anchor_states is None:
                 without = trace.answer if without is None else without
@@ -155,7 +156,14 @@ class TiledPipeline:
         if without is not None:
             said, anomaly_map = without, np.zeros_like(anomaly_map)
         timings.update({"postprocess": joining, "total": joining})
-        return Trace(answer=said, verified=verified, anomaly_map=anomaly_map, timings=dict(timings), tiles=len(vision.tiles))
+        return Trace(
+            answer=said,
+            verified=verified,
+            anomaly_map=anomaly_map,
+            timings=dict(timings),
+            device_timings=dict(device_timings),
+            tiles=len(vision.tiles),
+        )
 
     def _prepare(self, image: np.ndarray, tile: tuple[Span, Span]) -> Prepared:
         rows, columns = tile

@@ -64,8 +64,10 @@ class CudaDouble:
         self.capturers: dict[int, int] = {}  # thread by stream
         self.spoilt: set[int] = set()
         self.graphs: dict[int, list[Work]] = {}
-        self.events: dict[int, tuple[int, int]] = {}
+        self.events: dict[int, tuple[int, _Mark]] = {}  # stream, and what is put there
+        self.destroyed: set[int] = set()  # events
         self.copied = {"HostToDevice": 0, "DeviceToHost": 0}
+        self.milliseconds = 0.25  # between any two events
         self.refuse_capture = False
         self._next = 1000
         self._lock = threading.RLock()  # the collector may free an engine within a call
@@ -153,15 +155,16 @@ class CudaDouble:
         return "cudaSuccess"
 
     def _cudaMemcpyAsync(self, to: int, source: int, size: int, kind: Any, stream: int) -> str:
-        up = kind == self.real.cudaMemcpyKind.cudaMemcpyHostToDevice
-        assert up or kind == self.real.cudaMemcpyKind.cudaMemcpyDeviceToHost
-        targets, sources = (self.device, self.pinned) if up else (self.pinned, self.device)
-        assert size <= ctypes.sizeof(targets[to]) and size <= ctypes.sizeof(sources[source])
-        direction = "HostToDevice" if up else "DeviceToHost"
+        direction = kind.name.removeprefix("cudaMemcpy")
+        tables = {"Host": self.pinned, "Device": self.device}
+        left, right = direction.split("To")
+        assert size <= _room(tables[right], to) and size <= _room(tables[left], source)
 
         def copy() -> None:
+            assert _room(tables[right], to) and _room(tables[left], source), "freed before the copy"
             ctypes.memmove(to, source, size)
-            self.copied[direction] += size
+            if direction in self.copied:
+                self.copied[direction] += size
 
         self.put(stream, copy)
         return "cudaSuccess"
@@ -191,25 +194,55 @@ class CudaDouble:
         assert not self.streams.pop(stream), "work was left on the stream"
         return "cudaSuccess"
 
+    def _cudaStreamSynchronize(self, stream: int) -> str:
+        if self.spoils():
+            return "cudaErrorStreamCaptureUnsupported"
+        self._work_off(stream)
+        return "cudaSuccess"
+
+    def _cudaStreamWaitEvent(self, stream: int, event: int, flags: int) -> str:
+        """For what the event stands behind now, whatever it is put behind later."""
+        assert flags == 0
+        if event in self.destroyed:
+            return "cudaErrorInvalidResourceHandle"
+        if self.capturing.get(stream) is not None:
+            return "cudaErrorStreamCaptureIsolation"
+        other, mark = self.events[event]
+        self.put(stream, lambda: self._work_off(other, mark))
+        return "cudaSuccess"
+
     def _cudaEventCreateWithFlags(self, flags: int) -> tuple[str, int]:
-        assert flags & self.real.cudaEventBlockingSync
+        assert flags == self.real.cudaEventBlockingSync, "without times of its own it cannot be asked for them"
         return "cudaSuccess", self.handle()
+
+    def _cudaEventElapsedTime(self, begun: int, done: int) -> tuple[str, float]:
+        if not (self.events[begun][1].reached and self.events[done][1].reached):
+            return "cudaErrorNotReady", 0.0
+        return "cudaSuccess", self.milliseconds
 
     def _cudaEventDestroy(self, event: int) -> str:
         self.events.pop(event, None)
+        self.destroyed.add(event)
         return "cudaSuccess"
 
     def _cudaEventRecord(self, event: int, stream: int) -> str:
-        self.events[event] = (stream, len(self.streams[stream]))
+        assert self.capturing.get(stream) is None
+        mark = _Mark()
+        self.put(stream, mark)
+        self.events[event] = (stream, mark)
         return "cudaSuccess"
 
     def _cudaEventSynchronize(self, event: int) -> str:
-        stream, count = self.events[event]
-        queue = self.streams[stream]
-        for work in queue[:count]:
-            work()
-        del queue[:count]
+        if event in self.destroyed:
+            return "cudaErrorInvalidResourceHandle"
+        if event in self.events:  # one that was never put anywhere is waited for by nobody
+            self._work_off(*self.events[event])
         return "cudaSuccess"
+
+    def _work_off(self, stream: int, until: _Mark | None = None) -> None:
+        """What was put on a stream, in order, up to a mark or all of it."""
+        while not (until and until.reached) and self.streams.get(stream):
+            self.streams[stream].pop(0)()
 
     def _cudaStreamBeginCapture(self, stream: int, mode: Any) -> str:
         assert isinstance(mode, self.real.cudaStreamCaptureMode) and self.capturing.get(stream) is None
@@ -247,6 +280,25 @@ class CudaDouble:
         assert self.capturing.get(stream) is None
         self.streams[stream] += self.graphs[executable]
         return "cudaSuccess"
+
+
+class _Mark:
+    """A place in a stream's work."""
+
+    def __init__(self) -> None:
+        self.reached = False
+
+    def __call__(self) -> None:
+        self.reached = True
+
+
+def _room(table: dict[int, Any], address: int) -> int:
+    """How many bytes there are from an address on, which may lie within a block."""
+    return next((start + size - address for start, size in _spans(table) if start <= address < start + size), 0)
+
+
+def _spans(table: dict[int, Any]) -> list[tuple[int, int]]:
+    return [(start, ctypes.sizeof(block)) for start, block in table.items()]
 
 
 class TensorRtDouble:

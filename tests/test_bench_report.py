@@ -103,3 +103,9 @@ def test_files_that_are_no_results_end_with_2_and_say_why(tmp_path: Path, capsys
         (tmp_path / "run.json").write_text(json.dumps(told))
         assert main([str(tmp_path / "run.json"), str(tmp_path / "report")]) == 2
         assert words in capsys.readouterr().err
+
+
+def test_times_on_the_gpu_have_rows_where_an_engine_tells_them() -> None:
+    told = whole_result(ours=whole_run(1, 10.0, device_stages_ms={"language": 1.25}), torch=whole_run(2, 20.0))
+    assert "| language, on the GPU | 1.25 |  |" in markdown(told)
+    assert "on the GPU" not in markdown(result())

@@ -112,15 +112,15 @@ def test_an_engine_that_was_built_again_while_the_old_one_was_verified_is_left_a
     gpu.cuda.capability = None
     gpu.build(tiny_bundle, capabilities=("8.9",))
     gpu.cuda.capability = "8.9"
-    run = TensorRtEngine.run
+    start = TensorRtEngine.start
 
-    def meanwhile(self: TensorRtEngine, feeds: Feeds) -> Feeds:
+    def meanwhile(self: TensorRtEngine, feeds: Feeds) -> Any:
         if gpu.graphs:  # another process repairs the one that this one has opened
             gpu.graphs.clear()
             gpu.build(tiny_bundle, stages=("mask_decoder",), rebuild=True)
-        return run(self, feeds)
+        return start(self, feeds)
 
-    monkeypatch.setattr(TensorRtEngine, "run", meanwhile)
+    monkeypatch.setattr(TensorRtEngine, "start", meanwhile)
     arguments = ["--bundle", str(tiny_bundle), "--engine", gpu.engine, "--quiet", "--device", "cuda:0", "--json"]
     assert verify_command.main(arguments) == 1
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -135,14 +135,14 @@ def test_engines_that_cannot_run_are_no_wrong_ones_and_stay(
 ) -> None:
     """Another program may have the GPU's memory: nothing was computed that could be wrong."""
     arguments = ["--bundle", str(tiny_bundle), "--engine", gpu.engine, "--quiet"]
-    run = TensorRtEngine.run
+    start = TensorRtEngine.start
 
-    def full(self: TensorRtEngine, feeds: Feeds) -> Feeds:
+    def full(self: TensorRtEngine, feeds: Feeds) -> Any:
         if self.spec.name == "language":
             raise EngineFailed("CUDA: out of memory (cudaErrorMemoryAllocation)")
-        return run(self, feeds)
+        return start(self, feeds)
 
-    monkeypatch.setattr(TensorRtEngine, "run", full)
+    monkeypatch.setattr(TensorRtEngine, "start", full)
     for command, options in ((build_command, []), (verify_command, ["--device", "cuda:0", "--json"])):
         assert command.main([*arguments, *options]) == 2
         captured = capsys.readouterr()
@@ -180,13 +180,14 @@ def test_a_cache_that_cannot_be_written_changes_no_verdict(
 
 
 def test_engines_that_compute_nan_are_set_aside(gpu: Gpu, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = TensorRtEngine.run
+    start = TensorRtEngine.start
 
-    def spoilt(self: TensorRtEngine, feeds: Feeds) -> Feeds:
-        outputs = run(self, feeds)
-        return {name: output * np.nan for name, output in outputs.items()} if self.spec.name == "spam" else outputs
+    def spoilt(self: TensorRtEngine, feeds: Feeds) -> Any:
+        if self.spec.name == "spam":
+            feeds = {name: np.full_like(np.asarray(feed), np.nan) for name, feed in feeds.items()}
+        return start(self, feeds)
 
-    monkeypatch.setattr(TensorRtEngine, "run", spoilt)
+    monkeypatch.setattr(TensorRtEngine, "start", spoilt)
     report = gpu.build(tiny_bundle)
     assert report["verified"] is False and "stage spam computed NaN" in report["note"]
     assert not list(engines_folder().glob("*.engine"))
