@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +16,7 @@ import pytest
 from cuda_double import CudaDouble
 
 from engines import EngineFailed, tensorrt_builder
-from engines.tensorrt_builder import BuildRequest, _clear_tf32, _keep_timings, _made_of, _read_timings, check_memory
+from engines.tensorrt_builder import BuildRequest, _clear_tf32, _keep_timings, _made_of, _read_timings, build, check_memory
 from engines.tensorrt_library import TENSORRT, TENSORRT_RTX
 
 trt = pytest.importorskip("tensorrt_rtx", reason='its names and types are the double\'s: pip install "agvas[tensorrt-rtx]"')
@@ -94,6 +97,47 @@ def test_tensorrt_for_rtx_measures_nothing(tmp_path: Path) -> None:
     assert _read_timings(Config(), asked(tmp_path / "timings", TENSORRT_RTX)) is None
     _keep_timings(None, asked(tmp_path / "timings", TENSORRT_RTX))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_build_that_is_broken_off_ends_its_child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = '{"phase": "at work", "step": 0, "steps": 1}'
+    noted = f"open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))"
+    code = f"import os, time; {noted}; print({told!r}, flush=True); time.sleep(30)"
+    monkeypatch.setattr(tensorrt_builder, "CHILD", (sys.executable, "-c", code))
+
+    def interrupt(phase: str, done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        build(asked(tmp_path / "timings"), tmp_path / "log", interrupt)
+    assert time.monotonic() - began < 20, "it was waited for"
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
+
+
+def test_a_child_that_dies_before_it_has_heard_what_to_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensorrt_builder, "CHILD", ("false",))
+    inputs = {f"x{index}": ((1, 8), (1, 8), (4, 8)) for index in range(10_000)}  # more than a pipe holds
+    with pytest.raises(EngineFailed, match="ended with exit code 1 and said nothing; the builder's log is"):
+        build(BuildRequest(TENSORRT, "g.onnx", "engine", "8.7", inputs), tmp_path / "log")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "ERROR: [defaultAllocator.cpp::allocate::31] Error Code 1: Cuda Runtime (out of memory)",
+        "error: EngineFailed: CUDA: out of memory (cudaErrorMemoryAllocation)",
+        "terminate called after throwing an instance of 'std::bad_alloc'",
+        "error: MemoryError: ",
+    ],
+)
+def test_a_lack_of_memory_is_told_as_one_whoever_had_none(words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = f"import sys; print({words!r}, file=sys.stderr); sys.exit(1)"
+    monkeypatch.setattr(tensorrt_builder, "CHILD", (sys.executable, "-c", code))
+    with pytest.raises(EngineFailed, match="out of memory.*; end other programs, give a smaller --workspace or --max-batch, or build else"):
+        build(asked(tmp_path / "timings"), tmp_path / "log")
+    assert words in (tmp_path / "log").read_text()
 
 
 # Memory of the GPU
