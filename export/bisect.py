@@ -1,7 +1,7 @@
 """Finds where an engine leaves the reference: the first stage, then the first layer in it.
 
 One golden picture is followed, through its first language pass: the one whose mask the engine's whole chain gets most wrong. Engines that
-have to be built are built as their turn comes, so there any picture is followed first, and that one where every stage is right on it. Each
+have to be built are built as their turn comes: there the first picture is followed, and that one where every stage is right on it. Each
 stage is fed what the reference fed it, so a stage is blamed for its own error alone. In the first one that leaves tolerance,
 intermediate tensors are marked as outputs of the ONNX graph, and the engine's values are compared with onnxruntime's on the same graph
 raised to fp32. Few are marked at a time, since every one costs memory and keeps the engine from fusing across it; where the
@@ -357,9 +357,7 @@ def _error(ours: np.ndarray, wanted: np.ndarray) -> float:
     return relative_error(np.where(finite, ours, 0), np.where(finite, wanted, 0))
 
 
-def _pictures(
-    bundle: Bundle, engine: str, options: EngineOptions, shapes: Mapping[str, Any], progress: Told | None
-) -> Iterator[int]:
+def _pictures(bundle: Bundle, engine: str, options: EngineOptions, shapes: Mapping[str, Any], progress: Told | None) -> Iterator[int]:
     """Numbers of the golden pictures to follow, the next one where every stage is right on the one before.
 
     That is the one that the engine's chain gets most wrong. A chain needs every stage, and to build one may take minutes: where they must
@@ -367,14 +365,19 @@ def _pictures(
 
     Of those to which the reference said its anchors, since only they go through every stage.
     """
-    golden, rule = bundle.golden(), bundle.manifest.mask_rule
-    outcomes = {index: golden_outcome(golden, index, rule) for index in range(trace_count(golden))}
-    wanted = {index: outcome for index, outcome in outcomes.items() if outcome.anchor_states is not None}
+    wanted = _outcomes_with_anchors(bundle)
     followed = [next(iter(wanted), 0)] if engine in TENSORRT_ENGINES else []
     yield from followed
     worst = _worst_picture(bundle, wanted, engine, options, shapes, progress)
     if worst not in followed:
         yield worst
+
+
+def _outcomes_with_anchors(bundle: Bundle) -> dict[int, Outcome]:
+    """What the reference made of the golden pictures to which it said its anchors, by number."""
+    golden, rule = bundle.golden(), bundle.manifest.mask_rule
+    outcomes = {index: golden_outcome(golden, index, rule) for index in range(trace_count(golden))}
+    return {index: outcome for index, outcome in outcomes.items() if outcome.anchor_states is not None}
 
 
 def _worst_picture(
