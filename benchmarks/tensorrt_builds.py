@@ -1,6 +1,10 @@
 """What TensorRT-RTX engines cost to build ahead of time, with no GPU, and how many attentions become one kernel.
 
-    python -m benchmarks.tensorrt_builds --output benchmarks/results/tensorrt_rtx_builds.json
+    python -m benchmarks.tensorrt_builds --models sam_vit_h siglip_so400m --output benchmarks/results/tensorrt_rtx_builds.json
+    python -m benchmarks.tensorrt_builds --models nano_pixel_encoder nano_semantic_encoder nano_spam nano_language nano_mask_decoder
+        --output benchmarks/results/tensorrt_rtx_builds_nano.json
+    python -m benchmarks.tensorrt_builds --models nano_language_int4 qwen2_7b_2_layers qwen2_7b_2_layers_int4
+        --output benchmarks/results/tensorrt_rtx_builds_int4.json
 
 Every stage of nano, SAM ViT-H's and SigLIP so400m's encoders at full size and two full-width layers of Qwen2-7B (with a head of 1,024
 words), with random weights, in fp16, for GeForce and RTX cards of three generations; both language models with their layers in 4 bit, too

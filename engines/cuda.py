@@ -85,6 +85,22 @@ def select(index: int) -> None:
     check(runtime().cudaSetDevice(index))
 
 
+def free_memory(index: int) -> int | None:
+    """Bytes free on GPU `index`, which becomes this thread's; None where it has the host's memory (a Jetson's), see engines.memory.
+
+    There CUDA counts the files that were read, which give way, as used. Who asks holds some hundred MB of that GPU until the process ends.
+
+    Raises:
+        EngineFailed: CUDA refused.
+    """
+    select(index)
+    cuda = runtime()
+    if check(cuda.cudaDeviceGetAttribute(cuda.cudaDeviceAttr.cudaDevAttrIntegrated, index)):
+        return None
+    free, _ = check(cuda.cudaMemGetInfo())
+    return int(free)
+
+
 def device_index(device: str) -> int:
     """N of "cuda:N".
 

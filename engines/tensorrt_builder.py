@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from engines.cache import write_whole
-from engines.cuda import select
+from engines.cuda import free_memory, select
 from engines.errors import EngineFailed
 from engines.memory import available_memory, peak_memory
 from engines.tensorrt_library import TENSORRT, library, sm
@@ -114,8 +114,6 @@ def build(request: BuildRequest, log: Path, progress: Callable[[str, int, int], 
     Raises:
         EngineFailed: too little memory, a graph that the builder refuses, a crash; names the graph, the reason and the log.
     """
-    if not request.force:
-        check_memory(Path(request.graph))
     log.parent.mkdir(parents=True, exist_ok=True)
     what = f"{request.engine} cannot build {Path(request.graph).name} for compute capability {request.capability}"
     report: dict[str, Any] = {}
@@ -149,21 +147,6 @@ def build(request: BuildRequest, log: Path, progress: Callable[[str, int, int], 
     raise EngineFailed(f"{what}: {_reason(code, log, request.workspace_mb)}; the builder's log is {log}")
 
 
-def check_memory(graph: Path) -> None:
-    """Refuse before the work what would be killed in the middle of it.
-
-    Raises:
-        EngineFailed: the system has less memory free than the build is likely to take.
-    """
-    size = sum(path.stat().st_size for path in graph.parent.glob(f"{graph.stem}.*"))
-    needed, free = int(BASE_BYTES + BYTES_PER_GRAPH_BYTE * size), available_memory()
-    if free is not None and free < needed:
-        raise EngineFailed(
-            f"building {graph.name} takes about {needed >> 20} MiB of memory, {free >> 20} MiB are free (swap does not count); end other "
-            "programs, build on another machine, or go on all the same with --force"
-        )
-
-
 def _reason(code: int, log: Path, workspace_mb: int | None) -> str:
     """Why a child ended, in words: what it said last, or what ended it."""
     text = log.read_text(errors="replace")
@@ -185,12 +168,40 @@ def _reason(code: int, log: Path, workspace_mb: int | None) -> str:
 def main() -> int:
     request = BuildRequest(**json.load(sys.stdin))
     try:
+        if not request.force:
+            check_memory(request)
         report = _build(request)
     except Exception as error:  # told by its words: the parent reads the log
         print(f"error: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
         return 1
     _tell({"report": asdict(report)})
     return 0
+
+
+def check_memory(request: BuildRequest) -> None:
+    """Refuse before the work what would be killed in the middle of it: for the host's memory and, of TensorRT, for that of its GPU.
+
+    Of the GPU's no more is known than that the engine has its weights there: what layers, their scratch memory and the kernels that are
+    tried take comes on top. In the child, since who asks a GPU holds some of its memory, which the parent would for all the build.
+
+    Raises:
+        EngineFailed: the system has less memory free than the build is likely to take, or the GPU less than it takes at the least.
+    """
+    graph = Path(request.graph)
+    size = sum(path.stat().st_size for path in graph.parent.glob(f"{graph.stem}.*"))
+    needed, free = int(BASE_BYTES + BYTES_PER_GRAPH_BYTE * size), available_memory()
+    if free is not None and free < needed:
+        raise EngineFailed(
+            f"building {graph.name} takes about {needed >> 20} MiB of memory, {free >> 20} MiB are free (swap does not count); end other "
+            "programs, build on another machine, or go on all the same with --force"
+        )
+    free = free_memory(request.device) if request.engine == TENSORRT else None
+    if free is not None and free < size:
+        raise EngineFailed(
+            f"building {graph.name} takes more than {size >> 20} MiB of memory on GPU {request.device}, its weights alone, "
+            f"{free >> 20} MiB are free there; end other programs on it (nvidia-smi lists them), export smaller weights (--lmm gptq4), "
+            "take a larger GPU, or go on all the same with --force"
+        )
 
 
 def _build(request: BuildRequest) -> BuildReport:

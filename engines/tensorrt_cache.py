@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import hashlib
 import json
 import os
@@ -22,11 +21,13 @@ from pathlib import Path
 from typing import Any
 
 from engines.cache import cache_folder, graph_hash, locked, write_whole
+from engines.digests import remembered_sha256
 from engines.errors import EngineFailed, EngineUnavailable
 from engines.tensorrt_builder import RECIPE, BuildRequest, Profile, build
 
 SIDECAR_VERSION = 1
 FAILED = ".failed"
+DIGESTS = "sha256.json"  # name of the file that remembers those of graphs and their data, see engines.digests
 KERNELS = ".kernels"  # ends the name of what TensorRT for RTX compiled of an engine on the device, see engines.tensorrt
 
 
@@ -97,7 +98,7 @@ def engines_folder() -> Path:
 
 
 def hash_of(graph: Path) -> str:
-    """`graph_hash` of the files themselves: the .onnx and what lies beside it under the same stem. Reads them whole, once a process.
+    """`graph_hash` of the files themselves: the .onnx and what lies beside it under the same stem. Reads whole what changed.
 
     Raises:
         EngineFailed: one cannot be read.
@@ -105,8 +106,7 @@ def hash_of(graph: Path) -> str:
     files = {}
     for path in sorted(graph.parent.glob(f"{graph.stem}.*")):
         try:
-            known = path.stat()
-            files[path.name] = _sha256(path.absolute(), known.st_size, known.st_mtime_ns)
+            files[path.name] = _sha256(path)
         except OSError as error:
             raise EngineFailed(f"{path}: cannot be read ({error}); check its permissions, or copy the bundle again") from error
     return graph_hash(files)
@@ -322,14 +322,8 @@ def _timings(key: EngineKey) -> Path:
     return engines_folder() / f"timings-{key.stage}-{key.engine}-{key.version}-sm{key.capability.replace('.', '')}"
 
 
-@functools.lru_cache(maxsize=64)
-def _sha256(path: Path, size: int, changed: int) -> str:
-    """Of a file that had this size and was changed then; a memory, since a pipeline may open its stages again and again."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
+def _sha256(path: Path) -> str:
+    return remembered_sha256(path, engines_folder() / DIGESTS)
 
 
 def _json(record: EngineRecord) -> bytes:

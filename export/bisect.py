@@ -1,6 +1,7 @@
 """Finds where an engine leaves the reference: the first stage, then the first layer in it.
 
-The golden picture whose mask the engine's whole chain gets most wrong is the one that is followed, through its first language pass. Each
+One golden picture is followed, through its first language pass: the one whose mask the engine's whole chain gets most wrong. Engines that
+have to be built are built as their turn comes: there the first picture is followed, and that one where every stage is right on it. Each
 stage is fed what the reference fed it, so a stage is blamed for its own error alone. In the first one that leaves tolerance,
 intermediate tensors are marked as outputs of the ONNX graph, and the engine's values are compared with onnxruntime's on the same graph
 raised to fp32. Few are marked at a time, since every one costs memory and keeps the engine from fusing across it; where the
@@ -18,7 +19,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,14 +29,14 @@ import numpy as np
 from engines import Engine, EngineError, EngineFailed, EngineOptions, EngineUnavailable, open_engine
 from engines.cuda import capability_here, device_index
 from engines.spec import StageSpec, TensorSpec
-from engines.tensorrt_cache import EngineKey, build_into_cache, hash_of
+from engines.tensorrt_cache import FAILED, KERNELS, EngineKey, build_into_cache, engines_folder, hash_of
 from engines.tensorrt_library import TENSORRT_ENGINES, version
 from runtime.bundle import Bundle
 from runtime.contract import STAGES
 from runtime.engine_builds import profiles
 from runtime.errors import AgvasError
 from runtime.one_at_a_time import Turn, TurnStage, give_back
-from runtime.parity import compare, relative_error
+from runtime.parity import Outcome, compare, relative_error
 from runtime.pipeline import Pipeline, Stage
 from runtime.verify import golden_outcome, run_outcome, trace_count
 
@@ -114,27 +115,31 @@ def bisect(
     allowed = tolerance if tolerance is not None else tolerance_for(bundle, options)
     errors: dict[str, float] = {}
     shapes = profiles(bundle)
-    picture = _worst_picture(bundle, engine, options, shapes, progress)
-    give_back()
     with tempfile.TemporaryDirectory(prefix="agvas-bisect-") as name:
         folder = Path(name)
-        twins = {stage: _Graph.raised((against or bundle).graph(stage), folder / "reference" / stage) for stage in STAGES}
-        turn = Turn()  # a reference in fp32 is twice a bundle in 16 bit: one stage of it is in memory at a time
-        reference = {stage: TurnStage(turn, twin.path, STAGES[stage], "onnxruntime", EngineOptions()) for stage, twin in twins.items()}
-        seen = _record(against or bundle, bundle.golden()[f"{picture}.image"], reference)
-        turn.close()
-        for number, (stage, spec) in enumerate(STAGES.items()):
-            if progress:
-                progress("stages", number, len(STAGES))
-            feeds, wanted = seen[stage]
-            ours = _Graph.copied(bundle.graph(stage), folder / "engine" / stage)
-            outputs = ours.open(spec, engine, options, shapes[stage]).run(feeds)
-            each = {tensor: _error(outputs[tensor], wanted[tensor]) for tensor in wanted}
-            errors[stage] = max(each.values())
-            bad = [tensor for tensor, error in each.items() if not error <= allowed]
-            if bad:
-                probe = _Probe(ours, twins[stage], spec, engine, options, shapes[stage], feeds, bad[0], progress)
-                return replace(search(ours, probe, stage, errors[stage], bad[0], allowed), picture=picture), errors
+        twins: dict[str, _Graph] = {}
+        copies: dict[str, _Graph] = {}
+        for picture in _pictures(bundle, engine, options, shapes, progress):
+            give_back()
+            twins = twins or {stage: _Graph.raised((against or bundle).graph(stage), folder / "reference" / stage) for stage in STAGES}
+            turn = Turn()  # a reference in fp32 is twice a bundle in 16 bit: one stage of it is in memory at a time
+            reference = {stage: TurnStage(turn, twin.path, STAGES[stage], "onnxruntime", EngineOptions()) for stage, twin in twins.items()}
+            seen = _record(against or bundle, bundle.golden()[f"{picture}.image"], reference)
+            turn.close()
+            for number, (stage, spec) in enumerate(STAGES.items()):
+                if progress:
+                    progress("stages", number, len(STAGES))
+                feeds, wanted = seen[stage]
+                if stage not in copies:
+                    copies[stage] = _Graph.copied(bundle.graph(stage), folder / "engine" / stage)
+                ours = copies[stage]
+                outputs = ours.open(spec, engine, options, shapes[stage]).run(feeds)
+                each = {tensor: _error(outputs[tensor], wanted[tensor]) for tensor in wanted}
+                errors[stage] = max(errors.get(stage, 0.0), *each.values())
+                bad = [tensor for tensor, error in each.items() if not error <= allowed]
+                if bad:
+                    probe = _Probe(ours, twins[stage], spec, engine, options, shapes[stage], feeds, bad[0], progress)
+                    return replace(search(ours, probe, stage, max(each.values()), bad[0], allowed), picture=picture), errors
     return None, errors
 
 
@@ -352,20 +357,45 @@ def _error(ours: np.ndarray, wanted: np.ndarray) -> float:
     return relative_error(np.where(finite, ours, 0), np.where(finite, wanted, 0))
 
 
-def _worst_picture(bundle: Bundle, engine: str, options: EngineOptions, shapes: Mapping[str, Any], progress: Told | None) -> int:
-    """Number of the golden picture that the engine's chain gets most wrong: no map, no anchors, a flip, then by mask and by map.
+def _pictures(bundle: Bundle, engine: str, options: EngineOptions, shapes: Mapping[str, Any], progress: Told | None) -> Iterator[int]:
+    """Numbers of the golden pictures to follow, the next one where every stage is right on the one before.
+
+    That is the one that the engine's chain gets most wrong. A chain needs every stage, and to build one may take minutes: where they must
+    be built another comes before it, on which a stage may be found wrong before those behind it are built.
 
     Of those to which the reference said its anchors, since only they go through every stage.
     """
+    wanted = _outcomes_with_anchors(bundle)
+    followed = [next(iter(wanted), 0)] if engine in TENSORRT_ENGINES else []
+    yield from followed
+    worst = _worst_picture(bundle, wanted, engine, options, shapes, progress)
+    if worst not in followed:
+        yield worst
+
+
+def _outcomes_with_anchors(bundle: Bundle) -> dict[int, Outcome]:
+    """What the reference made of the golden pictures to which it said its anchors, by number."""
     golden, rule = bundle.golden(), bundle.manifest.mask_rule
-    wanted = {index: golden_outcome(golden, index, rule) for index in range(trace_count(golden))}
-    pictures = [index for index, outcome in wanted.items() if outcome.anchor_states is not None]
+    outcomes = {index: golden_outcome(golden, index, rule) for index in range(trace_count(golden))}
+    return {index: outcome for index, outcome in outcomes.items() if outcome.anchor_states is not None}
+
+
+def _worst_picture(
+    bundle: Bundle,
+    wanted: Mapping[int, Outcome],
+    engine: str,
+    options: EngineOptions,
+    shapes: Mapping[str, Any],
+    progress: Told | None,
+) -> int:
+    """Number of the golden picture that the engine's chain gets most wrong: no map, no anchors, a flip, then by mask and by map."""
+    golden, rule = bundle.golden(), bundle.manifest.mask_rule
     stages = {stage: _open(bundle.graph(stage), spec, engine, options, shapes[stage]) for stage, spec in STAGES.items()}
     pipeline = _pipeline(bundle, stages)
     worst: dict[int, tuple[float, ...]] = {0: ()}
-    for number, index in enumerate(pictures):
+    for number, index in enumerate(wanted):
         if progress:
-            progress("golden pictures", number, len(pictures))
+            progress("golden pictures", number, len(wanted))
         outcome, _ = run_outcome(pipeline, golden[f"{index}.image"], rule)
         parity = compare([outcome], [wanted[index]])
         worst[index] = (parity.not_finite, parity.anchors_changed, parity.flips, 1 - parity.mask_iou_mean, parity.map_max_abs)
@@ -397,6 +427,26 @@ def _record(bundle: Bundle, image: np.ndarray, stages: Mapping[str, Stage]) -> d
     return seen
 
 
+def borrow(bundle: Bundle, engine: str, device: str, cache: Path) -> None:
+    """Put what the user's cache has of a bundle's engines, those that failed as well, into another one as links.
+
+    So they are not built again, and the ones that gave wrong masks are those that are looked at. A build in the other cache replaces a
+    link and not what it leads to.
+    """
+    if engine not in TENSORRT_ENGINES:
+        return
+    folder = cache / engines_folder().name
+    folder.mkdir(parents=True)
+    for stage in STAGES:
+        path = EngineKey(stage, bundle.graph_hash(stage), engine, version(engine), capability_here(device)).path
+        aside = path.with_name(path.name + FAILED)
+        for suffix in (path.suffix, ".json", KERNELS):
+            failed = aside if suffix == path.suffix else aside.with_name(aside.name + suffix)
+            built = path.with_suffix(suffix) if path.is_file() else failed
+            if built.is_file():
+                (folder / path.with_suffix(suffix).name).symlink_to(built.absolute())
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Print progress lines and, last, one line of JSON: {"finding", "stage_errors", "tolerance"} or {"error"}."""
     parser = argparse.ArgumentParser(
@@ -416,9 +466,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         with tempfile.TemporaryDirectory(prefix="agvas-bisect-cache-") as cache:
-            os.environ["AGVAS_CACHE"] = cache  # engines of marked graphs are of no use to anyone afterwards
             bundle = Bundle(arguments.bundle, check_hashes=False)
             options = EngineOptions(arguments.device, arguments.threads, arguments.inference_precision)
+            borrow(bundle, arguments.engine, options.device, Path(cache))
+            os.environ["AGVAS_CACHE"] = cache  # engines of marked graphs are of no use to anyone afterwards
             against = None if arguments.against is None else Bundle(arguments.against, check_hashes=False)
             finding, errors = bisect(bundle, arguments.engine, options, against=against, tolerance=arguments.tolerance, progress=told)
             allowed = arguments.tolerance if arguments.tolerance is not None else tolerance_for(bundle, options)

@@ -17,6 +17,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from engines.cache import CUDA_FORM, graph_hash
+from engines.digests import sha256_of
 from runtime.contract import CONTRACT_VERSION, STAGES
 from runtime.errors import BundleCorrupt, BundleMissing, BundleVersionError, NotCompared
 from runtime.masking import MaskRule
@@ -281,15 +282,6 @@ def _unreadable(path: Path, error: Exception) -> BundleCorrupt:
 def seal_of(fields: dict[str, Any]) -> str:
     """Hexadecimal sha256 of a manifest's fields but the seal itself, however they are laid out."""
     return hashlib.sha256(json.dumps({name: fields[name] for name in fields if name != SEAL}, sort_keys=True).encode()).hexdigest()
-
-
-def sha256_of(path: Path) -> str:
-    """Hexadecimal sha256 of a file, read in blocks."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _check_version(kind: str, found: int, expected: int, where: str) -> None:

@@ -44,6 +44,8 @@ class CudaDouble:
     Attributes:
         capability: of GPU 0; None where there is no GPU.
         second: of GPU 1; None where there is none.
+        integrated: whether GPU 0 has the host's memory, as a Jetson's.
+        memory: of each GPU, bytes.
         selected: number of the GPU that was set last.
         calls: names of the functions called, in order.
         copied: bytes copied to and from the device.
@@ -54,6 +56,7 @@ class CudaDouble:
         self.real = real
         self.capability = capability
         self.second: str | None = None
+        self.integrated = False
         self.selected = 0
         self.memory = memory
         self.calls: list[str] = []
@@ -103,7 +106,7 @@ class CudaDouble:
         assert capability
         major, minor = map(int, capability.split("."))
         wanted = {"cudaDevAttrComputeCapabilityMajor": major, "cudaDevAttrComputeCapabilityMinor": minor}
-        return "cudaSuccess", wanted[attribute.name]
+        return "cudaSuccess", (wanted | {"cudaDevAttrIntegrated": int(self.integrated)})[attribute.name]
 
     def _cudaSetDevice(self, device: int) -> str:
         if device > bool(self.second):
@@ -129,6 +132,9 @@ class CudaDouble:
         if size + sum(map(ctypes.sizeof, self.device.values())) > self.memory:
             return "cudaErrorMemoryAllocation", 0
         return "cudaSuccess", self._new(self.device, size)
+
+    def _cudaMemGetInfo(self) -> tuple[str, int, int]:
+        return "cudaSuccess", self.memory - sum(map(ctypes.sizeof, self.device.values())), self.memory
 
     def _cudaMallocHost(self, size: int) -> tuple[str, int]:
         if self.spoils():

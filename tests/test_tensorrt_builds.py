@@ -255,12 +255,19 @@ def test_a_workspace_that_is_too_small_is_no_lack_of_memory(
         build(request, tmp_path / "log")
 
 
+def child_where(*changes: str) -> tuple[str, ...]:
+    """A builder's process in whose tensorrt_builder (`b`) these changes were made."""
+    return (sys.executable, "-c", "; ".join(("import sys", "from engines import tensorrt_builder as b", *changes, "sys.exit(b.main())")))
+
+
+SHORT_OF_MEMORY = "b.available_memory = lambda: 100 << 20"
+
+
 def test_too_little_free_memory_is_told_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tensorrt_builder, "available_memory", lambda: 100 << 20)
-    with monkeypatch.context() as unstarted:
-        unstarted.setattr(tensorrt_builder, "CHILD", ("false",))
-        with pytest.raises(EngineFailed, match="takes about 350 MiB of memory, 100 MiB are free .swap does not count.; .*with --force"):
-            build_plain(tmp_path)
+    monkeypatch.setattr(tensorrt_builder, "CHILD", child_where(SHORT_OF_MEMORY, "b._build = None"))
+    with pytest.raises(EngineFailed, match="takes about 350 MiB of memory, 100 MiB are free .swap does not count.; .*with --force"):
+        build_plain(tmp_path)
+    monkeypatch.setattr(tensorrt_builder, "CHILD", child_where(SHORT_OF_MEMORY))
     request = BuildRequest(TENSORRT_RTX, str(tmp_path / "g.onnx"), str(tmp_path / "engine"), "8.9", PLAIN_PROFILE, force=True)
     assert build(request, tmp_path / "log").bytes > 0
 
@@ -408,7 +415,7 @@ def test_too_little_memory_or_disk_by_the_estimate_is_no_end_with_force(
         code, report, _ = run_build(*arguments)
         assert code == 2 and "MiB are free; free some space, set AGVAS_CACHE to another folder, or go on all" in report["error"]
         assert run_build(*arguments, "--force")[0] == 0
-    monkeypatch.setattr(tensorrt_builder, "available_memory", lambda: 100 << 20)
+    monkeypatch.setattr(tensorrt_builder, "CHILD", child_where(SHORT_OF_MEMORY))
     code, report, _ = run_build(*arguments, "--rebuild")
     assert code == 2 and "100 MiB are free" in report["error"]
     assert run_build(*arguments, "--rebuild", "--force")[0] == 0

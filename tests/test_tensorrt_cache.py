@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -123,3 +125,68 @@ def test_an_engine_is_not_set_aside_in_the_middle_of_its_build(build: Build) -> 
 def test_an_engine_that_takes_more_than_is_asked_for_is_not_built_over(profile: Profile, cached: bool, build: Build) -> None:
     build({"x": ((1, 8), (1, 8), (4, 8))})
     assert build(profile)[1] is cached
+
+
+# What goes wrong
+
+
+@pytest.mark.parametrize("field", ["stage", "graph", "engine", "version", "capability"])
+def test_an_engine_under_the_name_of_another_is_refused(field: str, build: Build) -> None:
+    """As one that was renamed, so that it would be found on a machine or by a library that it does not fit."""
+    build()
+    other = dataclasses.replace(KEY, **{field: "9.9"})
+    for suffix in (".engine", ".json"):
+        KEY.path.with_suffix(suffix).rename(other.path.with_suffix(suffix))
+    words = {"capability": "compute capability", "graph": "graph hash"}.get(field, field)
+    message = f"expected an engine for {words} 9.9, found one for {getattr(KEY, field)}; run agvas-build --rebuild"
+    with pytest.raises(EngineUnavailable, match=re.escape(message)):
+        load(other, "agvas-build")
+
+
+def test_a_build_that_another_process_is_at_is_waited_for_and_not_made_twice(build: Build) -> None:
+    told: list[str] = []
+    asking = threading.Thread(target=lambda: build(progress=lambda phase, done, total: told.append(phase)))
+    with locked(KEY.path.with_suffix(".lock")):
+        asking.start()
+        ends = time.monotonic() + 10
+        while not told and time.monotonic() < ends:
+            time.sleep(0.01)
+        assert asking.is_alive() and not KEY.path.exists()
+    asking.join(10)
+    assert told == ["waiting for another process that builds it"]
+    assert build()[1] is True and load(KEY, "")[0] == b"engine 1"
+
+
+def test_a_new_engine_never_stands_beside_what_belongs_to_the_old_one(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    build()
+    kernels = KEY.path.with_suffix(".kernels")
+    kernels.write_bytes(b"of the first engine")
+
+    def full(path: Path, content: bytes) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as meanwhile:
+        meanwhile.setattr(tensorrt_cache, "write_whole", full)
+        with pytest.raises(EngineFailed, match="cannot be written .*No space left on device.; free some space or set AGVAS_CACHE"):
+            build(rebuild=True)
+    assert KEY.path.read_bytes() == b"engine 2" and not KEY.path.with_suffix(".json").exists() and not kernels.exists()
+    assert build()[1] is False, "an engine that nothing tells of is none"
+
+
+def test_a_build_that_fails_leaves_the_engine_that_was_there(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    build()
+
+    def crashing(request: BuildRequest, *others: Any) -> BuildReport:
+        Path(request.output).write_text("half of an eng")
+        raise EngineFailed("the builder crashed (signal 11)")
+
+    monkeypatch.setattr(tensorrt_cache, "build", crashing)
+    with pytest.raises(EngineFailed, match="crashed"):
+        build(rebuild=True)
+    assert load(KEY, "")[0] == b"engine 1" and not list(engines_folder().glob(".*"))
+
+
+def test_a_cache_that_cannot_be_written_is_told_before_the_work(build: Build, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("AGVAS_CACHE", str(tmp_path / "spam.onnx" / "cache"))  # below a file
+    with pytest.raises(EngineFailed, match="spam.onnx/cache/.* cannot be written .*set AGVAS_CACHE to another folder"):
+        build()

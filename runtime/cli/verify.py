@@ -241,7 +241,7 @@ def _finding(report: dict[str, Any]) -> list[str]:
         lines.append("          no error at all: onnxruntime on the CPU, with which engines are compared, was compared with itself")
     if found is None:
         return [*lines, "found     nothing: every stage is within tolerance when fed by the reference"]
-    lines.append(f"picture   golden picture {found['picture']}, whose mask is furthest from the reference's")
+    lines.append(f"picture   number {found['picture']} of the golden ones was followed")
     lines.append(
         f"found     stage {found['stage']}: {found['operator']} {found['node'] or ''} makes {found['output']}, error {found['error']:.1e}"
     )
