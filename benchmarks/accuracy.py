@@ -165,6 +165,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--engine", help="auto, onnxruntime, openvino, tensorrt or tensorrt-rtx; with --bundle")
     parser.add_argument("--device", help="cpu or cuda:N; with --bundle or --checkpoint")
     parser.add_argument("--inference-precision", help="graph, bf16 or int8, as agvas-segment has it; with --bundle")
+    threads = "CPU threads of one inference (default 0: the engine's choice); with --bundle"
+    parser.add_argument("--threads", type=int, metavar="N", help=threads)
     parser.add_argument("--threshold", type=float, metavar="P", help="instead of the model's own; with --bundle or --checkpoint")
     parser.add_argument("--relative-threshold", type=float, metavar="R", help="likewise; 1: masks are what exceeds --threshold")
     parser.add_argument("--tile", type=int, metavar="N", help="see larger pictures in tiles of N × N pixels; with --bundle")
@@ -295,6 +297,7 @@ def _asked(arguments: argparse.Namespace) -> tuple[Source, Question]:
         arguments.tile,
         arguments.tile_overlap,
         arguments.region,
+        arguments.threads,
     )
     normal_text = None if arguments.normal_text is None else read_normal_text(arguments.normal_text)
     return source, Question(arguments.mode or DIRECT, arguments.instruction, normal_text)

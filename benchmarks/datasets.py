@@ -152,7 +152,10 @@ def _read(layout: str, root: Path, split: str) -> list[Picture]:
 
 
 def _mvtec(root: Path) -> list[Picture]:
-    """A category is pooled for itself; the paper's figure is the mean over the 15."""
+    """A category is pooled for itself; the paper's figure is the mean over the 15.
+
+    Training's reader of this layout (agvas/training/sources/mvtec.py) is for three other sets and takes more: its page says what, and why.
+    """
     categories = [root] if (root / "test").is_dir() else _folders(root)
     if not any((category / "test").is_dir() for category in categories):
         wanted = "the layout mvtec, a folder for each category with test and ground_truth in it"

@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.environment import environment
+from benchmarks.other_work import counted, in_words, other_work
 from calibration.pictures import calibration_pictures
 from engines import Engine, EngineOptions, open_engine
 from export.pictures import parity_pictures
@@ -132,11 +133,14 @@ def judge(
             stages[stage].run(feeds[stage][number % len(feeds[stage])])
         return time.perf_counter() - started
 
+    before = counted(())
     ratio = statistics.median(seconds(ours, i) / seconds(exact.stages, i) for i in range(PAIRS))
-    return {"relative_error": errors, "time_ratio": round(ratio, 3), "parity": parity.to_json()}
+    busy = other_work(before, counted(()))
+    return {"relative_error": errors, "time_ratio": round(ratio, 3), "other_work": busy, "parity": parity.to_json()}
 
 
 def measure(float_folder: Path, integer_folder: Path, count: int, threads: int) -> dict[str, Any]:
+    machine = environment(threads)  # now: its load average is of others' work alone
     exact, ours = Bundle(float_folder), Bundle(integer_folder)
     pictures = parity_pictures(None, count)
     feeds = feeds_of(exact, pictures)
@@ -154,13 +158,14 @@ def measure(float_folder: Path, integer_folder: Path, count: int, threads: int) 
                 row = {"quantiser": name, "engine": engine} | judge(exact, engine, graphs, pictures, feeds, threads)
                 rows.append(row)
                 print(f"{name} on {engine}: {row['parity']['mask_iou_mean']:.4f}, time {row['time_ratio']}", file=sys.stderr)
+                print(in_words(row["other_work"]), file=sys.stderr)
     return {
         "images": count,
         "calibration_images": CALIBRATION,
         "kept_float": sorted(ours.manifest.quantisation.get("kept_float", {})),
         "rows": rows,
         "versions": {name: version(name) for name in ("nncf", "openvino", "onnxruntime")},
-        "environment": environment(),
+        "environment": machine,
     }
 
 

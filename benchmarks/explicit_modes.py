@@ -20,6 +20,7 @@ from typing import Any
 from tqdm import tqdm
 
 from benchmarks.environment import environment
+from benchmarks.other_work import counted, other_work
 from engines import EngineError, EngineOptions
 from export.parity import NORMAL_STATE
 from runtime.bundle import Bundle
@@ -41,6 +42,7 @@ def measure(checkpoint: str, folder: Path, count: int, engines: list[str], norma
     from export.pictures import parity_pictures
 
     torch.set_num_threads(threads or torch.get_num_threads())
+    machine = environment()  # now: its load average is of others' work alone
     model, bundle = load(checkpoint), Bundle(folder)
     questions: dict[str, tuple[str | None, str, str | None]] = {"free": (free, DIRECT, None)}
     for mode in bundle.manifest.prompts.instructions:
@@ -52,6 +54,7 @@ def measure(checkpoint: str, folder: Path, count: int, engines: list[str], norma
         for name, (instruction, mode, normal) in questions.items():
             reference[name].append(model.segment(picture, instruction, mode, normal_state=normal))
     rows: list[dict[str, Any]] = []
+    before = counted(())
     for engine, precision in CPU_CANDIDATES:
         if engine not in engines:
             continue
@@ -102,7 +105,8 @@ def measure(checkpoint: str, folder: Path, count: int, engines: list[str], norma
         "normal_state": normal_state,
         "free_instruction": free,
         "rows": rows,
-        "environment": environment(),
+        "other_work": other_work(before, counted(())),
+        "environment": machine,
     }
 
 

@@ -21,6 +21,7 @@ from typing import Any
 from tqdm import tqdm
 
 from benchmarks.environment import environment
+from benchmarks.other_work import counted, other_work
 from engines import EngineError
 from runtime.bundle import Bundle
 from runtime.footprint import footprints
@@ -46,10 +47,13 @@ def measure(extra: str, repository: Path) -> dict[str, Any]:
         python = Path(folder) / "bin" / "python"
         empty = _bytes(Path(folder))
         subprocess.run([python, "-m", "pip", "install", "--quiet", f"{repository}[{extra}]"], check=True)
+        before = counted(())
         runs = [json.loads(subprocess.run([python, "-c", PROBE], check=True, capture_output=True, cwd=folder).stdout) for _ in range(7)]
+        busy = other_work(before, counted(()))
         return {
             "megabytes": round((_bytes(Path(folder)) - empty) / 1e6, 1),
             "import_seconds_median": round(statistics.median(run["seconds"] for run in runs), 3),
+            "other_work": busy,
             "heavy_installed": runs[0]["heavy_installed"],
         }
 

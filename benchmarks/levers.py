@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 from benchmarks.bench_statistics import paired_ratio
 from benchmarks.environment import environment
+from benchmarks.other_work import counted, in_words, other_work
 from engines import EngineError, EngineOptions, open_engine
 from engines.spec import StageSpec
 from export.pictures import FIRST_SEED, procedural_picture
@@ -417,6 +418,7 @@ def table(result: dict[str, Any]) -> str:
         f"`python -m benchmarks.levers`, model {result['model']}, {result['threads']} threads, {machine['processor']}, "
         f"load average {machine['load_average'][0] if machine['load_average'] else 'not told'} at the beginning. "
         "Gain is time without / time with, the median of pairs taken in turns, and its 99 % interval; below 1 it costs.",
+        *([in_words(result["other_work"])] if "other_work" in result else []),  # older results lack it
         *result.get("notes", []),
         "",
         "| lever | in the runtime | predicted | measured gain | interval | without, ms | with, ms | map difference |",
@@ -472,17 +474,19 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     bundle = Bundle(options.bundle)
     machine = environment(options.threads, bundle.id)
-    rows = []
+    before, rows = counted(()), []
     for lever in LEVERS:
         if options.only is None or options.only in lever.name:
             rows.append(measure(lever, bundle, options.threads, options.pairs, options.warmups))
     if options.only is None or options.only in "stream":
         rows.append(measure_stream(bundle, options.threads, frames=20, rounds=max(8, options.pairs // 10)))
+    busy = other_work(before, counted(()))
     result = {
         "model": bundle.manifest.model,
         "threads": options.threads,
         "pairs": options.pairs,
         "levers": rows,
+        "other_work": busy,
         "masks_in_bf16": inexact_masks(bundle, options.threads) if options.only is None else {},
         "environment": machine,
     }

@@ -8,7 +8,7 @@ gave to other guests is told apart ("steal"). Nothing is told on systems that co
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,3 +62,18 @@ def other_work(before: Counted | None, after: Counted | None) -> dict[str, Any]:
     others = (after.busy - before.busy) - (after.own - before.own)
     shares = {"others": max(0.0, others) / total, "steal": (after.steal - before.steal) / total}
     return {name: round(share, 4) for name, share in shares.items()} | {"seconds": round(total, 2)}
+
+
+def taken(told: Mapping[str, Any]) -> float | None:
+    """The share that others and the host's guests took together, of what `other_work` told; None where it could not tell."""
+    return told["others"] + told["steal"] if "others" in told else None
+
+
+def in_words(told: Mapping[str, Any]) -> str:
+    """A sentence of what `other_work` told, with what it means for the figures."""
+    share = taken(told)
+    if share is None:
+        return f"What other processes took of the processors is not told: {told['reason']}."
+    verdict = ": times and ratios are not to be trusted" if share > BUSY else ""
+    shares = f"{told['others']:.1%} of the processors' time while this was measured, the host's other guests {told['steal']:.1%}"
+    return f"Other processes took {shares}{verdict}."

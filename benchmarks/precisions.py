@@ -4,7 +4,8 @@
 
 Every engine that is installed and can run a bundle is tried at every inference precision that it has for it. Time is a ratio: each
 candidate takes turns, picture by picture, with the first bundle of the list on the first engine that runs it as exported, so give an
-fp32 bundle first; both use the same number of threads. Absolute times are agvas-bench's.
+fp32 bundle first; both use the same number of threads. Absolute times are agvas-bench's. With each ratio stands what other processes took
+of the processors over its turns.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 from tqdm import tqdm
 
 from benchmarks.environment import environment
+from benchmarks.other_work import BUSY, counted, other_work, taken
 from engines import EngineError, EngineOptions
 from runtime.bundle import Bundle
 from runtime.footprint import WHOLE, footprints
@@ -28,6 +30,10 @@ from runtime.pipeline import Pipeline
 from runtime.selection import candidates_for
 from runtime.verify import gates_for, limits, open_pipeline, outcome_of
 
+COLUMNS = (
+    *("bundle", "lmm", "MB", "engine", "computes in", "gates", "passed", "IoU mean", "IoU min", "flips", "anchor cosine"),
+    *("peak RSS, MB", "time", "others"),
+)
 REST = 0.02  # seconds before each turn: thread pools go on spinning for a while and would take the cores from whoever is next
 
 
@@ -37,6 +43,7 @@ def measure(checkpoint: str, bundles: list[Path], count: int, threads: int, pair
     from export.parity import outcome_of_reference
     from export.pictures import parity_pictures
 
+    machine = environment(threads)  # now: its load average is of others' work alone
     model = load(checkpoint)
     pictures = parity_pictures(None, count)
     reference = [outcome_of_reference(model.segment(picture)) for picture in tqdm(pictures, desc="reference", unit="image")]
@@ -56,7 +63,7 @@ def measure(checkpoint: str, bundles: list[Path], count: int, threads: int, pair
         "threads": threads,
         "pairs": pairs,
         "rows": rows,
-        "environment": environment(),
+        "environment": machine,
     }
 
 
@@ -97,13 +104,16 @@ def _row(
     ours = [outcome_of(pipeline.run(picture, prompt), bundle.manifest.mask_rule) for picture in tqdm(pictures, desc=label, unit="image")]
     parity = compare(ours, reference)
     failures = limits(bundle, options).failures(parity)
+    before = counted(())
     ratios = [_seconds(pipeline, pictures[i % len(pictures)]) / _seconds(baseline, pictures[i % len(pictures)]) for i in range(pairs)]
+    busy = other_work(before, counted(()))
     return row | {
         "gates": gates_for(bundle, options),
         "passed": not failures,
         "failures": failures,
         "parity": parity.to_json(),
         "time_ratio": round(statistics.median(ratios), 3),
+        "other_work": busy,
         "stages": footprints(bundle, engine, options.inference_precision),
     }
 
@@ -124,22 +134,24 @@ def _precision(bundle: Bundle) -> str:
 def table(result: dict[str, Any]) -> str:
     """Markdown."""
     lines = [
-        f"Time is the ratio to {result['time_ratio_to']}, in turns on {result['threads']} threads.",
+        f"Time is the ratio to {result['time_ratio_to']}, in turns on {result['threads']} threads; others, what other processes and the "
+        f"host's other guests took of the processors meanwhile: beyond {BUSY:.0%} the ratio is not to be trusted.",
         "",
-        "| bundle | lmm | MB | engine | computes in | gates | passed | IoU mean | IoU min | flips | anchor cosine | peak RSS, MB | time |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        f"| {' | '.join(COLUMNS)} |",
+        f"|{' --- |' * len(COLUMNS)}",
     ]
     for row in result["rows"]:
         size = f"{row['bytes'] / 1e6:.1f}"
         start = f"| {row['bundle_precision']} | {row['lmm']} | {size} | {row['engine']} | {row['inference_precision']} |"
         if "error" in row:
-            lines.append(f"{start} | refused | {row['error'][:80]} | | | | | |")
+            lines.append(f"{start} | refused | {row['error'][:80]} | | | | | | |")
             continue
-        parity, peak = row["parity"], row["stages"][WHOLE]["peak_rss_bytes"]
+        parity, peak, share = row["parity"], row["stages"][WHOLE]["peak_rss_bytes"], taken(row["other_work"])
         lines.append(
             f"{start} {row['gates']} | {'yes' if row['passed'] else 'NO'} | {parity['mask_iou_mean']:.4f} | "
             f"{parity['mask_iou_min']:.4f} | {parity['flips']} | {parity['anchor_cosine_min']:.5f} | "
-            f"{'' if peak is None else round(peak / 1e6)} | {row['time_ratio']:.2f} |"
+            f"{'' if peak is None else round(peak / 1e6)} | {row['time_ratio']:.2f} | "
+            f"{'not told' if share is None else f'{share:.1%}'} |"
         )
     return "\n".join(lines)
 

@@ -41,6 +41,7 @@ class Source:
         threshold, relative_threshold: for a bundle or checkpoint, in 0..1 (runtime.masking); None means its own.
         tile, tile_overlap: for a bundle, in pixels: see large pictures in tiles (runtime.tiling); None sees them whole.
         region: for a bundle, the file of a region that pictures are judged in alone (runtime.region).
+        threads: for a bundle, of the CPU, as Segmenter takes them; None leaves it to the engine, as its 0 does.
         fusion_weight: for a checkpoint, the weight of the absolute map (eq. 8), in 0..1; None means its own. In a bundle it is built in.
         recipe: for a bundle, all of its settings, of which this has a part (see of_recipe), and what is asked in place of a Question.
     """
@@ -58,6 +59,7 @@ class Source:
     tile: int | None = None
     tile_overlap: int | None = None
     region: str | None = None
+    threads: int | None = None
     recipe: Recipe | None = None
 
     @classmethod
@@ -75,6 +77,8 @@ class Source:
             raise ValueError(f"engine: only a bundle has engines, got {self.engine}; leave --engine out or give --bundle")
         if self.inference_precision is not None and self.bundle is None:
             raise ValueError(f"inference precision: only a bundle has one, got {self.inference_precision}; leave --inference-precision out")
+        if self.threads is not None and self.bundle is None:
+            raise ValueError(f"threads: only a bundle is told how many, got {self.threads}; leave --threads out or give --bundle")
         if self.region is not None and self.bundle is None:
             raise ValueError(f"region: only a bundle judges one, got {self.region}; leave --region out or give --bundle")
         for name, pixels in (("tile", self.tile), ("tile overlap", self.tile_overlap)):
@@ -203,6 +207,7 @@ def _bundle_predictor(source: Source, question: Question) -> Predictor:
         "tile": source.tile,
         "tile_overlap": source.tile_overlap,
         "region": source.region,
+        "threads": source.threads or 0,
     }
     if source.recipe is not None:
         segmenter = source.recipe.open()

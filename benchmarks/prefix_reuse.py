@@ -21,6 +21,7 @@ from typing import Any
 from tqdm import tqdm
 
 from benchmarks.environment import environment
+from benchmarks.other_work import counted, in_words, other_work
 from runtime import Segmenter
 from runtime.parity import GATES, mask_iou
 from runtime.prompts import DIRECT
@@ -53,7 +54,7 @@ def measure(bundle: Path, engines: list[str], modes: list[str], pictures: int, t
     from export.pictures import FIRST_SEED, procedural_picture
 
     images = [procedural_picture(FIRST_SEED + 700 + i, *SIZE) for i in range(pictures)]
-    rows = []
+    machine, before, rows = environment(threads), counted(()), []
     for engine in engines:
         segmenter = Segmenter(bundle, engine, threads=threads)
         segmenter(images[0])
@@ -91,7 +92,8 @@ def measure(bundle: Path, engines: list[str], modes: list[str], pictures: int, t
                     },
                 }
             )
-    return {"picture": list(SIZE), "pictures": pictures, "threads": threads, "rows": rows, "environment": environment()}
+    busy = other_work(before, counted(()))
+    return {"picture": list(SIZE), "pictures": pictures, "threads": threads, "rows": rows, "other_work": busy, "environment": machine}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -108,6 +110,7 @@ def main(arguments: list[str] | None = None) -> int:
         options.output.write_text(json.dumps(result, indent=2) + "\n")
     for row in result["rows"]:
         print(json.dumps({key: value for key, value in row.items() if key != "samples_ms"}))
+    print(in_words(result["other_work"]), file=sys.stderr)
     alike = all(not row["unlike"] and row["mask_iou_min"] >= GATES["fp32"].mask_iou_min for row in result["rows"])
     return 0 if alike else 1
 

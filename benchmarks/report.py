@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.bench_result import check_report, read_result
-from benchmarks.other_work import BUSY as BUSY_OTHERS
+from benchmarks.other_work import in_words
 from runtime.errors import RequestError
 
 PAPER_SECONDS, PAPER_GIGABYTES = 1.0, 20.8
@@ -101,12 +101,8 @@ def _precision(run: Mapping[str, Any]) -> str:
 def _warnings(result: Mapping[str, Any]) -> list[str]:
     """What keeps figures from being trusted or published, and how busy others made the machine."""
     lines, busy, load = [], result.get("other_work", {}), result["environment"]["load_average"]
-    if "others" in busy:
-        told = f"took {busy['others']:.1%} of the processors' time while this was measured, the host's other guests {busy['steal']:.1%}"
-        verdict = ": times and ratios are not to be trusted" if busy["others"] + busy["steal"] > BUSY_OTHERS else ""
-        lines.append(f"Other processes {told}{verdict}.")
-    elif "reason" in busy:
-        lines.append(f"What other processes took of the processors is not told: {busy['reason']}.")
+    if busy:
+        lines.append(in_words(busy))
     if load is not None and load[0] > BUSY:
         lines.append(
             f"The machine was busy before this began (load average {load[0]:.1f})"

@@ -15,6 +15,7 @@ from benchmarks.bench_statistics import same_processor
 from benchmarks.ceilings import ceilings
 from benchmarks.devices import DEVICES, Device, device_of
 from benchmarks.environment import processor
+from benchmarks.other_work import taken
 from benchmarks.work import StageWork, stage_work
 from runtime.errors import RequestError
 
@@ -72,8 +73,8 @@ def machine_of(result: Mapping[str, Any]) -> Device:
 
 
 def _measured(name: str, told: Mapping[str, Any], when: str) -> Device:
-    busy = told.get("other_work", {})
-    others = f"; other processes took {busy['others'] + busy['steal']:.0%} of the processors' time" if "others" in busy else ""
+    share = taken(told.get("other_work", {}))
+    others = "" if share is None else f"; other processes took {share:.0%} of the processors' time"
     return Device(name, dict(told["flops"]), float(told["bandwidth"]), f"{when}{told['source']}{others}")
 
 

@@ -5,7 +5,7 @@ production run are never scaled differently. A picture whose grey levels would h
 
 - EXIF orientation: applied, so [H, W] is the picture as a viewer shows it. A block that does not parse
   is refused; of one that is only cut short, Pillow warns and gives what it could read.
-- 1-bit and grey: 0..255, repeated in three channels.
+- 1-bit and grey: 0..255, repeated in three channels; 1-bit with a warning, for it is a mask or drawing and no camera's frame.
 - 16-bit grey (I;16, and I, which Pillow uses for 16-bit PGM): `sample >> 8`, the full 16-bit range to 8 bits. 12-bit
   camera data in a 16-bit container comes out dark, with a warning: scale it before. 16-bit colour: the same, to a level, by Pillow;
   the warning, too, as long as Pillow has not decoded it yet. A TIFF of 32-bit integers is refused.
@@ -59,6 +59,10 @@ DIM_BELOW = 1 << 14  # 16-bit samples that all lie below it are likely a 12-bit 
 DIM = (
     f"the samples of a 16-bit picture all lie below {DIM_BELOW}: such pictures are judged as dark ones; if the camera has 12 bits or so, "
     "scale its samples to 0..65535 before"
+)
+ONE_BIT = (
+    "a picture of 1 bit is black and white alone, as masks, regions and drawings are and no frame of a camera: it is judged as it is; give "
+    "the frame in 8-bit grey or colour"
 )
 _SIXTEEN_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 _COLOUR_FROM_SIXTEEN_BIT = ("RGB", "RGBA", "LA")  # modes in which Pillow has shifted 16-bit samples itself
@@ -233,6 +237,7 @@ def _rgb_of_pil(image: Image.Image, name: str, pixel_limit: int) -> tuple[np.nda
             f"{name}: expected an 8-bit or 16-bit grey or colour picture, got Pillow mode {image.mode!r}, for which no "
             "fixed rule leads to 0..255; convert it by a rule of yours and save it as 8-bit RGB or grey"
         )
+    words: tuple[str, ...] = (ONE_BIT,) if image.mode == "1" else ()
     dim, shifted = False, _shifted_by_pillow(image)  # known before it is loaded alone
     try:
         with _pillow_guard_lifted(image.width * image.height):
@@ -259,7 +264,7 @@ def _rgb_of_pil(image: Image.Image, name: str, pixel_limit: int) -> tuple[np.nda
         rgb = np.array(image.convert("RGB"))
         # Black, too: of samples below 256, as of 8 bits in 16, nothing is left.
         dim = shifted and int(rgb.max()) < DIM_BELOW >> 8
-    return np.ascontiguousarray(_turn(rgb, orientation)), (DIM,) if dim else ()
+    return np.ascontiguousarray(_turn(rgb, orientation)), (*words, DIM) if dim else words
 
 
 def _shifted_by_pillow(image: Image.Image) -> bool:

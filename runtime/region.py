@@ -7,7 +7,7 @@ import os
 import numpy as np
 
 from runtime.errors import RequestError
-from runtime.images import read_image
+from runtime.images import ONE_BIT, rgb_and_words, tell
 
 
 def as_region(region: object) -> np.ndarray:
@@ -47,7 +47,8 @@ def read_region(path: str | os.PathLike[str]) -> np.ndarray:
         ImageError: a file that is no picture.
         RequestError: as as_region, or colours; names the file.
     """
-    rgb = read_image(path)
+    rgb, words = rgb_and_words(path)
+    tell(text for text in words if text != ONE_BIT)  # which is no camera's frame, and need not be one
     if not ((rgb[..., 0] == rgb[..., 1]) & (rgb[..., 0] == rgb[..., 2])).all():
         raise RequestError(f"{os.fspath(path)}: region: expected black and white, got colours; draw it white where to look")
     try:

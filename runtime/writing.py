@@ -14,6 +14,9 @@ from runtime.errors import OutputError, RequestError
 def write_whole(path: Path, data: bytes | memoryview) -> None:
     """Write under a temporary name in the same folder, then rename: within one file system that is atomic.
 
+    For files that a user has named, where engines.cache.write_whole is for those of the cache: the folder has to be there, a name may be as
+    long as the file system takes, what is half written is hidden from a watcher of the folder, and errors say what to do.
+
     Raises:
         OutputError: the disk is full, or the folder cannot be written to; an older file is as it was.
         RequestError: a name too long for the file system.

@@ -185,6 +185,7 @@ def test_bad_data_ends_with_2_and_one_line_on_stderr(tmp_path: Path, capsys: pyt
         ["--baseline", "constant", "--engine", "onnxruntime"],
         ["--checkpoint", "nano", "--engine", "onnxruntime"],
         ["--baseline", "constant", "--device", "cuda:0"],
+        ["--checkpoint", "nano", "--threads", "2"],
         ["--baseline", "constant", "--output", "/no/such/folder/result.json"],
     ],
 )
@@ -367,6 +368,11 @@ def test_a_real_bundle_is_judged_like_its_checkpoint(
     assert judged[1]["manifest_sha256"] == hashlib.sha256(manifest).hexdigest() and judged[1]["engine"] == "onnxruntime"
     for name in evaluation.METRICS:
         assert means[0][name] == pytest.approx(means[1][name], abs=0.01)
+
+
+def test_a_bundles_threads_are_the_segmenters(parts: Path, tiny_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(parts), "--bundle", str(tiny_bundle), "--engine", "onnxruntime", "--threads", "-1"]) == 2
+    assert capsys.readouterr().err == "agvas-eval: threads: expected 0 (the engine's choice) or more, got -1\n"
 
 
 def test_help_loads_neither_torch_nor_opencv() -> None:

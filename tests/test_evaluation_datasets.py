@@ -13,6 +13,7 @@ from PIL import Image
 from test_manifest import damaged_png
 
 from agvas.training.sources.errors import DatasetError
+from agvas.training.sources.mvtec import read_mvtec
 from benchmarks.datasets import LAYOUTS, READERS_HELP, Judged, Picture, read_dataset
 
 HEIGHT, WIDTH = 11, 17
@@ -248,6 +249,27 @@ def test_masks_that_agvas_segment_wrote_are_taken(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (root / "masks" / f"{name}.png").rename(root / "masks" / f"{name}_mask.png")
     assert [picture.is_anomalous for picture in read_dataset("folder", root)] == [True, False, False]
+
+
+def test_an_mvtec_set_is_the_same_to_training_and_stricter_here_where_a_figure_would_move(tmp_path: Path) -> None:
+    root = mvtec(tmp_path / "set")
+    ours, learned = read_dataset("mvtec", root), read_mvtec(root, "test")
+    assert [(item.image, item.is_anomalous, item.category) for item in ours] == [
+        (item.image, item.is_anomalous, item.category) for item in learned
+    ]
+    truths = [{item.image: item.read_mask(HEIGHT, WIDTH) for item in items} for items in (ours, learned)]
+    assert all(np.array_equal(mask, truths[1][image]) for image, mask in truths[0].items())
+
+    put_mask(root / "carpet/ground_truth/hole/000_mask.png", high=3)  # a number for each kind, say
+    (first, *_) = (item for item in read_dataset("mvtec", root) if item.category == "carpet" and item.is_anomalous)
+    with pytest.raises(DatasetError, match="000_mask.png: expected a mask of 0 and 255, found 3"):
+        first.read_mask(HEIGHT, WIDTH)
+    put_mask(root / "carpet/ground_truth/hole/002_mask.png")
+    with pytest.raises(DatasetError, match="002_mask.png: expected its picture"):
+        read_dataset("mvtec", root)
+    again = read_mvtec(root, "test")
+    assert summary(again) == summary(learned)
+    assert all(np.array_equal(item.read_mask(HEIGHT, WIDTH), truths[1][item.image]) for item in again)
 
 
 def test_good_parts_are_normal_throughout(tmp_path: Path) -> None:

@@ -23,6 +23,8 @@ def test_the_page_is_what_its_json_gives(tmp_path: Path) -> None:
     assert main(["--render", str(tmp_path / "levers.json")]) == 0
     assert (tmp_path / "levers.md").read_text() == (RESULTS / "levers.md").read_text()
     assert "Measured on a former nano" in table(result())
+    busy = result() | {"other_work": {"others": 0.2, "steal": 0.0, "seconds": 60.0}}
+    assert "Other processes took 20.0% of the processors' time" in table(busy) and "Other processes" not in table(result())
 
 
 def test_an_exact_lever_whose_maps_differ_is_told() -> None:

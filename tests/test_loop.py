@@ -317,6 +317,22 @@ def test_a_run_goes_on_with_another_rate_and_more_steps_and_says_so(tmp_path: Pa
     assert "other settings" not in capsys.readouterr().err
 
 
+def test_a_run_that_had_ended_goes_on_with_more_steps_at_the_rate_of_the_new_end_and_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trained(tmp_path / "run")
+    assert "the rate goes on" not in capsys.readouterr().err
+    source = Noise()
+    trained(tmp_path / "run", replace(SETTINGS, steps=9), source)
+    told = "training: with more steps the rate goes on at 29% of learning_rate, from which it falls to zero at step 9"
+    assert told in capsys.readouterr().err
+    assert {step for step, _ in source.asked} == {7, 8}
+    rates = [line["rate"] for line in logged(tmp_path / "run")]
+    assert rates[6:] == pytest.approx([0.05 * 1 / 5, 0.05 * 2 / 7, 0.05 * 1 / 7]), "it was near its end, and jumps up"
+    trained(tmp_path / "whole", replace(SETTINGS, steps=9))
+    assert logged(tmp_path / "whole")[6]["rate"] == pytest.approx(0.05 * 3 / 7), "so a run of nine steps is another"
+
+
 def test_a_run_of_a_version_that_kept_other_settings_is_refused_in_these_words(tmp_path: Path) -> None:
     trained(tmp_path)
     kept = json.loads((tmp_path / "settings.json").read_text())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -10,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.other_work import Counted, counted, other_work
+import benchmarks
+from benchmarks.other_work import Counted, counted, in_words, other_work
 
 LINUX = pytest.mark.skipif(not Path("/proc/stat").exists(), reason="wants Linux's counters")
 BURN = "import time\nend = time.perf_counter() + 60\nwhile time.perf_counter() < end: pass"
@@ -55,3 +57,23 @@ def test_a_process_of_ours_counts_as_ours_and_one_that_is_not_named_as_others() 
         finally:
             process.kill()
     assert told[0] > 0.1 > told[1], "seconds of the processor"
+
+
+def test_what_was_told_is_said_with_what_it_means() -> None:
+    assert in_words({"reason": "no counters"}) == "What other processes took of the processors is not told: no counters."
+    quiet, busy = ({"others": others, "steal": 0.01, "seconds": 9.0} for others in (0.04, 0.05))
+    told = "4.0% of the processors' time while this was measured, the host's other guests 1.0%"
+    assert in_words(quiet) == f"Other processes took {told}."
+    assert in_words(busy).endswith("guests 1.0%: times and ratios are not to be trusted.")
+
+
+# Times of a GPU, and times by the processor's own clock, from which others take nothing.
+NOT_COMPARED = {"full_size_gpu.py", "gptq_layer.py", "metrics_at_scale.py"}
+
+
+def test_a_benchmark_that_times_by_the_clock_tells_what_others_took_meanwhile() -> None:
+    files = sorted(Path(benchmarks.__file__).parent.glob("*.py"))
+    timed = {path.name: path.read_text() for path in files if re.search(r"perf_counter\(\)|timings\[", path.read_text())}
+    writing = {name: text for name, text in timed.items() if "environment(" in text and name not in NOT_COMPARED}
+    assert {"levers.py", "precisions.py", "prefix_reuse.py"} <= writing.keys()
+    assert [name for name, text in writing.items() if "other_work(" not in text] == []

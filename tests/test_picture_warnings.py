@@ -97,6 +97,23 @@ def test_warnings_belong_to_their_picture_and_are_warned_of_as_before(segmenter:
     assert inspection.ask().warnings == inspection.ask("Find rust.").warnings == pages.warnings
 
 
+@pytest.mark.parametrize("name", ["part.png", "part.pbm", "part.tif"])
+def test_a_picture_of_one_bit_is_told_and_a_region_of_one_bit_is_not(
+    tiny_bundle: Path, segmenter: Segmenter, tmp_path: Path, name: str
+) -> None:
+    bits = Image.fromarray(picture(0, 120, 160)).convert("1")  # dithered
+    bits.save(tmp_path / name)
+    for source in (tmp_path / name, bits):
+        with pytest.warns(PictureWarning, match="a picture of 1 bit"):
+            (told,) = segmenter(source).warnings
+        assert "give the frame in 8-bit grey or colour" in told
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", PictureWarning)
+        assert segmenter(bits.convert("L")).warnings == (), "what an 8-bit picture holds is not looked at"
+        station = Segmenter(tiny_bundle, "onnxruntime", region=tmp_path / name)
+        assert station(picture(0, 120, 160)).warnings == ()
+
+
 def test_threads_tell_their_own_pictures_warnings(segmenter: Segmenter) -> None:
     frames, told = [picture(0, 60, 70), noise(0, 1, 60, 70), picture(1, 3, 200)], dict[int, list[int]]()
 

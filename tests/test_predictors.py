@@ -106,8 +106,8 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[FakeModel]:
 
 def test_a_bundle_gets_the_settings_that_were_asked_for(opened: list[FakeModel]) -> None:
     open_predictor(Source(bundle=Path("b")))
-    given = {"threshold": 0.2, "relative_threshold": 0.4, "tile": 500, "tile_overlap": 60, "region": "r.png"}
-    none = dict.fromkeys(given)
+    given = {"threshold": 0.2, "relative_threshold": 0.4, "tile": 500, "tile_overlap": 60, "region": "r.png", "threads": 2}
+    none = dict.fromkeys(given) | {"threads": 0}
     open_predictor(Source(bundle=Path("b"), engine="openvino", device="cuda:1", inference_precision="bf16", **given))
     assert [model.given for model in opened] == [(Path("b"),)] * 2
     assert [model.settings for model in opened] == [
@@ -126,6 +126,7 @@ def test_a_bundle_gets_the_settings_that_were_asked_for(opened: list[FakeModel])
         ({"bundle": Path("b"), "relative_threshold": -0.1}, "relative threshold: expected a number in 0..1, got -0.1; 1 is"),
         ({"checkpoint": "nano", "tile": 500}, "^tile: only a bundle sees pictures in tiles, got 500; leave --tile out"),
         ({"checkpoint": "nano", "region": "r.png"}, "^region: only a bundle judges one, got r.png; leave --region out"),
+        ({"checkpoint": "nano", "threads": 2}, "^threads: only a bundle is told how many, got 2; leave --threads out"),
         ({"baseline": "median", "tile_overlap": 5}, "^tile overlap: only a bundle.*leave --tile-overlap out"),
         ({"baseline": "medium"}, "did you mean 'median'"),
         ({"checkpoint": "nano", "threshold": 1.5}, "threshold: expected a number in 0..1, got 1.5"),

@@ -272,7 +272,7 @@ def test_a_station_is_evaluated_as_it_runs(station: Path, capsys: pytest.Capture
     assert told["judged"]["recipe_sha256"] == recipe.sha256
     assert (told["judged"]["threshold"], told["judged"]["engine"]) == (0.2, "onnxruntime")
     assert (told["settings"]["instruction"], told["settings"]["region_share"]) == ("Segment the dents.", 0.5)
-    beside = (("--threshold", "0.2"), ("--tile", "64"), ("--instruction", "Segment the dents."), ("--mode", "direct"))
+    beside = (("--threshold", "0.2"), ("--tile", "64"), ("--threads", "0"), ("--instruction", "Segment the dents."), ("--mode", "direct"))
     recipe_of(station, threshold=0.2, max_new_tokens=2).write(station / "cut.json")
     assert told["mean"]["found_anomalous"] == 1
     assert accuracy.main([*asked[:5], str(station / "cut.json"), "--json"]) == 0

@@ -153,6 +153,15 @@ def test_no_overlay_of_another_picture_stands_beside_a_mask(
         assert code == 1 and lines[0].startswith("??") and left == []
 
 
+def test_a_name_as_long_as_the_file_system_takes_is_written_and_a_folder_that_is_not_there_is_not_made(tmp_path: Path) -> None:
+    longest = tmp_path / f"{'m' * (os.pathconf(tmp_path, 'PC_NAME_MAX') - 4)}.png"
+    write_whole(longest, b"mask")
+    assert longest.read_bytes() == b"mask" and list(tmp_path.iterdir()) == [longest]
+    with pytest.raises(OutputError, match="mask.png: expected a writable file"):
+        write_whole(tmp_path / "mistyped" / "mask.png", b"mask")
+    assert not (tmp_path / "mistyped").exists()
+
+
 def test_a_file_that_ctrl_c_cut_is_not_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: Any) -> None:
         raise KeyboardInterrupt

@@ -30,7 +30,11 @@ PROG = "agvas-instruct"
 _THUMBNAILS = "thumbnails"
 _DRY_RUN = "dry-run"
 _KINDS = ("real-iad", "goods-ad", "dtd-synthetic", "miad", "zju-leaper")
-"""Of the mixture's anomaly sources, those whose truth is a mask file, which a line of instruct.jsonl can name."""
+"""Of the mixture's anomaly sources, those with normal pictures to stand beside and a mask file, which a line of instruct.jsonl can name.
+
+crackforest and gc10-det have neither: every picture of theirs shows a defect, and their truth is a .mat file or boxes. Given as a manifest
+with masks, and normal pictures by --normals, they are described, too.
+"""
 
 
 def main(arguments: list[str] | None = None) -> int:

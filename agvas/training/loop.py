@@ -35,7 +35,11 @@ from runtime.progress import pace
 
 PRECISIONS = ("auto", "no", "bf16")
 MAY_CHANGE = ("learning_rate", "clip_norm", "warmup_steps", "save_every", "log_every")
-"""Settings that a run may go on with another value of; it may also get more steps."""
+"""Settings that a run may go on with another value of; it may also get more steps, and a run that had ended then goes on from its state.
+
+The rate follows the new settings from there: the line that falls to zero at the new end lies above the old one, so with more steps the rate
+jumps up, and most in a run that had ended. Such a run is not the one that would have had so many steps from its beginning.
+"""
 
 
 @dataclass(frozen=True)
@@ -292,6 +296,10 @@ def _tell(name: str, settings: LoopSettings, first: int, changed: Sequence[str])
     """What is worth a line on stderr before the first step."""
     if changed:
         tqdm.write(f"{name}: goes on at step {first} with other settings: {'; '.join(changed)}", sys.stderr)
+        if first < settings.steps and any(words.startswith("steps was ") for words in changed):
+            share = warmup_decay(first, settings.warmup_steps, settings.steps)
+            again = f"at {share:.0%} of learning_rate, from which it falls to zero at step {settings.steps}"
+            tqdm.write(f"{name}: with more steps the rate goes on {again}", sys.stderr)
     if settings.steps < settings.warmup_steps:
         reached = warmup_decay(settings.steps - 1, settings.warmup_steps, settings.steps)
         tqdm.write(
