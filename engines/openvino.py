@@ -11,6 +11,8 @@ here: a graph with convolutions before it is cut in two, the first part compiled
 from __future__ import annotations
 
 import functools
+import math
+import re
 import sys
 import threading
 from collections.abc import Mapping
@@ -31,8 +33,11 @@ except (ImportError, OSError) as error:  # it may be there, and a library that i
     raise EngineUnavailable(f'engine openvino is not installed ({error}); pip install "agvas[openvino]"') from error
 
 
-# Inputs that share a scale where they are rounded to 8 bit while running: what int4 weights have, too.
+# Inputs that share a scale where they are rounded to 8 bit while running, at most.
 INT8_BLOCK = 128
+LEAST_BLOCK = 16
+# The attribute of a DequantizeLinear whose weights have a scale for each so many inputs, in an ONNX file: its name, then an integer.
+BLOCK_SIZE = re.compile(rb"\x0a\x0ablock_size\x18((?:[\x80-\xff])*[\x00-\x7f])")
 FEW_CHANNELS = 4  # of a picture; OpenVINO's own means are faster from 16 on
 
 
@@ -54,7 +59,7 @@ class OpenVinoEngine:
                 "use precision graph, or engine onnxruntime"
             )
         settings: dict[str, object] = {
-            "DYNAMIC_QUANTIZATION_GROUP_SIZE": INT8_BLOCK if options.inference_precision == "int8" else 0,
+            "DYNAMIC_QUANTIZATION_GROUP_SIZE": int8_block(graph) if options.inference_precision == "int8" else 0,
             "PERFORMANCE_HINT": "LATENCY",
         }
         if options.threads:
@@ -95,6 +100,26 @@ class OpenVinoEngine:
             return {output.name: last.get_tensor(output.name).data.copy() for output in self.spec.outputs}
         except Exception as error:
             raise EngineFailed(f"openvino failed in stage {self.spec.name}: {str(error).strip()[-400:]}") from error
+
+
+def int8_block(graph: Path) -> int:
+    """How many inputs share a scale where they are rounded while running: as many as divide every block of weights that shares one.
+
+    With others OpenVINO rounds nothing, without a word; with fewer than LEAST_BLOCK, neither.
+
+    Raises:
+        EngineUnavailable: blocks of weights that it rounds nothing for.
+    """
+    found = {
+        sum((byte & 0x7F) << 7 * place for place, byte in enumerate(number)) for number in BLOCK_SIZE.findall(graph.read_bytes())
+    }
+    block = math.gcd(INT8_BLOCK, *found)
+    if block < LEAST_BLOCK:
+        raise EngineUnavailable(
+            f"inference precision int8 was asked for, but the weights of {graph.name} have a scale for each {min(found)} inputs, where "
+            "OpenVINO rounds nothing; use precision graph, or engine onnxruntime"
+        )
+    return block
 
 
 def known(model: openvino.Model, spec: StageSpec) -> dict[str, openvino.PartialShape]:

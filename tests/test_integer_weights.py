@@ -133,7 +133,7 @@ def test_engines_compute_what_the_integers_stand_for(form: str, engine: str, pre
 
 
 @pytest.mark.parametrize("engine", HERE)
-@pytest.mark.parametrize("form", ["int4 blocks", "int8 blocks", "int8 per output"])
+@EVERY_FORM
 def test_inference_in_int8_rounds_the_other_factor_and_not_much(engine: str, form: str, tmp_path: Path) -> None:
     weight, model = integers(*FORMS[form]), linear()
     write(store_integers(model, {"part.layer": weight}), tmp_path, "g")
@@ -144,6 +144,20 @@ def test_inference_in_int8_rounds_the_other_factor_and_not_much(engine: str, for
         return
     ours = open_engine(tmp_path / "g.onnx", SPEC, engine, options).run({"x": x()})["y"]
     assert 1e-3 < relative_error(ours, x() @ weight.dequantized().T + bias_of(linear())) < 2e-2
+
+
+@pytest.mark.parametrize(("group", "rounds"), [(8, False), (16, True), (32, True), (64, True)])
+def test_openvino_is_not_asked_to_round_where_it_would_not(group: int, rounds: bool, tmp_path: Path) -> None:
+    if engines.openvino.bytes_saturate():
+        pytest.skip("without VNNI it is asked for nothing of the kind")
+    write(store_integers(linear(), {"part.layer": integers(4, group)}), tmp_path, "g")
+    graph, options = tmp_path / "g.onnx", EngineOptions(inference_precision="int8")
+    exact = open_engine(graph, SPEC, "openvino").run({"x": x()})["y"]
+    if rounds:
+        assert relative_error(open_engine(graph, SPEC, "openvino", options).run({"x": x()})["y"], exact) > 1e-3
+        return
+    with pytest.raises(EngineUnavailable, match="a scale for each 8 inputs, where OpenVINO rounds nothing; use precision graph"):
+        open_engine(graph, SPEC, "openvino", options)
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
