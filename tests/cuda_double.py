@@ -329,7 +329,6 @@ class TensorRtDouble:
         self.saved_kernels = b"kernels"
         self.read_kernels: list[bytes] = []
         self.takes_kernels = True
-        self.serializing = threading.Lock()
         self.configs: list[_RuntimeConfig] = []
         self.validity = (real.EngineValidity.VALID, 0)
         self.capturable = True
@@ -437,6 +436,7 @@ class _RuntimeConfig:
 class _RuntimeCache:
     def __init__(self, trt: TensorRtDouble) -> None:
         self._trt = trt
+        self._serializing = threading.Lock()
 
     def deserialize(self, blob: bytes) -> bool:
         self._trt.read_kernels.append(blob)
@@ -444,9 +444,9 @@ class _RuntimeCache:
 
     def serialize(self) -> memoryview:
         """What has the bytes and nbytes of an IHostMemory."""
-        assert self._trt.serializing.acquire(blocking=False), "two threads at once"
-        time.sleep(0.001)
-        self._trt.serializing.release()
+        assert self._serializing.acquire(blocking=False), "two threads at once"
+        time.sleep(0.02)
+        self._serializing.release()
         return memoryview(self._trt.saved_kernels)
 
 

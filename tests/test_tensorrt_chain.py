@@ -209,3 +209,17 @@ def test_a_picture_seen_in_one_thread_is_answered_in_another(gpu: Gpu, tiny_bund
     thread.join()
     for ours, picture in zip(maps, pictures, strict=True):
         np.testing.assert_allclose(ours, plain.run(picture, prompt).anomaly_map, atol=1e-5)
+
+
+@BOTH
+def test_a_stream_and_one_stage_at_a_time_give_the_same_masks(gpu: Gpu, tiny_bundle: Path) -> None:
+    _, _, pictures = chain(gpu, tiny_bundle)
+    plain = Segmenter(tiny_bundle, "onnxruntime")
+    wanted = [plain(picture) for picture in pictures]
+    for options in ({}, {"low_memory": True}):
+        segmenter = Segmenter(tiny_bundle, gpu.engine, "cuda:0", **options)
+        for _ in range(2):
+            for streamed, right in zip(segmenter.stream(pictures), wanted, strict=True):
+                np.testing.assert_allclose(streamed.get().anomaly_map, right.anomaly_map, atol=1e-5)
+    del segmenter, streamed
+    gc.collect()
