@@ -36,6 +36,7 @@ class Candidate:
         kind: of KINDS.
         source: folder of the bundle or of the plain export, the checkpoint ("nano" or a folder), or a detector's .xml.
         engine, inference_precision: of a bundle, as Segmenter takes them.
+        chosen: "now" or "before", when engine auto chose them; "" where they were named.
         device: cpu or cuda:N.
         threads: CPU threads of one call, the same for all candidates.
     """
@@ -47,6 +48,7 @@ class Candidate:
     inference_precision: str = "graph"
     device: str = "cpu"
     threads: int = 1
+    chosen: str = ""
 
     def __post_init__(self) -> None:
         choose("candidate", self.kind, KINDS)

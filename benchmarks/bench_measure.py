@@ -288,13 +288,13 @@ def _absolute(checkpoint: str) -> str:
 
 
 def _bundle_candidate(name: str, folder: Path, request: Request, common: Mapping[str, Any]) -> Candidate:
-    engine, precision = request.engine, request.inference_precision or "graph"
+    engine, precision, chosen = request.engine, request.inference_precision or "graph", ""
     if engine == "auto":
         # Chosen here, so that the process that is measured opens one engine and nothing else.
         options = EngineOptions(request.device, request.threads)
         _, choice = choose_engine(Bundle(folder), options, request.inference_precision)
-        engine, precision = choice.engine, choice.inference_precision
-    return Candidate(name, BUNDLE, str(folder.absolute()), engine, precision, **common)
+        engine, precision, chosen = choice.engine, choice.inference_precision, "before" if choice.remembered else "now"
+    return Candidate(name, BUNDLE, str(folder.absolute()), engine, precision, chosen=chosen, **common)
 
 
 def _pictures(request: Request, bundle: Bundle, has_reference: bool, work: Path) -> tuple[list[Path], str]:
@@ -488,6 +488,7 @@ def _run(
         "kind": candidate.kind,
         "engine": candidate.engine or ("onnxruntime" if candidate.kind == PLAIN else "torch"),
         "inference_precision": candidate.inference_precision,
+        "chosen": candidate.chosen,
         "precision": child.told["precision"],
         "lmm": child.told["lmm"],
         "device": candidate.device,

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.bench_result import check_report, read_result
-from benchmarks.other_work import in_words
+from benchmarks.other_work import BUSY as BUSY_OTHERS
+from benchmarks.other_work import in_words, taken
 from runtime.errors import RequestError
 
 PAPER_SECONDS, PAPER_GIGABYTES = 1.0, 20.8
@@ -108,6 +109,7 @@ def _warnings(result: Mapping[str, Any]) -> list[str]:
             f"The machine was busy before this began (load average {load[0]:.1f})"
             + ("." if "others" in busy else ", and nothing tells how busy others kept it: times and ratios are not to be trusted.")
         )
+    lines += _chosen_when_busy(result)
     if any(run["device_memory_bytes"] is None and run.get("device", "cpu") != "cpu" for run in result["runs"].values()):
         reasons = sorted({run["device_memory_reason"] for run in result["runs"].values() if "device_memory_reason" in run})
         lines.append(f"GPU memory is not told: {'; '.join(reasons)}.")
@@ -116,6 +118,19 @@ def _warnings(result: Mapping[str, Any]) -> list[str]:
         had = f"{effort['warmups']}, {effort['queries']:,}, {effort['seconds']:g} s and {result['pictures']['count']}"
         lines.append(f"Short of the full setting (50 warm-ups, 1,024 queries, 60 s, 64 pictures), with {had}: no figures to publish.")
     return lines
+
+
+def _chosen_when_busy(result: Mapping[str, Any]) -> list[str]:
+    """What `auto` measured just before, and remembers from now on, was measured on that busy machine, too."""
+    load, others = result["environment"]["load_average"], taken(result.get("other_work", {}))
+    chosen = [name for name, run in result["runs"].items() if run.get("chosen") == "now"]
+    if not chosen or not ((load is not None and load[0] > BUSY) or (others is not None and others > BUSY_OTHERS)):
+        return []
+    return [
+        f"The engine of {', '.join(chosen)} was chosen by auto in this run, on that busy machine, too, and is remembered. To choose again "
+        f"on a quiet one: agvas-verify --bundle DIR --threads {result['environment']['threads']} --remeasure, with the same --device and "
+        "--inference-precision where they were given; then measure again."
+    ]
 
 
 def write_report(result: Mapping[str, Any], folder: Path) -> Path:

@@ -161,6 +161,18 @@ def _notes(told: Mapping[str, Any], gpu: bool) -> list[str]:
     return notes
 
 
+def _figure(value: float) -> str:
+    """Three digits of a number, all of those before the point, and no power of ten: 0.00043, 1.64, 27,340."""
+    if value >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.3g}" if value >= 1e-4 or not value else "< 0.0001"
+
+
+def _work_row(name: str, work: Mapping[str, float]) -> str:
+    cells = work["flops"] / 1e9, work["parameters"] / 1e6, work["bytes_bf16"] / 1e6
+    return f"| {name} | {' | '.join(map(_figure, cells))} |"
+
+
 def table(result: Mapping[str, Any]) -> str:
     """Markdown."""
     stages = result["stages"]
@@ -171,9 +183,9 @@ def table(result: Mapping[str, Any]) -> str:
         "| --- | --- | --- | --- |",
     ]
     for name, stage in stages.items():
-        lines.append(f"| {name} | {stage['flops'] / 1e9:.3g} | {stage['parameters'] / 1e6:.3g} | {stage['bytes_bf16'] / 1e6:.3g} |")
+        lines.append(_work_row(name, stage))
     total = {key: sum(stage[key] for stage in stages.values()) for key in ("flops", "parameters", "bytes_bf16")}
-    lines.append(f"| total | {total['flops'] / 1e9:.4g} | {total['parameters'] / 1e6:.4g} | {total['bytes_bf16'] / 1e6:.4g} |")
+    lines.append(_work_row("total", total))
     lines += [
         "",
         "Floors in ms (the larger of FLOP / peak and bytes / bandwidth, by stage; no kernel reaches its peak throughout):",
@@ -183,8 +195,8 @@ def table(result: Mapping[str, Any]) -> str:
     ]
     for device, told in result["devices"].items():
         for precision, floors in told["floors"].items():
-            cells = " | ".join(f"{value:.3g}" for value in floors["stages_ms"].values())
-            lines.append(f"| {device} | {precision} | {cells} | {floors['total_ms']:.3g} |")
+            cells = " | ".join(_figure(value) for value in floors["stages_ms"].values())
+            lines.append(f"| {device} | {precision} | {cells} | {_figure(floors['total_ms'])} |")
     lines += ["", *(f"- {device}: {told['source']}" for device, told in result["devices"].items())]
     return "\n".join(lines)
 
@@ -201,6 +213,6 @@ def measured_table(told: Mapping[str, Any]) -> str:
     for name, row in {**told["stages"], "total": told["total"]}.items():
         rate = f"{row['gflops']:.0f}" if "gflops" in row else ""
         share = "" if row.get("share") is None else f"{row['share']:.0%}"
-        floor = " | " if row["floor_ms"] is None else f"{row['floor_ms']:.3g} | {row['times']:.1f}"
-        lines.append(f"| {name} | {row['ms']:.3g} | {rate} | {share} | {floor} |")
+        floor = " | " if row["floor_ms"] is None else f"{_figure(row['floor_ms'])} | {row['times']:.1f}"
+        lines.append(f"| {name} | {_figure(row['ms'])} | {rate} | {share} | {floor} |")
     return "\n".join([*lines, *(["", *told["notes"]] if told["notes"] else [])])

@@ -262,11 +262,16 @@ def _read(folder: Path, suffix: str = "") -> tuple[QuantPlan, dict[str, np.ndarr
         return plan, {name: file.get_tensor(name) for name in names if name.endswith(suffix)}
 
 
+def check_there(folder: Path) -> None:
+    """Raises PlanError where the folder holds no plan, or half of one."""
+    if not (folder / PLAN).is_file() or not (folder / WEIGHTS).is_file():
+        raise PlanError(f"{folder}: expected a plan ({PLAN} and {WEIGHTS}), got none or half of one; make it with agvas-calibrate --output")
+
+
 def _opened(folder: Path) -> tuple[QuantPlan, list[str]]:
     """The plan, and the names of the tensors in the file beside it, which is seen to be the plan's."""
+    check_there(folder)
     path = folder / PLAN
-    if not path.is_file() or not (folder / WEIGHTS).is_file():
-        raise PlanError(f"{folder}: expected a plan ({PLAN} and {WEIGHTS}), got none or half of one; make it with agvas-calibrate --output")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

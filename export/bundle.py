@@ -41,7 +41,7 @@ from export.parity import (
 from export.passes import LOW_TYPES, lower_precision
 from export.pictures import Pictures, parity_pictures
 from export.progress import Progress, counted
-from export.quantisation import RTN, Quantisation, quantise
+from export.quantisation import RTN, Quantisation, check_calibration, quantise
 from export.settings import PICTURES, STREAMED_PICTURES, ExportSettings
 from export.stage_weights import all_weights, stage_weights
 from export.streamed_tensor import StreamedTensor
@@ -79,6 +79,8 @@ def export_bundle(settings: ExportSettings, progress: Progress) -> tuple[Bundle,
         settings = replace(settings, output=settings.output.resolve())
     _check_output(settings.output)
     pictures = parity_pictures(settings.images, settings.pictures or PICTURES)  # first: a wrong folder should not be told after the export
+    if settings.calibration is not None:
+        check_calibration(settings.calibration)
     progress.begin("open checkpoint")
     opened = open_checkpoint(settings.checkpoint)
     rule = opened.config.mask_decoder.mask_rule.changed(settings.threshold, settings.relative_threshold)

@@ -70,7 +70,8 @@ def decide(
     judged, _ = _judged(Bundle(folder, unfinished=True), engine)
 
     def trial(names: Sequence[str]) -> list[str]:
-        progress.begin(f"try with {len(names)} layers in float", len(judged) * len(pictures))
+        what = f"try with {counted(len(names), 'layer')} put back to float" if names else "try with all layers asked for in integers"
+        progress.begin(what, len(judged) * len(pictures))
         bundle = put(names) if names else Bundle(folder, unfinished=True)
         failures = []
         for options in judged:

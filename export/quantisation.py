@@ -27,7 +27,7 @@ from calibration.gptq import GPTQSettings, rounded_to_nearest
 from calibration.gptq_checkpoint import open_gptq_checkpoint
 from calibration.observers import Ranges
 from calibration.pictures import calibration_pictures
-from calibration.plan import PLAN, QuantPlan, open_plan, read_ranges
+from calibration.plan import PLAN, QuantPlan, check_there, open_plan, read_ranges
 from calibration.truth import linear_of, put_weight
 from calibration.weights import IntegerWeight
 from export.adapters import name_in_stage
@@ -255,11 +255,21 @@ def _check_groups(model: AGVAS, settings: GPTQSettings) -> None:
             raise RequestError(f"--lmm: {reason}; {remedy}") from error
 
 
+def check_calibration(folder: Path) -> None:
+    """Raises PlanError where neither a plan nor a GPTQ checkpoint lies: it costs nothing, and can be told before a checkpoint is loaded."""
+    if folder != RTN and not _is_gptq_checkpoint(folder):
+        check_there(folder)
+
+
+def _is_gptq_checkpoint(folder: Path) -> bool:
+    return not (folder / PLAN).is_file() and (folder / "config.json").is_file()
+
+
 def _read(
     tensors: LazyTensors, folder: Path, lmm: str, encoders: bool
 ) -> tuple[dict[str, IntegerWeight], dict[str, np.ndarray], dict[str, Any]]:
     ranges: dict[str, np.ndarray] = {}
-    if (folder / PLAN).is_file() or not (folder / "config.json").is_file():
+    if not _is_gptq_checkpoint(folder):
         plan, planned = open_plan(folder, tensors)
         weights, source = dict[str, IntegerWeight](planned), _told(plan)
         if encoders:

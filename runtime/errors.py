@@ -52,14 +52,15 @@ class DeadlineMissed(AgvasError, TimeoutError):
 
     Attributes:
         seconds: that it had.
-        step: what it was at when they were over.
+        step: what it was at when they were over: "answering".
     """
 
     def __init__(self, seconds: float, step: str) -> None:
         self.seconds, self.step = seconds, step
         super().__init__(
-            f"deadline: {seconds * 1e3:g} ms were over while {step}, so there is no verdict: treat the part as NG. The engine ends this "
-            "call by itself, and the next one waits for that; where it happens often, give more time or run less beside it"
+            f"deadline: expected a verdict within {seconds * 1e3:g} ms, got none by then (the call was {step}); treat the part as NG. What "
+            "the engine is at cannot be broken off, and the next call waits for its end: if this happens often, give more time or run less "
+            "beside it"
         )
 
     def __reduce__(self) -> tuple[type[DeadlineMissed], tuple[float, str]]:
@@ -69,6 +70,10 @@ class DeadlineMissed(AgvasError, TimeoutError):
 
 class OutputError(AgvasError, OSError):
     """A result that cannot be written: unwritable folder, full disk."""
+
+
+_PRECISIONS = frozenset({"fp64", "fp32", "fp16", "fp8", "bf16", "int16", "int8", "int4", "gptq8", "gptq4", "gptq3"})
+"""Each is one in its own right, and nobody's slip for another."""
 
 
 def check_whole(name: str, value: object) -> None:
@@ -85,14 +90,16 @@ def choose(name: str, value: str, allowed: Iterable[str], remedy: str = "") -> s
         remedy: what else to do, added to the message.
 
     Raises:
-        RequestError: names every valid value and the one nearest to what was given.
+        RequestError: names every valid value and the one nearest to what was given, unless that is a precision that cannot be had here.
     """
     options = list(allowed)
     if value in options:
         return value
     # Compared in lower case: "FP16" for "fp16" is the commonest slip, and by case alone it would be far away.
     by_lower = {option.lower(): option for option in options}
-    nearest = difflib.get_close_matches(str(value).lower(), by_lower, n=1)
+    lower = str(value).lower()
+    meant = lower not in _PRECISIONS or lower in by_lower
+    nearest = difflib.get_close_matches(lower, by_lower, n=1) if meant else []
     parts = [f"{name}: expected one of {', '.join(options)}; got {value!r}"]
     if nearest:
         parts.append(f"did you mean {by_lower[nearest[0]]!r}?")

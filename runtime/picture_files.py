@@ -82,10 +82,10 @@ def _expand(name: str, recursive: bool) -> Found:
     if name and os.path.isdir(name):
         found = _told(name, by_name(*files_in(name, recursive=recursive)))
         if not found.pictures:
-            below = "" if recursive else ", or ask for its subfolders too (agvas-segment --recursive)"
+            below = "" if recursive else ", or its subfolders too, where the command has --recursive"
             raise ImageError(
                 f"{name}: expected pictures in this folder, got none with a suffix in {', '.join(SUFFIXES)}; "
-                f"name the files themselves{below}"
+                f"name the files themselves, or the folder that they lie in{below}"
             )
         return found
     if glob.has_magic(name) and not os.path.exists(name):

@@ -29,10 +29,12 @@ def as_region(region: object) -> np.ndarray:
         )
     levels = [] if array.dtype == np.bool_ else np.unique(array).tolist()
     if not {*levels} <= {0, 1} and not {*levels} <= {0, 255}:
-        odd = next(level for level in levels if level not in (0, 1, 255) or (level == 1 and 255 in levels))
+        odd = [level for level in levels if level not in (0, 1, 255)]
+        more = f", and {len(odd) - 1} more" if len(odd) > 1 else ""
+        got = f"the level {odd[0]}{more}" if odd else "both"
         raise RequestError(
-            f"region: expected 0 where not to look and 1 or 255 where to look, got the level {odd} too; draw it without grey or "
-            "smoothed edges, and keep it as PNG (JPEG blurs), or say which levels count, as with (region > 127)"
+            f"region: expected 0 where not to look and either 1 or 255 where to look, got {got}; "
+            "draw it without grey or smoothed edges, and keep it as PNG (JPEG blurs), or say which levels count, as with (region > 127)"
         )
     looked_at = array != 0
     if not looked_at.any():

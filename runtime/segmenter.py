@@ -225,7 +225,7 @@ class Segmenter:
         def work(step: Step) -> Segmentation:
             step("reading and resizing the picture")
             read = self._read(chain, image)
-            step("looking at it")
+            step("looking at the picture")
             inspection = self._look(chain, read)
             step("answering")
             if on_text is None:

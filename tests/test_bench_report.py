@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 from bench_results import whole_result, whole_run
 
+from benchmarks import bench_measure
 from benchmarks.report import main, markdown
+from runtime.selection import Choice
 
 
 def result(**changes: Any) -> dict[str, Any]:
@@ -52,6 +54,30 @@ def test_how_busy_others_made_the_machine_is_told_and_judged(busy: dict[str, Any
     told = result(other_work=busy)
     told["environment"]["load_average"] = [load] * 3
     assert words in markdown(told) and ("not to be trusted" not in markdown(told)) == trusted
+
+
+@pytest.mark.parametrize(
+    ("chosen", "load", "others", "told"),
+    [("now", 2.0, 0.0, True), ("now", 0.1, 0.2, True), ("now", 0.1, 0.0, False), ("before", 2.0, 0.2, False), ("", 2.0, 0.2, False)],
+)
+def test_an_engine_that_auto_chose_on_a_busy_machine_is_told_with_how_to_choose_again(
+    chosen: str, load: float, others: float, told: bool
+) -> None:
+    busy = result(other_work={"others": others, "steal": 0.0, "seconds": 60.0})
+    busy["environment"] |= {"load_average": [load] * 3, "threads": 3}
+    busy["runs"]["ours"]["chosen"] = chosen
+    words = "The engine of ours was chosen by auto in this run, on that busy machine, too, and is remembered."
+    assert (words in markdown(busy)) == ("agvas-verify --bundle DIR --threads 3 --remeasure" in markdown(busy)) == told
+
+
+@pytest.mark.parametrize(("engine", "remembered", "told"), [("auto", False, "now"), ("auto", True, "before"), ("openvino", False, "")])
+def test_a_candidate_says_when_auto_chose_its_engine(
+    engine: str, remembered: bool, told: str, monkeypatch: pytest.MonkeyPatch, tiny_bundle: Path
+) -> None:
+    choice = Choice("onnxruntime", "graph", 1.0, {}, remembered)
+    monkeypatch.setattr(bench_measure, "choose_engine", lambda *_: (None, choice))
+    request = bench_measure.Request(tiny_bundle, engine, "cpu", None, 1, (), None, None, None, bench_measure.QUICK)
+    assert bench_measure._bundle_candidate("ours", tiny_bundle, request, {}).chosen == told
 
 
 def test_short_of_the_full_setting_says_what_it_had() -> None:

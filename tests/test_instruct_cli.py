@@ -197,7 +197,7 @@ def test_notes_name_a_picture_as_the_manifest_does_whatever_became_of_it(
     arguments = ["--dataset", str(dataset), "--endpoint", server.url, "--model", "m-1", "--output", str(dataset / "instruct")]
     assert main([*arguments, "--concurrency", "1", "--answers", "1", "--tries", "1"]) == 1
     error = capsys.readouterr().err
-    assert "agvas-instruct: images/0.png: to review after 1 answers" in error
+    assert "agvas-instruct: images/0.png: to review after 1 answer: " in error
     assert "left for the next run: images/1.png: " in error and "left for the next run: images/2.png: " in error
     assert str(dataset) not in error and "../images" not in error
 
@@ -288,8 +288,9 @@ def test_a_picture_that_stands_twice_in_the_manifest_is_asked_about_once(
     assert (summary["described"], summary["duplicates"]) == (3, 1) and len(server.requests) == 3
 
 
-def test_a_limit_is_kept_and_the_next_run_goes_on(dataset: Path, server: Server) -> None:
+def test_a_limit_is_kept_and_the_next_run_goes_on(dataset: Path, server: Server, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(dataset, server, "--limit", "2", "--concurrency", "3") == 0 and len(server.requests) == 2
+    assert last_line(capsys)["unfinished"] == 1
     assert run(dataset, server, "--limit", "2") == 0 and len(server.requests) == 3
 
 
@@ -449,6 +450,8 @@ def test_a_dry_run_writes_exactly_what_would_be_sent_and_sends_nothing(
     assert not server.requests and len(folders) == 2 and not (dataset / "instruct/instruct.jsonl").exists()
     for folder in folders:
         assert {path.name for path in folder.iterdir()} == {"boxes.jpg", "tint.jpg", "normal.jpg", "request.json"}
+    assert printed[2] == f"wrote 2 requests with their pictures to {dataset / 'instruct/dry-run'}; nothing was sent"
+    assert run(dataset, server, "--dry-run", "1") == 0 and "wrote 1 request with its pictures to " in capsys.readouterr().out
     assert run(dataset, server) == 0
     assert [json.loads((folder / "request.json").read_text()) for folder in folders] == server.requests[:2]
 

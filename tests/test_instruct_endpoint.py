@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from chat_server import ANSWER, GOOD, Server, completion, last_line, lines_of, run, skip_waits, write_dataset
 
+from agvas.instruct.cli import main
 from agvas.instruct.endpoint import Endpoint, EndpointClosed, Pace, RequestFailed, Stopped
 
 
@@ -240,3 +241,29 @@ def test_half_a_character_is_a_reason_to_ask_again_and_ends_no_run(
     (refusal,) = lines_of(dataset / "instruct/refused.jsonl")
     assert refusal["attempts"] == 3 and "half a character" in refusal["reasons"][0]
     assert run(dataset, server, "--retry-refused") == 0 and last_line(capsys)["described"] == 1
+
+
+def test_a_silent_endpoint_is_told_while_it_is_waited_for_and_what_it_left_open_is_counted(
+    tmp_path: Path, waits: list[float], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.socket() as unheard:  # bound and not listening: connections are refused
+        unheard.bind(("127.0.0.1", 0))
+        dataset, url = write_dataset(tmp_path / "bolts"), f"http://127.0.0.1:{unheard.getsockname()[1]}/v1"
+        arguments = ["--dataset", str(dataset), "--endpoint", url, "--model", "m-1", "--output", str(dataset / "instruct")]
+        assert main([*arguments, "--json", "--concurrency", "1", "--tries", "3"]) == 2
+    out, error = capsys.readouterr()
+    told = "nothing has answered there yet, each request is sent 3 times before that ends the run"
+    assert error.count(told) == 1 and len(waits) == 2
+    assert "0 left for the next run, 0 done before, 3 not come to an end in this run" in out
+    assert json.loads(out.splitlines()[-1])["unfinished"] == 3
+
+
+def test_a_hiccup_of_an_endpoint_that_has_answered_is_waited_out_in_silence(
+    tmp_path: Path, server: Server, waits: list[float], capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.play = lambda number, body: (500, "oops", {}) if number == 1 else (200, completion(ANSWER), {})
+    dataset = write_dataset(tmp_path / "bolts")
+    arguments = ["--dataset", str(dataset), "--endpoint", server.url, "--model", "m-1", "--output", str(dataset / "instruct")]
+    assert main([*arguments, "--concurrency", "1"]) == 0 and len(waits) == 1
+    out, error = capsys.readouterr()
+    assert "nothing has answered" not in error and "not come to an end" not in out

@@ -153,3 +153,9 @@ def test_a_folder_that_cannot_be_opened_is_refused_and_one_below_is_told(folder,
     shut = "deep"
     with pytest.warns(UserWarning, match="left out what is in .*deep: expected a folder that can be read, got .*Permission denied"):
         assert names(find_images(folder, recursive=True)) == ["a.JPG", "b.png", "c.tiff"]
+
+
+def test_a_folder_without_pictures_says_what_to_name_and_no_other_commands_option(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    with pytest.raises(ImageError, match="the folder that they lie in, or its subfolders too, where the command has --recursive$"):
+        find_images([tmp_path])

@@ -211,11 +211,18 @@ SPOILT = ("language.model.layers.0.mlp.down_proj", "language.model.layers.1.self
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_a_layer_that_costs_masks_is_put_back_to_float_and_told(
-    precision: str, ready: Callable[..., ExportSettings], wide: Path, wide_model: AGVAS, tmp_path: Path
+    precision: str,
+    ready: Callable[..., ExportSettings],
+    wide: Path,
+    wide_model: AGVAS,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     plan = spoilt_plan(wide, wide_model, tmp_path / "plan", SPOILT[0])
-    bundle, report = export_bundle(ready(tmp_path / "bundle", precision, lmm="int8", calibration=plan), QUIET)
+    bundle, report = export_bundle(ready(tmp_path / "bundle", precision, lmm="int8", calibration=plan), Progress())
     assert not report.failures
+    told = capsys.readouterr().err
+    assert "try with all layers asked for in integers" in told and "try with 1 layer put back to float" in told
     kept = bundle.manifest.quantisation["kept_float"]
     assert list(kept) == [SPOILT[0]] and "changed the anomaly map by" in kept[SPOILT[0]]
     assert SPOILT[0] not in bundle.manifest.quantisation["layers"] and len(bundle.manifest.quantisation["layers"]) == 13
@@ -413,6 +420,15 @@ def test_what_cannot_be_met_is_told_before_the_work(
     assert main(["--checkpoint", str(wide / "checkpoint"), "--output", str(tmp_path / "bundle"), *arguments]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "bundle").exists()
+
+
+def test_a_calibration_that_is_not_there_is_told_before_the_checkpoint_is_opened(
+    wide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(writer, "open_checkpoint", None)
+    arguments = ["--checkpoint", str(wide / "checkpoint"), "--output", str(tmp_path / "bundle"), "--calibration", str(tmp_path / "plan")]
+    assert main([*arguments, "--lmm", "gptq4"]) == 2
+    assert f"{tmp_path / 'plan'}: expected a plan" in capsys.readouterr().err
 
 
 def test_a_width_that_groups_do_not_divide_is_named_with_a_way_out(

@@ -242,27 +242,39 @@ def test_agvas_train_makes_a_checkpoint_that_segments(tmp_path: Path, capsys: py
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "part.png").touch()
-    for arguments in ([], ["--checkpoint", "nano", "--mixture", "m.json"]):
+    for arguments in (["--config", "nano"], ["--checkpoint", "nano", "--mixture", "m.json"]):
         assert run_cli([*arguments, "--output", str(tmp_path)]) == 2
         assert f"--output {tmp_path}: expected a new or empty folder, or that of a run, got one with part.png" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["part.png"]
 
 
+def test_nothing_is_trained_unasked(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[object] = []
+    told = "--config, --checkpoint: expected one of the two, got none; give --checkpoint nano|DIR --mixture FILE.json to tune a model"
+    monkeypatch.setattr(cli, "_from_nothing", begun.append)
+    for arguments in ([], ["--mixture", "m.json"], ["--ablation", "no-seg"]):
+        assert run_cli([*arguments, "--output", str(tmp_path / "run")]) == 2
+        assert told in capsys.readouterr().err and not begun
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--mixture", "m.json"], "--mixture is for tuning; give --checkpoint"),
+        (["--config", "tiny", "--mixture", "m.json"], "--mixture is for tuning; give --checkpoint in place of --config"),
         (["--checkpoint", "nano"], "give --mixture FILE.json"),
         (["--steps", "0"], "--steps: expected at least 1, got 0"),
         (["--micro-batch", "-2"], "--micro-batch: expected at least 1, got -2"),
         (["--checkpoint", "nano", "--samples", "3"], "--samples is for training from nothing"),
-        (["--batch", "3", "--micro-batch", "2"], "global_batch: expected a multiple of 2 (processes 1 x micro_batch 2), got 3"),
+        (
+            ["--config", "tiny", "--batch", "3", "--micro-batch", "2", "--samples", "2"],
+            "global_batch: expected a multiple of 2 (processes 1 x micro_batch 2), got 3",
+        ),
     ],
 )
 def test_what_does_not_go_together_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
-    assert run_cli([*arguments, "--output", str(tmp_path / "run"), *(["--samples", "2"] if "3" in arguments[:2] else [])]) == 2
+    assert run_cli([*arguments, "--output", str(tmp_path / "run")]) == 2
     assert message in capsys.readouterr().err
 
 

@@ -14,7 +14,7 @@ from benchmarks import bench, full_size_gpu, roofline
 from benchmarks.ceilings import ceilings
 from benchmarks.devices import DEVICES, Device, device_of
 from benchmarks.environment import processor
-from benchmarks.roofline import against_floor, floor_ms, machine_of, measured_table
+from benchmarks.roofline import against_floor, floor_ms, machine_of, measured_table, table
 from benchmarks.work import StageWork, stage_work
 from runtime.errors import RequestError
 
@@ -60,7 +60,7 @@ def test_each_stage_has_its_share_of_the_ceiling_and_its_distance_to_the_floor()
     assert row["gflops"] == pytest.approx(5666 / 1e3, rel=0.02) and row["share"] == pytest.approx(5.666e12 / 1e3 / 1e11, rel=0.02)
     assert row["times"] == pytest.approx(1e6 / (5.666e12 / 1e11 * 1e3), rel=0.02)
     assert "preprocess" not in told["stages"] and told["total"]["times"] == pytest.approx(6e6 / told["total"]["floor_ms"])
-    assert f"| pixel_encoder | 1e+06 | 6 | {row['share']:.0%} |" in measured_table(told)
+    assert f"| pixel_encoder | 1,000,000 | 6 | {row['share']:.0%} |" in measured_table(told)
     halved = against_floor(ov_7b(), HERE, run_of(precision="bf16"))
     assert halved["stages"]["pixel_encoder"]["share"] == pytest.approx(row["share"] / 2)
 
@@ -173,3 +173,11 @@ def test_the_full_sizes_stages_are_told_against_their_gpus_floors(capsys: pytest
     assert "| 26.9 |" in rows["total"] and "144.6 (5.4)" in rows["total"]
     assert full_size_gpu.main(["floors", "--json", str(RESULTS / "levers.json")]) == 2
     assert "expected what full_size_gpu measure wrote" in capsys.readouterr().err
+
+
+def test_figures_of_the_table_have_no_powers_of_ten() -> None:
+    lines = table(roofline.roofline(ov_7b(), None)).splitlines()
+    cells = [cell.strip() for line in lines if line.startswith("|") for cell in line.split("|")]
+    assert not [cell for cell in cells if "e+" in cell or "e-" in cell]
+    (total,) = (line for line in lines if line.startswith("| total |"))
+    assert all(float(cell.replace(",", "")) > 1000 and "," in cell for cell in total.split(" | ")[1:3])

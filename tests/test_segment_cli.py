@@ -386,7 +386,7 @@ def test_tiles_and_a_region_are_what_the_segmenter_gives(run_segment: Any, tiny_
     ("region", "message"),
     [
         (np.zeros((90, 130), np.uint8), "got none: white is looked at"),
-        (np.full((90, 130), 77, np.uint8), "got the level 77 too"),
+        (np.full((90, 130), 77, np.uint8), "got the level 77;"),
         (np.broadcast_to(np.array([255, 0, 0], np.uint8), (90, 130, 3)), "expected black and white, got colours"),
     ],
 )

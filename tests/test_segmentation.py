@@ -270,9 +270,10 @@ def test_a_region_gives_no_verdict_where_there_is_none():
         (np.ones((HEIGHT, WIDTH, 3), np.uint8), r"got uint8 \[5, 7, 3\]; .* take one channel"),
         ("region.png", "got the path region.png; read it with read_region"),
         (np.zeros((HEIGHT, WIDTH), bool), "at least one pixel to look at"),
-        (np.full((HEIGHT, WIDTH), 200, np.uint8), "got the level 200 too"),
-        (np.arange(HEIGHT * WIDTH, dtype=np.uint8).reshape(HEIGHT, WIDTH) % 3, "got the level 2 too"),
-        (np.arange(HEIGHT * WIDTH, dtype=np.uint8).reshape(HEIGHT, WIDTH) % 2 * 254 + 1, "got the level 1 too"),
+        (np.full((HEIGHT, WIDTH), 200, np.uint8), "got the level 200;"),
+        (np.arange(HEIGHT * WIDTH, dtype=np.uint8).reshape(HEIGHT, WIDTH) % 3, "got the level 2;"),
+        (np.arange(HEIGHT * WIDTH, dtype=np.uint8).reshape(HEIGHT, WIDTH) % 2 * 254 + 1, "either 1 or 255 where to look, got both;"),
+        (np.arange(HEIGHT * WIDTH, dtype=np.uint8).reshape(HEIGHT, WIDTH), "got the level 2, and 32 more;"),
     ],
 )
 def test_a_region_that_does_not_fit_is_refused(region, message):
@@ -456,3 +457,10 @@ def test_a_choice_names_all_valid_values_and_the_nearest_one():
     with pytest.raises(RequestError) as caught:
         choose("engine", None, engines)
     assert "did you mean" not in str(caught.value) and "got None" in str(caught.value)
+
+
+@pytest.mark.parametrize(("value", "options"), [("fp16", ("graph", "bf16", "int8")), ("int4", ("float", "int8", "gptq4"))])
+def test_another_precision_is_no_misspelling(value: str, options: tuple[str, ...]) -> None:
+    with pytest.raises(RequestError) as caught:
+        choose("--precision", value, options)
+    assert f"got '{value}'" in str(caught.value) and "did you mean" not in str(caught.value)

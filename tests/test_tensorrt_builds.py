@@ -350,6 +350,12 @@ def test_engines_are_built_for_every_gpu_told_in_a_sidecar_and_found_again(tiny_
     assert [entry["path"] for entry in again["engines"]] == [entry["path"] for entry in report["engines"]]
 
 
+def test_what_was_built_is_said_once_in_words(tiny_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ("--engine", TENSORRT_RTX, "--compute-capability", "8.9", "--stages", "spam")
+    assert command.main(["--bundle", str(tiny_bundle), *arguments]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith("built     not verified: device cuda:0: ")
+
+
 def test_other_shapes_a_rebuild_or_a_spoilt_file_build_anew(tiny_bundle: Path, run_build: Any) -> None:
     arguments = ("--bundle", tiny_bundle, "--engine", TENSORRT_RTX, "--compute-capability", "8.9", "--stages", "spam")
 

@@ -218,7 +218,7 @@ def test_exit_codes_tell_wrong_input_from_a_run_that_diverged(
         raise error
 
     monkeypatch.setattr(cli, "_from_nothing", raises)
-    assert cli.main([]) == code
+    assert cli.main(["--config", "nano"]) == code
     assert (str(error) or "training-run") in capsys.readouterr().err
 
 
@@ -232,7 +232,7 @@ def test_after_divergence_each_kind_of_run_is_told_what_can_be_done(
         monkeypatch.setattr(cli, door, diverges)
     assert cli.main(["--checkpoint", "nano", "--output", str(tmp_path)]) == 1
     assert "is in run. Look at the samples of this step, or give a lower learning_rate" in capsys.readouterr().err
-    assert cli.main(["--output", str(tmp_path)]) == 1
+    assert cli.main(["--config", "nano", "--output", str(tmp_path)]) == 1
     assert "is in run. The rates of --config are its recipe's" in capsys.readouterr().err
 
 
@@ -280,7 +280,7 @@ def test_a_changed_mixture_is_another_run(mixture: Path, tmp_path: Path, capsys:
 def test_a_fault_of_ours_is_no_diverged_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cli, "_from_nothing", lambda options: 1 // 0)
     with pytest.raises(ZeroDivisionError):
-        cli.main([])
+        cli.main(["--config", "nano"])
 
 
 @pytest.mark.parametrize(
@@ -297,7 +297,7 @@ def test_what_is_not_installed_is_named_in_the_words_of_what_needs_it(
         raise error
 
     monkeypatch.setattr(cli, "_from_nothing", raises)
-    assert cli.main([]) == 2
+    assert cli.main(["--config", "nano"]) == 2
     assert capsys.readouterr().err == told
 
 

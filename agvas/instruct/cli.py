@@ -149,7 +149,7 @@ def _describe(options: argparse.Namespace) -> int:
         finally:
             if options.output.is_dir():  # however the run ended, what it wrote can be reviewed
                 update_review(options.output)
-            _summarise(options, construction.tally, endpoint.requests_sent, time.monotonic() - started, options.output / REVIEW)
+            _summarise(options, construction, endpoint.requests_sent, time.monotonic() - started, options.output / REVIEW)
     if interrupted():
         print(f"{PROG}: interrupted; what was written so far is whole and stays, the same command goes on", file=sys.stderr)
         return 130
@@ -227,7 +227,8 @@ def _rehearse(
     written = rehearse(records, references, request, options.output / _DRY_RUN, options.dry_run, explanations)
     for folder, name in written:
         print(f"{folder.name}  {name}")
-    print(f"wrote {len(written)} requests with their pictures to {options.output / _DRY_RUN}; nothing was sent")
+    requests = "1 request with its pictures" if len(written) == 1 else f"{len(written)} requests with their pictures"
+    print(f"wrote {requests} to {options.output / _DRY_RUN}; nothing was sent")
     if options.json:
         print(json.dumps({"dry_run": [str(folder) for folder, _ in written], "pictures": [name for _, name in written]}))
     return 0
@@ -256,7 +257,8 @@ def _review(options: argparse.Namespace) -> int:
         record |= {"accepted_file": str(options.output / ACCEPTED), **vars(decisions)}
     else:
         told = update_review(options.output)
-        print(f"{told.samples} samples; {_decide(options.output)}, then run {PROG} review --output {options.output} --apply")
+        samples = f"{told.samples} sample{'s' * (told.samples != 1)}"
+        print(f"{samples}; {_decide(options.output)}, then run {PROG} review --output {options.output} --apply")
         if told.superseded:
             print(_superseded(told.superseded))
         record |= vars(told)
@@ -275,16 +277,19 @@ def _decide(output: Path) -> str:
     return f"write yes or no in column accept of {output / REVIEW}"
 
 
-def _summarise(options: argparse.Namespace, tally: Tally, requests: int, seconds: float, review: Path) -> None:
+def _summarise(options: argparse.Namespace, construction: Construction, requests: int, seconds: float, review: Path) -> None:
     from agvas.instruct.journal import DESCRIBED, read_usage
 
+    tally = construction.tally
+    unfinished = len(construction.records) - tally.behind
     cost, all_runs = _cost(options, tally), read_usage(options.output)
     cost_of_all = _cost(options, all_runs)
     without = f", {tally.replies_without_usage} replies did not say theirs" if tally.replies_without_usage else ""
     again = f" ({tally.superseded} of them again, the older description no longer counts)" if tally.superseded else ""
+    cut = f", {unfinished} not come to an end in this run" if unfinished else ""
     print(
         f"{tally.described} described{again}, {tally.refused} to review without a usable answer, {tally.undone} left for the next run, "
-        f"{tally.done_before} done before; {tally.input_tokens} input and {tally.output_tokens} output tokens{without}"
+        f"{tally.done_before} done before{cut}; {tally.input_tokens} input and {tally.output_tokens} output tokens{without}"
         + ("" if cost is None else f", cost {_money(cost)}")
     )
     if tally.done_before:
@@ -301,6 +306,7 @@ def _summarise(options: argparse.Namespace, tally: Tally, requests: int, seconds
             "superseded": tally.superseded,
             "refused": tally.refused,
             "undone": tally.undone,
+            "unfinished": unfinished,
             "done_before": tally.done_before,
             "duplicates": tally.duplicates,
             "requests": requests,
@@ -343,8 +349,7 @@ class _Bar:
         cost = _cost(self._options, tally)
         tokens = f"{tally.input_tokens} in, {tally.output_tokens} out"
         self._tqdm.set_postfix_str(tokens if cost is None else f"{tokens}, cost {_money(cost)}", refresh=False)
-        behind = tally.described + tally.refused + tally.undone + tally.done_before + tally.duplicates
-        self._tqdm.update(behind - self._tqdm.n)
+        self._tqdm.update(tally.behind - self._tqdm.n)
 
     def note(self, line: str) -> None:
         if not self._options.quiet:

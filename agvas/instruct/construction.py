@@ -52,7 +52,8 @@ class RunSettings:
 @dataclass
 class Tally:
     """What a run did. `undone` samples got no reply or could not be read, and are tried again by the next run; `errors` says why.
-    `superseded` of those described had a description already, of another mask or by another prompt, which no longer counts."""
+    `superseded` of those described had a description already, of another mask or by another prompt, which no longer counts. What none of
+    these counts has, the run ended before: at its limit, stopped, or because the endpoint closed."""
 
     described: int = 0
     superseded: int = 0
@@ -64,6 +65,11 @@ class Tally:
     output_tokens: int = 0
     replies_without_usage: int = 0
     errors: list[str] = field(default_factory=list)
+
+    @property
+    def behind(self) -> int:
+        """Records that something became of."""
+        return self.described + self.refused + self.undone + self.done_before + self.duplicates
 
 
 class Construction:
@@ -147,7 +153,7 @@ class Construction:
             elif isinstance(outcome, Refusal):
                 refused.append(outcome.to_json())
                 self.tally.refused += 1
-                self._note(f"{event.name}: to review after {outcome.attempts} answers: {outcome.reasons[0]}")
+                self._note(f"{event.name}: to review after {outcome.attempts} answer{'s' * (outcome.attempts != 1)}: {outcome.reasons[0]}")
             elif isinstance(outcome, _Undone):
                 self.tally.undone += 1
                 self.tally.errors.append(outcome.reason)
@@ -249,7 +255,7 @@ class Construction:
         return Refusal(*place, answer[:_SHOWN_ANSWER], tuple(reasons), settings.request.model, answers, event.usage())
 
     def _ask(self, body: dict[str, Any], event: _Event) -> Reply:
-        reply = self._endpoint.ask(body)
+        reply = self._endpoint.ask(body, self._note)
         event.add(reply.input_tokens, reply.output_tokens)
         with self._lock:
             self._answered_since = True

@@ -147,11 +147,13 @@ class Endpoint:
         self.requests_sent = 0
         self._on_their_way = 0  # requests whose answer may still come
         self._heard = False  # whether anything has ever answered there
+        self._noted = False  # whether it was told that nothing has
 
-    def ask(self, body: dict[str, Any]) -> Reply:
+    def ask(self, body: dict[str, Any], note: Callable[[str], None] = lambda line: None) -> Reply:
         """Send until a reply comes: again after 408, 409, 425, 429, 5xx, a lost connection or a body that is no reply.
 
-        Waits 1, 2, 4 ... 60 seconds with jitter, or what Retry-After says if that is longer.
+        Waits 1, 2, 4 ... 60 seconds with jitter, or what Retry-After says if that is longer. `note` takes a line, once, before the first
+        of these waits at an address where nothing has ever answered.
 
         Raises:
             EndpointClosed: 401, 403, 404, a redirect, a Retry-After of more than a quarter of an hour, or no reply after all tries where
@@ -187,10 +189,17 @@ class Endpoint:
                     raise EndpointClosed(
                         f"{self.url}: {fault}; it asks to wait {asked_for:.0f} s: run the same command again after that"
                     ) from fault
+                self._note_silence(fault, note)
                 self._pace.hold(asked_for)
                 if asked_for < backoff:
                     self._pace.pause(backoff)
         raise AssertionError("unreachable")
+
+    def _note_silence(self, fault: _Passing, note: Callable[[str], None]) -> None:
+        with self._lock:
+            told, self._noted = self._noted or self._heard, True
+        if not told:
+            note(f"{self.url}: {fault}; nothing has answered there yet, each request is sent {self._tries} times before that ends the run")
 
     def _post(self, data: bytes) -> Reply:
         request = urllib.request.Request(self.url, data, self._headers, method="POST")

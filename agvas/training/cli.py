@@ -44,6 +44,7 @@ def _run(options: argparse.Namespace) -> int:
         for name in ("steps", "batch", "micro_batch", "samples"):
             if (number := getattr(options, name)) is not None and number < 1:
                 raise ValueError(f"--{name.replace('_', '-')}: expected at least 1, got {number}")
+        _check_what_is_trained(options)
         _check_output(options.output)
         check_device(options.device)  # first: samples take minutes and gigabytes
         output = _tune(options) if options.checkpoint is not None else _from_nothing(options)
@@ -81,6 +82,15 @@ def _lacking(error: ModuleNotFoundError) -> int:
     return 2
 
 
+def _check_what_is_trained(options: argparse.Namespace) -> None:
+    """ValueError where nothing is named: the training of nano takes hours and gigabytes and is not begun unasked."""
+    if options.config is None and options.checkpoint is None:
+        raise ValueError(
+            "--config, --checkpoint: expected one of the two, got none; give --checkpoint nano|DIR --mixture FILE.json to tune a model, or "
+            "--config nano to train nano from nothing (hours, 12 GB of samples)"
+        )
+
+
 def _check_output(folder: Path) -> None:
     """ValueError for a folder of something else: a run is many files, which no one would want among pictures."""
     if not folder.is_dir() or not (found := sorted(path.name for path in folder.iterdir())):
@@ -97,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--config", choices=("nano", "tiny"), help="train this named size from nothing on procedural samples (default nano)")
+    what.add_argument("--config", choices=("nano", "tiny"), help="train this named size from nothing on procedural samples")
     what.add_argument("--checkpoint", metavar="nano|DIR", help="tune this checkpoint: LoRA, SPAM, AGMD, embeddings and head (paper B.2)")
     parser.add_argument(
         "--mixture", type=Path, metavar="FILE.json", help="what to tune on: sources as below, in the form agvas/training/README.md shows"
@@ -122,11 +132,11 @@ def _parser() -> argparse.ArgumentParser:
 def _from_nothing(options: argparse.Namespace) -> Path | None:
     for name in ("mixture", "settings", "feature_cache"):
         if getattr(options, name) is not None:
-            raise ValueError(f"--{name.replace('_', '-')} is for tuning; give --checkpoint, too")
+            raise ValueError(f"--{name.replace('_', '-')} is for tuning; give --checkpoint in place of --config")
     from agvas.training.processes import is_main_process
     from agvas.training.recipe import Recipe, train_from_nothing
 
-    recipe = Recipe(config=options.config or "nano", ablation=options.ablation).with_seed(options.seed or 0)
+    recipe = Recipe(config=options.config, ablation=options.ablation).with_seed(options.seed or 0)
     recipe = recipe.shortened(options.steps, options.steps, options.samples)
     recipe = replace(
         recipe,

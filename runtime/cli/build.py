@@ -109,7 +109,7 @@ def _table(report: dict[str, Any]) -> list[str]:
     if not in_16_bit and any(entry["attention"] and entry["attention_fused"] != entry["attention"] for entry in report["engines"]):
         lines.append("note      TensorRT fuses attention in 16 bit alone: export with --precision fp16 or bf16 for faster engines")
     verdict = {None: "built", True: "verified", False: "FAILED"}[report["verified"]]
-    return [*lines, f"{verdict:<9} {report['note']}; {report['seconds']:.1f} s"]
+    return [*lines, f"{verdict:<9} {report['note'].removeprefix('built, ')}; {report['seconds']:.1f} s"]
 
 
 if __name__ == "__main__":
