@@ -108,8 +108,9 @@ def _table(report: dict[str, Any]) -> list[str]:
     in_16_bit = not {"fp16", "bf16"}.isdisjoint(report["precision"].values())  # if not all of it: the mask decoder of bf16 is fp32
     if not in_16_bit and any(entry["attention"] and entry["attention_fused"] != entry["attention"] for entry in report["engines"]):
         lines.append("note      TensorRT fuses attention in 16 bit alone: export with --precision fp16 or bf16 for faster engines")
-    verdict = {None: "built", True: "verified", False: "FAILED"}[report["verified"]]
-    return [*lines, f"{verdict:<9} {report['note'].removeprefix('built, ')}; {report['seconds']:.1f} s"]
+    verdict, note = {None: "built", True: "verified", False: "FAILED"}[report["verified"]], report["note"]
+    note = note.removeprefix("built, ") if report["verified"] is None else note  # not said twice
+    return [*lines, f"{verdict:<9} {note}; {report['seconds']:.1f} s"]
 
 
 if __name__ == "__main__":
