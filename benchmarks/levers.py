@@ -443,14 +443,13 @@ def table(result: dict[str, Any]) -> str:
 
 
 NOT_TRIED = """\
-`Segmenter.stream` is in the runtime though it costs 2 % here: it is a way of calling that the caller chooses, and runtime/README.md says
+`Segmenter.stream` is in the runtime though it costs 3 % here: it is a way of calling that the caller chooses, and runtime/README.md says
 that nothing is gained where the cores are busy. Whether it pays beside a GPU was not measured.
 
 Not in the table, and why:
 
-- SAM's windows without products over their filling: nano's windows divide its grid. On the larger model's pixel encoder, a processor of
-  family 25: 1.005 (1.000 to 1.009), 168 ms to 166, the same numbers, where 2 % were predicted; of ViT-H's encoder it is 5 % of the work
-  (`python -m benchmarks.levers --bundle BUNDLE --only windows --output levers_windows.json`).
+- SAM's windows without products over their filling in nano, whose windows divide its grid. A run before the table's, of the larger model's
+  pixel encoder, too (`levers_windows.json`): 1.005 (1.000 to 1.009). Of ViT-H's encoder it is 5 % of the work.
 - Keys and values of the prompt's beginning: five tokens stand before the picture.
 - Cutting OpenVINO's bf16 part later, after the k-th convolution (k from 1 to 14): tried on the nano of 2026-11-23, whose golden masks were
   then at a mean IoU of 0.981 to 0.986, and at 0.990 with the cut before the first product; every k failed the gate. Not tried again with
