@@ -164,11 +164,11 @@ class Stream:
         """What the device took from `begin` to `mark`, which must have been waited for."""
         return float(check(self._cuda.cudaEventElapsedTime(self._begun, self._done)))
 
-    def copy(self, to: int, source: int, size: int) -> None:
-        """Queue the copy of `size` bytes from one place on the device to another."""
+    def copy(self, to: int, source: int, size: int, way: str = "DeviceToDevice") -> None:
+        """Queue the copy of `size` bytes from one address to another; `way` as in CUDA's names (HostToDevice)."""
         cuda = self._cuda
         if size:
-            check(cuda.cudaMemcpyAsync(to, source, size, cuda.cudaMemcpyKind.cudaMemcpyDeviceToDevice, self.handle))
+            check(cuda.cudaMemcpyAsync(to, source, size, getattr(cuda.cudaMemcpyKind, f"cudaMemcpy{way}"), self.handle))
 
     def close(self) -> None:
         """Wait for its work, and end."""
@@ -282,11 +282,11 @@ class Buffer:
 
     def upload(self, size: int, stream: Stream, start: int = 0) -> None:
         """Queue the copy of `size` bytes from the pinned memory to the device, from byte `start` of both on."""
-        self._copy(self.address + start, self._pinned + start, size, "cudaMemcpyHostToDevice", stream)
+        stream.copy(self.address + start, self._pinned + start, size, "HostToDevice")
 
     def download(self, size: int, stream: Stream) -> None:
         """Queue the copy of `size` bytes from the device to the pinned memory."""
-        self._copy(self._pinned, self.address, size, "cudaMemcpyDeviceToHost", stream)
+        stream.copy(self._pinned, self.address, size, "DeviceToHost")
 
     def close(self) -> None:
         cuda = self._cuda
@@ -295,11 +295,6 @@ class Buffer:
         if self._pinned:
             cuda.cudaFreeHost(self._pinned)
         self.address = self._pinned = self.bytes = 0
-
-    def _copy(self, to: int, source: int, size: int, kind: str, stream: Stream) -> None:
-        if size:
-            cuda = self._cuda
-            check(cuda.cudaMemcpyAsync(to, source, size, getattr(cuda.cudaMemcpyKind, kind), stream.handle))
 
 
 class Block:

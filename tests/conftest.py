@@ -237,3 +237,28 @@ def parts(tmp_path: Path) -> Path:
 def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Engine choices of a test stay in the test."""
     monkeypatch.setenv("AGVAS_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="session")
+def the_parts(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """An imported_parts.Published; do not write into it."""
+    from imported_parts import Published
+
+    return Published(tmp_path_factory.mktemp("published"))
+
+
+@pytest.fixture
+def a_copy(the_parts: Any, tmp_path: Path) -> Path:
+    """The checkpoint and its parts, to be damaged."""
+    import shutil
+
+    return Path(shutil.copytree(the_parts.folder, tmp_path / "copy"))
+
+
+@pytest.fixture
+def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A tensorrt_machine.Gpu: of TensorRT for RTX, or as its BOTH asks."""
+    from tensorrt_machine import doubled
+
+    with doubled(getattr(request, "param", "tensorrt-rtx"), monkeypatch) as machine:
+        yield machine

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import published
 import pytest
 import torch
-from imported_parts import ADAPTER, TABLES, Published, changed, in_json, removed, trained_without, without
+from imported_parts import ADAPTER, TABLES, changed, in_json, removed, trained_without, without
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -19,17 +18,6 @@ from agvas.import_cli import main
 
 BASE = "onevision/model.safetensors"
 UP = "language_model.model.layers.1.mlp.up_proj.weight"
-
-
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory: pytest.TempPathFactory) -> Published:
-    return Published(tmp_path_factory.mktemp("parts"))
-
-
-@pytest.fixture
-def copy(parts: Published, tmp_path: Path) -> Path:
-    """The checkpoint and its parts, to be damaged."""
-    return Path(shutil.copytree(parts.folder, tmp_path / "copy"))
 
 
 def _in_config(change: Callable[[dict], object]) -> Callable[[Path], None]:  # type: ignore[type-arg]
@@ -160,13 +148,13 @@ def _renamed(state: dict[str, Tensor]) -> None:
     ],
 )
 def test_what_does_not_fit_is_named_and_nothing_is_left(
-    copy: Path, damage: Callable[[Path], object], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    a_copy: Path, damage: Callable[[Path], object], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    damage(copy)
+    damage(a_copy)
     arguments = ["--base", "onevision", "--sam", "sam_vit_mini.pth", "--trained", "trained", "--output", "new"]
-    before = sorted(path.name for path in copy.iterdir())
-    monkeypatch.chdir(copy)
+    before = sorted(path.name for path in a_copy.iterdir())
+    monkeypatch.chdir(a_copy)
     assert main(arguments) == 2
     error = capsys.readouterr().err
     assert error.startswith("agvas-import: ") and re.search(message, error), error
-    assert sorted(path.name for path in copy.iterdir()) == before
+    assert sorted(path.name for path in a_copy.iterdir()) == before

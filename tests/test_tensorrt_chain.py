@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import gc
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from tensorrt_machine import BOTH, Gpu, assert_equal, doubled, language_feeds, reference, spam_feeds
+from tensorrt_machine import BOTH, Gpu, assert_equal, language_feeds, reference, spam_feeds
 
 from engines import EngineFailed, EngineOptions, Joined
 from runtime import Segmenter
@@ -19,12 +18,6 @@ from runtime.contract import STAGES
 from runtime.pipeline import Pipeline
 from runtime.prompts import Prompt
 from runtime.verify import open_pipeline
-
-
-@pytest.fixture
-def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
-    with doubled(getattr(request, "param", "tensorrt-rtx"), monkeypatch) as machine:
-        yield machine
 
 
 def chain(gpu: Gpu, bundle: Path) -> tuple[Pipeline, Prompt, list[np.ndarray]]:

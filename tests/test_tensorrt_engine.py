@@ -8,7 +8,7 @@ import json
 import re
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import cuda_double
 import numpy as np
 import pytest
 from cuda_double import CudaDouble
-from tensorrt_machine import BOTH, GPU, Feeds, Gpu, cudart, doubled, give_verdict, install_only, spam_feeds, trt
+from tensorrt_machine import BOTH, GPU, Feeds, Gpu, cudart, give_verdict, install_only, spam_feeds, trt
 
 from engines import EngineFailed, EngineOptions, EngineUnavailable, TensorMismatch, open_engine, tensorrt_builder, tensorrt_cache
 from engines.tensorrt import TensorRtEngine
@@ -28,13 +28,6 @@ from runtime.cli import build as build_command
 from runtime.cli import verify as verify_command
 from runtime.contract import SPAM, STAGES
 from runtime.engine_builds import BuildSettings, build_engines
-
-
-@pytest.fixture
-def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
-    with doubled(getattr(request, "param", "tensorrt-rtx"), monkeypatch) as machine:
-        yield machine
-
 
 # Build, verify, run
 

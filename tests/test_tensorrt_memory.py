@@ -4,24 +4,17 @@ from __future__ import annotations
 
 import gc
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import cuda_double
 import numpy as np
 import pytest
-from tensorrt_machine import BOTH, Feeds, Gpu, assert_equal, doubled, language_feeds, reference, spam_feeds
+from tensorrt_machine import BOTH, Feeds, Gpu, assert_equal, language_feeds, reference, spam_feeds
 
 from engines import EngineFailed, EngineOptions, open_engine
 from runtime.bundle import Bundle
 from runtime.contract import LANGUAGE, STAGES
-
-
-@pytest.fixture
-def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
-    with doubled(getattr(request, "param", "tensorrt-rtx"), monkeypatch) as machine:
-        yield machine
 
 
 @BOTH
