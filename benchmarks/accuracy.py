@@ -164,7 +164,7 @@ def _parser() -> argparse.ArgumentParser:
     source.add_argument("--detector", type=Path, metavar="FILE.xml", help="another package's, as anomalib 2 exports it to OpenVINO")
     parser.add_argument("--engine", help="auto, onnxruntime, openvino, tensorrt or tensorrt-rtx; with --bundle")
     parser.add_argument("--device", help="cpu or cuda:N; with --bundle or --checkpoint")
-    parser.add_argument("--inference-precision", help="graph, bf16 or int8, as agvas-segment has it; with --bundle")
+    parser.add_argument("--inference-precision", help="graph, bf16, int8 or bf16+int8, as agvas-segment has it; with --bundle")
     threads = "CPU threads of one inference (default 0: the engine's choice); with --bundle"
     parser.add_argument("--threads", type=int, metavar="N", help=threads)
     parser.add_argument("--threshold", type=float, metavar="P", help="instead of the model's own; with --bundle or --checkpoint")

@@ -71,7 +71,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--bundle", type=Path, metavar="DIR", help="folder that agvas-export wrote")
     parser.add_argument("--engine", default=AUTO, help=f"{AUTO} (default), {', '.join(ENGINES)}")
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda:N, of all candidates")
-    parser.add_argument("--inference-precision", help="graph, bf16 or int8, of bundles; default: graph for a named engine, any for auto")
+    parser.add_argument(
+        "--inference-precision", help="graph, bf16, int8 or bf16+int8, of bundles; default: graph for a named engine, any for auto"
+    )
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads of every candidate (default: the usable CPUs)")
     parser.add_argument("--against", action="append", default=[], metavar="WHAT", help="see below; repeatable")
     parser.add_argument("--checkpoint", metavar="DIR", help="that the bundle was exported from (default nano, where the bundle is nano's)")

@@ -23,7 +23,7 @@ from engines.spec import Joined, Resident, StageSpec, TensorSpec
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 ENGINES = ("onnxruntime", "openvino", "tensorrt", "tensorrt-rtx")
-INFERENCE_PRECISIONS = ("graph", "bf16", "int8")
+INFERENCE_PRECISIONS = ("graph", "bf16", "int8", "bf16+int8")
 THREADS_PER_PROCESSOR = 64  # more is a slip, which engines would try until memory is gone
 
 
@@ -36,7 +36,8 @@ class EngineOptions:
         threads: CPU threads of one inference; 0 leaves it to the back-end.
         inference_precision: "graph" computes in the types the graph states (or wider); "bf16" lets OpenVINO multiply in
             bfloat16 on CPUs that do so natively, whatever the graph states; "int8" rounds what is multiplied with integer
-            weights to 8 bit, token by token (blocks of inputs with a scale each), which is faster than integer weights alone.
+            weights to 8 bit, token by token (blocks of inputs with a scale each), which is faster than integer weights alone;
+            "bf16+int8" does both, in OpenVINO.
         low_memory: keep no memory between calls; slower. A chain then also has one stage in memory at a time.
         to_judge: open a TensorRT engine to compare it with the reference: one that failed that before, too, and without a warning one
             that was never compared.
@@ -57,6 +58,21 @@ class EngineOptions:
             raise ValueError(f"threads: expected {most} at most, {THREADS_PER_PROCESSOR} a processor, got {self.threads}; 0 is usual")
         if self.inference_precision not in INFERENCE_PRECISIONS:
             raise ValueError(f"inference_precision: expected one of {INFERENCE_PRECISIONS}, got {self.inference_precision!r}")
+
+    @property
+    def coarser(self) -> frozenset[str]:
+        """The types, coarser than the graph may state, that the engine is asked to compute in: of "bf16" and "int8"."""
+        return frozenset(self.inference_precision.split("+")) - {"graph"}
+
+    @property
+    def in_bf16(self) -> bool:
+        """Whether bfloat16 is asked for, whatever the graph states."""
+        return "bf16" in self.coarser
+
+    @property
+    def rounds_inputs(self) -> bool:
+        """Whether what is multiplied with integer weights is to be rounded to 8 bit."""
+        return "int8" in self.coarser
 
 
 class Engine(Protocol):

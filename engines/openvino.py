@@ -3,9 +3,9 @@
 The accuracy hint is set, not inherited: left alone OpenVINO picks bfloat16 for itself on CPUs that have it and quantises
 activations dynamically. Its GPU plug-in is not offered, for want of a machine to verify it on.
 
-Computing in bfloat16, OpenVINO rounds the picture itself and whatever convolutions make of it to 8 bits, which costs masks their edges and
-faint defects their contrast. As in our own 16-bit graphs (export/passes.py, rule 6) rounding begins at the first matrix product
-here: a graph with convolutions before it is cut in two, the first part compiled in fp32.
+Computing in bfloat16, OpenVINO rounds the picture itself and whatever its first convolutions make of it to 8 bits, which costs masks their
+edges and faint defects their contrast. Here rounding begins behind the first convolution, and behind whole chains of depthwise ones: a
+graph that has some is cut in two, the first part compiled in fp32.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import math
 import re
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +39,9 @@ LEAST_BLOCK = 16
 # The attribute of a DequantizeLinear whose weights have a scale for each so many inputs, in an ONNX file: its name, then an integer.
 BLOCK_SIZE = re.compile(rb"\x0a\x0ablock_size\x18((?:[\x80-\xff])*[\x00-\x7f])")
 FEW_CHANNELS = 4  # of a picture; OpenVINO's own means are faster from 16 on
+DENSE = ("Convolution", "ConvolutionBackpropData")
+DEPTHWISE = ("GroupConvolution", "GroupConvolutionBackpropData")
+CONVOLUTIONS = (*DENSE, *DEPTHWISE)
 
 
 class OpenVinoEngine:
@@ -49,17 +52,15 @@ class OpenVinoEngine:
         if options.device != "cpu":
             raise EngineUnavailable(f"engine openvino runs on device cpu here, not {options.device}")
         core = openvino.Core()
-        if options.inference_precision == "bf16" and not natively_bf16(core):
+        asked = f"inference precision {options.inference_precision} was asked for, but"
+        if options.in_bf16 and not natively_bf16(core):
+            raise EngineUnavailable(f"{asked} this CPU does not multiply in bfloat16; use precision graph")
+        if options.rounds_inputs and bytes_saturate():
             raise EngineUnavailable(
-                "inference precision bf16 was asked for, but this CPU does not multiply in bfloat16; use precision graph"
-            )
-        if options.inference_precision == "int8" and bytes_saturate():
-            raise EngineUnavailable(
-                "inference precision int8 was asked for, but this CPU has no VNNI, without which OpenVINO rounds nothing; "
-                "use precision graph, or engine onnxruntime"
+                f"{asked} this CPU has no VNNI, without which OpenVINO rounds nothing; use precision graph, or int8 with engine onnxruntime"
             )
         settings: dict[str, object] = {
-            "DYNAMIC_QUANTIZATION_GROUP_SIZE": int8_block(graph) if options.inference_precision == "int8" else 0,
+            "DYNAMIC_QUANTIZATION_GROUP_SIZE": int8_block(graph) if options.rounds_inputs else 0,
             "PERFORMANCE_HINT": "LATENCY",
         }
         if options.threads:
@@ -69,13 +70,14 @@ class OpenVinoEngine:
             # A shape that is known when compiling needs no inference while running and no kernels for every size: up to a third off the
             # time of small stages (benchmarks/results/levers.md).
             model.reshape(known(model, spec))
-            pools_as_convolutions(model)
             if any(node.get_type_name() == "FakeQuantize" for node in model.get_ops()) and bytes_saturate():
                 settings["LP_TRANSFORMS_MODE"] = False  # inputs are rounded to 8 bits as the graph says, and multiplied in fp32
             parts = {"f32": model}
-            if options.inference_precision == "bf16":
-                before, behind = cut_before_products(model)
+            if options.in_bf16:
+                before, behind = cut_before_rounding(model)
                 parts = {"bf16": behind} if before is None else {"f32": before, "bf16": behind}
+            for part in parts.values():
+                pools_as_convolutions(part)
             self._compiled = [
                 core.compile_model(part, "CPU", settings | {"INFERENCE_PRECISION_HINT": precision}) for precision, part in parts.items()
             ]
@@ -136,8 +138,8 @@ def known(model: openvino.Model, spec: StageSpec) -> dict[str, openvino.PartialS
 def pools_as_convolutions(model: openvino.Model) -> None:
     """Means over blocks of a picture's few channels become convolutions with equal weights: the same sums.
 
-    OpenVINO pools in blocks of 16 channels: for a picture's three it fills up 13 with zeros first, which took a tenth of nano's part before
-    the first product. Only where blocks neither overlap nor reach beyond the picture.
+    OpenVINO pools in blocks of 16 channels: for a picture's three it fills up 13 with zeros first, which took a tenth of nano's part in
+    fp32. Only where blocks neither overlap nor reach beyond the picture.
     """
     for node in model.get_ordered_ops():
         if node.get_type_name() != "AvgPool":
@@ -155,25 +157,35 @@ def pools_as_convolutions(model: openvino.Model) -> None:
     model.validate_nodes_and_infer_types()
 
 
-def cut_before_products(model: openvino.Model) -> tuple[openvino.Model | None, openvino.Model]:
-    """Two models in a row where there were convolutions before the first matrix product; else (None, model).
+def cut_before_rounding(model: openvino.Model) -> tuple[openvino.Model | None, openvino.Model]:
+    """Two models in a row where there are convolutions before bfloat16 begins; else (None, model).
+
+    bfloat16 begins at matrix products and at convolutions that read what another one made, with all that reads them. Before it stays what
+    a depthwise convolution reads: dozens of those in a row, each rounding, moved nano's masks beyond the gates
+    (benchmarks/results/levers.md), and it is the products around them that gain.
 
     The given model is taken apart. The first one's outputs are the second one's inputs, in their order.
     """
+    ordered = model.get_ordered_ops()
+    before_depthwise = _leading_to(ordered, DEPTHWISE)
     constant: set[str] = set()
+    convolved: set[str] = set()
     behind: set[str] = set()
     before = []
-    for node in model.get_ordered_ops():
+    for node in ordered:
         sources = {node.input_value(index).get_node().get_name() for index in range(node.get_input_size())}
-        name = node.get_name()
-        if node.get_type_name() == "Constant" or (sources and sources <= constant):
+        name, kind = node.get_name(), node.get_type_name()
+        begins = kind == "MatMul" or (kind in DENSE and bool(sources & convolved) and name not in before_depthwise)
+        if kind == "Constant" or (sources and sources <= constant):
             constant.add(name)
-        elif node.get_type_name() == "MatMul" or sources & behind:
+        elif begins or sources & behind:
             behind.add(name)
         else:
             before.append(node)
+            if kind in CONVOLUTIONS or sources & convolved:
+                convolved.add(name)
     kinds = {node.get_type_name() for node in before}
-    if "Convolution" not in kinds or "Result" in kinds:  # an output that no product precedes would be in neither half
+    if not kinds.intersection(CONVOLUTIONS) or "Result" in kinds:  # an output in the first part would be in neither
         return None, model
     results: list[openvino.Node] = []
     parameters: list[openvino.Node] = []
@@ -186,6 +198,16 @@ def cut_before_products(model: openvino.Model) -> tuple[openvino.Model | None, o
             results.append(opset13.result(output))
             parameters.append(parameter)
     return openvino.Model(results, model.get_parameters(), "before"), openvino.Model(model.get_results(), parameters, "behind")
+
+
+def _leading_to(ordered: Sequence[openvino.Node], kinds: Sequence[str]) -> set[str]:
+    """Names of the nodes of these kinds and of all whose outputs reach one."""
+    leading: set[str] = set()
+    for node in reversed(ordered):
+        readers = {reader.get_node().get_name() for output in node.outputs() for reader in output.get_target_inputs()}
+        if node.get_type_name() in kinds or readers & leading:
+            leading.add(node.get_name())
+    return leading
 
 
 def natively_bf16(core: openvino.Core | None = None) -> bool:

@@ -145,7 +145,7 @@ def bisect(
 
 def tolerance_for(bundle: Bundle, options: EngineOptions) -> float:
     """TOLERANCES of the coarsest type that the bundle or the engine computes in."""
-    types = {*bundle.manifest.precision.values(), options.inference_precision}
+    types = {*bundle.manifest.precision.values(), *options.coarser}
     return next(TOLERANCES[name] for name in TOLERANCES if name in types or name == "fp32")
 
 

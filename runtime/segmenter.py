@@ -58,8 +58,9 @@ class Segmenter:
         engine: "auto" for the fastest installed one that reproduces the golden masks here (measured once, then remembered),
             or "onnxruntime", "openvino", or on a GPU "tensorrt", "tensorrt-rtx" where agvas-build has built for it.
         device: "cpu" or "cuda:N". Nothing else is used when it cannot be had.
-        inference_precision: "graph", "bf16" (engine "openvino") or "int8" (engines "onnxruntime" and "openvino", where the language
-            model's weights are integers), see engines.EngineOptions; None means "graph" for a named engine and any for `auto`.
+        inference_precision: "graph", "bf16" (engine "openvino"), "int8" (engines "onnxruntime" and "openvino", where the language
+            model's weights are integers) or "bf16+int8" (both, "openvino"), see engines.EngineOptions; None means "graph" for a named
+            engine and any for `auto`.
         threads: CPU threads of one call; 0 leaves it to the engine.
         threshold: a picture is anomalous where its map exceeds it, 0..1; None takes the bundle's.
         relative_threshold: in an anomalous picture, the share of the map's maximum above which a pixel belongs to the mask, 0..1 (1: above

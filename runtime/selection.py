@@ -32,7 +32,7 @@ CPU_CANDIDATES = (("openvino", "bf16"), ("openvino", "graph"), ("onnxruntime", "
 # TensorRT's engines come into question where agvas-build has made them; nothing is built in passing.
 CUDA_CANDIDATES = (("tensorrt", "graph"), ("tensorrt-rtx", "graph"), ("onnxruntime", "graph"))
 # Beside them where the language model's weights are integers.
-INTEGER_CANDIDATES = (("openvino", "int8"), ("onnxruntime", "int8"))
+INTEGER_CANDIDATES = (("openvino", "bf16+int8"), ("openvino", "int8"), ("onnxruntime", "int8"))
 PACKAGES = ("agvas", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "tensorrt-rtx")
 TIMED_RUNS = 5
 NVIDIA = Path("/proc/driver/nvidia")  # read, since asking CUDA would load it
@@ -135,7 +135,7 @@ def _considered(bundle: Bundle, device: str, precision: str | None) -> tuple[tup
         return found
     offered = ", ".join(dict.fromkeys(computes_in for _, computes_in in candidates))
     why = remedy = ""
-    if precision == "int8" and device == "cpu":
+    if precision in ("int8", "bf16+int8") and device == "cpu":
         why = f", which rounds what is multiplied with integer weights; those of {bundle.folder}'s language model are no integers"
         remedy = ", or export with --lmm int8 or gptq4"
     raise EngineUnavailable(
@@ -155,7 +155,8 @@ def _remembered(bundle: Bundle, options: EngineOptions, precision: str | None) -
 
 def _key(bundle: Bundle, options: EngineOptions, precision: str | None) -> str:
     facts = [bundle.id, options.device, str(options.threads), str(precision), platform.machine(), _cpu_model()]
-    facts += [str(_usable_cpus()), repr(GATES), *(f"{name} {_installed(name)}" for name in PACKAGES)]
+    facts += [repr(candidates_for(bundle, options.device)), str(_usable_cpus()), repr(GATES)]
+    facts += [f"{name} {_installed(name)}" for name in PACKAGES]
     if options.device != "cpu":  # engines built since may be faster, or wrong
         facts += sorted(map(_engine_file, engines_folder().glob("*.engine")))
         facts += _gpus()

@@ -61,10 +61,10 @@ def open_pipeline(bundle: Bundle, engine: str, options: EngineOptions) -> Pipeli
         EngineUnavailable, EngineFailed: see engines.open_engine.
     """
     manifest = bundle.manifest
-    if options.inference_precision == "int8" and not manifest.integer_weights:
+    if options.rounds_inputs and not manifest.integer_weights:
         raise EngineUnavailable(
-            f"inference precision int8 rounds what is multiplied with integer weights, and {bundle.folder} has none (lmm float); "
-            "use precision graph, or export with --lmm int8 or gptq4"
+            f"inference precision {options.inference_precision} rounds what is multiplied with integer weights, and {bundle.folder} has "
+            f"none (lmm float); use precision {'bf16' if options.in_bf16 else 'graph'}, or export with --lmm int8 or gptq4"
         )
     # The chain sees one picture at a time, and an engine that knows plans for it.
     specs = {name: spec.fixed({"B": 1}, AXIS_NAMES) for name, spec in STAGES.items()}
@@ -95,8 +95,8 @@ def open_pipeline(bundle: Bundle, engine: str, options: EngineOptions) -> Pipeli
 def _options_of(stage: str, options: EngineOptions) -> EngineOptions:
     """How a stage is run: what draws the map computes in its graph's precision, whatever the engine is asked for.
 
-    All else in bfloat16 changed nano's maps by 1.5e-5, the mask decoder alone by 6e-3: a pixel in sixteen of a small mask. Its share of
-    the time is small. (Bundles in bf16 keep it in fp32 as well, see export.bundle.)
+    The mask decoder alone in bfloat16 changed nano's maps by 6e-3, a pixel in sixteen of a small mask, and its share of the time is
+    small. (Bundles in bf16 keep it in fp32 as well, see export.bundle.)
     """
     return replace(options, inference_precision="graph") if stage == "mask_decoder" else options
 
@@ -135,7 +135,7 @@ def outcome_of(trace: Trace, rule: MaskRule) -> Outcome:
 
 def gates_for(bundle: Bundle, options: EngineOptions) -> str:
     """Name of the gates that hold: the coarsest precision in the graphs or asked of the engine."""
-    precisions = {*bundle.manifest.precision.values(), bundle.manifest.lmm, options.inference_precision}
+    precisions = {*bundle.manifest.precision.values(), bundle.manifest.lmm, *options.coarser}
     return next((name for name in GATES if name in precisions), "fp32")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import threading
 from collections.abc import Callable
@@ -13,12 +14,13 @@ import onnx
 import onnx_ir
 import openvino
 import pytest
+from openvino import opset13
 
 from agvas import AGVAS
 from engines import Engine, EngineFailed, EngineOptions, EngineUnavailable, TensorMismatch, open_engine
 from engines import onnxruntime as onnxruntime_engine
 from engines.cuda import runtime
-from engines.openvino import cut_before_products, natively_bf16
+from engines.openvino import cut_before_rounding, natively_bf16
 from engines.spec import StageSpec, TensorSpec
 from engines.tensorrt_library import library
 from export.adapters import example_inputs
@@ -54,7 +56,7 @@ def assert_same(ours: Feeds, wanted: Feeds) -> None:
         np.testing.assert_allclose(ours[name], wanted[name], err_msg=name, **SAME)
 
 
-# OpenVINO in bf16: rounding begins at the first matrix product
+# OpenVINO in bf16: rounding begins behind the first convolution
 
 
 def read(bundle: Path, stage: str) -> openvino.Model:
@@ -77,10 +79,10 @@ def test_sixteen_bit_graphs_too_can_be_cut(precision: str, tiny_bundle: Path, tm
     assert relative_error(engine.run(feeds)["pixel_embeddings"], wanted) < 0.05
 
 
-def test_a_graph_is_cut_before_its_first_product_and_the_halves_give_the_same_numbers(tiny_bundle: Path) -> None:
-    before, behind = cut_before_products(read(tiny_bundle, "pixel_encoder"))
+def test_a_graph_is_cut_where_rounding_begins_and_the_halves_give_the_same_numbers(tiny_bundle: Path) -> None:
+    before, behind = cut_before_rounding(read(tiny_bundle, "pixel_encoder"))
     assert before is not None
-    assert "Convolution" in operators(before) and "MatMul" not in operators(before)
+    assert sum(node.get_type_name() == "Convolution" for node in before.get_ops()) == 1 and "MatMul" not in operators(before)
     assert "MatMul" in operators(behind) and [output.any_name for output in behind.outputs] == ["pixel_embeddings"]
     feeds = feeds_for(tiny_bundle, "pixel_encoder")
     fp32 = {"INFERENCE_PRECISION_HINT": "f32"}
@@ -89,10 +91,38 @@ def test_a_graph_is_cut_before_its_first_product_and_the_halves_give_the_same_nu
     assert_same({"pixel_embeddings": got[0]}, opened(tiny_bundle, PIXEL_ENCODER, "openvino").run(feeds))
 
 
+def test_a_picture_stays_exact_to_its_first_convolution_and_through_depthwise_ones() -> None:
+    """One branch of plain convolutions and one with a depthwise one among them, which meet."""
+    rng = np.random.default_rng(0)
+    names: dict[str, str] = {}
+
+    def convolved(source: openvino.Node, name: str, depthwise: bool = False) -> openvino.Node:
+        channels, border = source.output(0).get_partial_shape()[1].get_length(), ([1, 1], [1, 1])
+        weights = rng.normal(size=(4, 1, 1, 3, 3) if depthwise else (4, channels, 3, 3)).astype(np.float32)
+        operator = opset13.group_convolution if depthwise else opset13.convolution
+        node = operator(source, opset13.constant(weights), [1, 1], *border, [1, 1])
+        names[node.get_name()] = name
+        return opset13.relu(node)
+
+    image = opset13.parameter([1, 3, 16, 16], openvino.Type.f32)
+    plain = convolved(convolved(image, "first"), "second")
+    chain = convolved(convolved(convolved(convolved(image, "chain's first"), "expand"), "depthwise", depthwise=True), "project")
+    model = openvino.Model([opset13.add(plain, chain)], [image], "branches")
+    picture = rng.normal(size=(1, 3, 16, 16)).astype(np.float32)
+    fp32 = {"INFERENCE_PRECISION_HINT": "f32"}
+    wanted = openvino.compile_model(model.clone(), "CPU", fp32)([picture])[0]
+    before, behind = cut_before_rounding(model)
+    assert before is not None
+    stand = [{names[node.get_name()] for node in part.get_ops() if node.get_name() in names} for part in (before, behind)]
+    assert stand == [{"first", "chain's first", "expand", "depthwise"}, {"second", "project"}]
+    passed = openvino.compile_model(before, "CPU", fp32)([picture])
+    assert_same({"sum": openvino.compile_model(behind, "CPU", fp32)(list(passed.values()))[0]}, {"sum": wanted})
+
+
 @pytest.mark.parametrize("stage", ["spam", "language", "mask_decoder"])
 def test_a_graph_without_convolutions_before_its_products_stays_whole(stage: str, tiny_bundle: Path) -> None:
     model = read(tiny_bundle, stage)
-    assert cut_before_products(model) == (None, model)
+    assert cut_before_rounding(model) == (None, model)
 
 
 def saved(tmp_path: Path, body: str, outputs: str) -> Path:
@@ -108,11 +138,11 @@ def saved(tmp_path: Path, body: str, outputs: str) -> Path:
 def test_an_output_that_no_product_precedes_keeps_the_graph_whole(tmp_path: Path) -> None:
     body = "y = Conv <pads = [0, 1, 0, 1]> (x, difference) z = MatMul(y, unit)"
     model = openvino.Core().read_model(str(saved(tmp_path, body, "float[1, 1, 8, 8] y, float[1, 1, 8, 8] z")))
-    assert cut_before_products(model) == (None, model)
+    assert cut_before_rounding(model) == (None, model)
 
 
 @pytest.mark.skipif(not natively_bf16(), reason="this CPU does not multiply in bfloat16")
-def test_a_faint_picture_survives_bf16_up_to_the_first_product(tmp_path: Path) -> None:
+def test_a_faint_picture_survives_bf16_up_to_where_rounding_begins(tmp_path: Path) -> None:
     path = saved(tmp_path, "y = Conv <pads = [0, 1, 0, 1]> (x, difference) z = MatMul(y, unit)", "float[1, 1, 8, 8] z")
     picture = 1.5 + 0.001 * np.random.default_rng(0).normal(size=(1, 1, 8, 8)).astype(np.float32)  # bf16 has steps of 0.008 there
     spec = StageSpec("g", (TensorSpec("x", "float32", (1, 1, 8, 8)),), (TensorSpec("z", "float32", (1, 1, 8, 8)),))
@@ -356,20 +386,26 @@ def test_openvino_takes_no_cuda_device(tiny_bundle: Path) -> None:
 
 
 def test_onnxruntime_has_no_bf16_of_its_own_and_says_who_has(tiny_bundle: Path) -> None:
-    with pytest.raises(EngineUnavailable, match="no inference precision bf16.*openvino"):
-        opened(tiny_bundle, SPAM, inference_precision="bf16")
+    for precision in ("bf16", "bf16+int8"):
+        with pytest.raises(EngineUnavailable, match=rf"no inference precision {re.escape(precision)}:.*openvino"):
+            opened(tiny_bundle, SPAM, inference_precision=precision)
 
 
 def test_openvino_refuses_bf16_on_a_cpu_that_would_emulate_it(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("engines.openvino.natively_bf16", lambda core=None: False)
-    with pytest.raises(EngineUnavailable, match="does not multiply in bfloat16; use precision graph"):
-        opened(tiny_bundle, SPAM, "openvino", inference_precision="bf16")
+    monkeypatch.setattr("engines.openvino.bytes_saturate", lambda: False)
+    for precision in ("bf16", "bf16+int8"):
+        with pytest.raises(EngineUnavailable, match="does not multiply in bfloat16; use precision graph"):
+            opened(tiny_bundle, SPAM, "openvino", inference_precision=precision)
 
 
 def test_openvino_refuses_int8_where_it_would_round_nothing(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("engines.openvino.bytes_saturate", lambda: True)
-    with pytest.raises(EngineUnavailable, match="no VNNI, without which OpenVINO rounds nothing; use precision graph"):
-        opened(tiny_bundle, SPAM, "openvino", inference_precision="int8")
+    monkeypatch.setattr("engines.openvino.natively_bf16", lambda core=None: True)
+    for precision in ("int8", "bf16+int8"):
+        message = rf"precision {re.escape(precision)} was asked for, but this CPU has no VNNI, without which OpenVINO rounds nothing; use"
+        with pytest.raises(EngineUnavailable, match=message):
+            opened(tiny_bundle, SPAM, "openvino", inference_precision=precision)
 
 
 @pytest.mark.parametrize("engine", HERE)

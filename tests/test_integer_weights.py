@@ -146,6 +146,21 @@ def test_inference_in_int8_rounds_the_other_factor_and_not_much(engine: str, for
     assert 1e-3 < relative_error(ours, x() @ weight.dequantized().T + bias_of(linear())) < 2e-2
 
 
+@pytest.mark.skipif(not engines.openvino.natively_bf16(), reason="this CPU does not multiply in bfloat16")
+@EVERY_FORM
+def test_bf16_and_int8_together_round_more_than_bf16_alone(form: str, tmp_path: Path) -> None:
+    weight, model = integers(*FORMS[form]), linear()
+    write(store_integers(model, {"part.layer": weight}), tmp_path, "g")
+    wanted = x() @ weight.dequantized().T + bias_of(linear())
+    ours = {
+        precision: open_engine(tmp_path / "g.onnx", SPEC, "openvino", EngineOptions(inference_precision=precision)).run({"x": x()})["y"]
+        for precision in ("bf16", "int8", "bf16+int8")
+    }
+    errors = {precision: relative_error(each, wanted) for precision, each in ours.items()}
+    assert errors["bf16"] < errors["bf16+int8"] < 2e-2
+    assert not np.array_equal(ours["bf16+int8"], ours["int8"])
+
+
 @pytest.mark.parametrize(("group", "rounds"), [(8, False), (16, True), (32, True), (64, True)])
 def test_openvino_is_not_asked_to_round_where_it_would_not(group: int, rounds: bool, tmp_path: Path) -> None:
     write(store_integers(linear(), {"part.layer": integers(4, group)}), tmp_path, "g")

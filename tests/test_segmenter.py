@@ -516,6 +516,7 @@ def test_auto_considers_only_the_precision_that_was_asked_for(tiny_bundle: Path,
     ("precision", "device", "message"),
     [
         ("int8", "cpu", r"on device cpu \(bf16, graph\), got int8, .* are no integers; .*, or export with --lmm"),
+        ("bf16+int8", "cpu", r"on device cpu \(bf16, graph\), got bf16\+int8, .* are no integers; .*, or export with --lmm"),
         ("bf16", "cuda:0", r"on device cuda:0 \(graph\), got bf16; ask for one of those, or for none$"),
         ("int8", "cuda:0", r"on device cuda:0 \(graph\), got int8; ask for one of those, or for none$"),
     ],

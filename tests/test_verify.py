@@ -349,6 +349,7 @@ def test_the_relative_error_is_scale_free() -> None:
         ({"language": "fp16"}, "graph", "fp16"),
         ({"language": "bf16", "spam": "fp16"}, "graph", "bf16"),
         ({}, "bf16", "bf16"),
+        ({}, "bf16+int8", "int8"),
         ({"spam": "fp16"}, "bf16", "bf16"),
     ],
 )

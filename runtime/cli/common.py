@@ -37,8 +37,8 @@ def add_engine_arguments(parser: argparse.ArgumentParser, *, bundle_required: bo
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda:N; nothing else is used in its place")
     parser.add_argument(
         "--inference-precision",
-        help="graph (the graphs' own types), bf16 (openvino) or int8 (where weights are integers); default: graph for a named engine, "
-        "any for auto",
+        help="graph (the graphs' own types), bf16 (openvino), int8 (where weights are integers) or bf16+int8 (both, openvino); default: "
+        "graph for a named engine, any for auto",
     )
     parser.add_argument(
         "--threads",
