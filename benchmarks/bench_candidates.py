@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from engines import EngineOptions
 from runtime import preprocess
 from runtime.errors import RequestError, choose
 from runtime.masking import MaskRule
@@ -115,8 +116,13 @@ def _bundle(candidate: Candidate) -> Opened:
         return Segmented(result.mask, result.score, stages, result.device_timings)
 
     manifest = segmenter.bundle.manifest
-    inside = manifest.precision["pixel_encoder"] if candidate.inference_precision == "graph" else candidate.inference_precision
+    inside = encoders_compute_in(manifest.precision["pixel_encoder"], EngineOptions(inference_precision=candidate.inference_precision))
     return Opened(segment, segmenter.bundle.bytes, inside, segmenter.stream, manifest.lmm)
+
+
+def encoders_compute_in(stated: str, options: EngineOptions) -> str:
+    """What encoders whose graphs state a precision multiply in: integers stay integers, and only bf16 is ever put in a float's place."""
+    return "bf16" if options.in_bf16 and stated != "int8" else stated
 
 
 def _torch(candidate: Candidate) -> Opened:

@@ -94,9 +94,10 @@ def _row(cells: list[str]) -> str:
 
 
 def _precision(run: Mapping[str, Any]) -> str:
-    """Of the encoders, and how the language model's weights are stored where that is another."""
+    """Of the encoders, and how the language model's weights are stored where that is another, with what they are multiplied with."""
     lmm = run.get("lmm", "float")
-    return str(run["precision"]) if lmm == "float" else f"{run['precision']}, language model {lmm}"
+    inputs = " with inputs in 8 bits" if "int8" in str(run.get("inference_precision")) else ""
+    return str(run["precision"]) if lmm == "float" else f"{run['precision']}, language model {lmm}{inputs}"
 
 
 def _warnings(result: Mapping[str, Any]) -> list[str]:

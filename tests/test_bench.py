@@ -23,13 +23,13 @@ from PIL import Image
 from agvas import AGVAS, load, save
 from agvas.config import nano
 from benchmarks import bench, bench_measure
-from benchmarks.bench_candidates import Candidate, ModuleClock, open_candidate
+from benchmarks.bench_candidates import Candidate, ModuleClock, encoders_compute_in, open_candidate
 from benchmarks.bench_measure import FULL, QUICK, Request, is_full, reference_in_words, torch_device
 from benchmarks.bench_power import PowerSampler, read_tegrastats_line
 from benchmarks.bench_statistics import deadline, paired_ratio, percentiles
 from benchmarks.midsize import random_checkpoint
 from benchmarks.work import stage_work
-from engines import EngineFailed
+from engines import EngineFailed, EngineOptions
 from runtime.bundle import GOLDEN, SEAL, Bundle, seal_of, sha256_of
 from runtime.contract import STAGES
 from runtime.errors import RequestError
@@ -104,6 +104,22 @@ def test_a_run_on_the_cpu_has_its_machines_ceilings_and_what_others_took_of_it(m
     flops = planned["stages"]["pixel_encoder"]["flops"]
     share = flops / told["runs"]["ours"]["stages_ms"]["pixel_encoder"] * 1e3 / told["ceilings"]["flops"]["fp32"]
     assert planned["measured"]["stages"]["pixel_encoder"]["share"] == pytest.approx(share)
+
+
+@pytest.mark.parametrize(
+    ("stated", "asked", "computed"),
+    [
+        ("fp32", "graph", "fp32"),
+        ("fp32", "int8", "fp32"),
+        ("fp16", "bf16", "bf16"),
+        ("fp32", "bf16+int8", "bf16"),
+        ("int8", "bf16+int8", "int8"),
+        ("int8", "graph", "int8"),
+    ],
+)
+def test_what_encoders_multiply_in_is_told(stated: str, asked: str, computed: str) -> None:
+    """A run is set against the rate of products that its encoders made, whatever the language model's were."""
+    assert encoders_compute_in(stated, EngineOptions(inference_precision=asked)) == computed
 
 
 def test_ceilings_that_cannot_be_measured_lose_no_result(monkeypatch: pytest.MonkeyPatch, tiny_bundle: Path) -> None:

@@ -34,6 +34,8 @@ def test_a_language_model_in_integers_stands_beside_the_encoders_precision() -> 
     told = result()
     told["runs"]["ours"] |= {"precision": "fp16", "lmm": "gptq4"}
     assert "| ours | fp16, language model gptq4, onnxruntime |" in markdown(told) and "| torch | fp32, onnxruntime |" in markdown(told)
+    told["runs"]["ours"]["inference_precision"] = "bf16+int8"
+    assert "| ours | fp16, language model gptq4 with inputs in 8 bits, onnxruntime |" in markdown(told)
     del told["runs"]["ours"]["lmm"]  # of an earlier version
     assert "| ours | fp16, onnxruntime |" in markdown(told)
 
