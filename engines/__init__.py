@@ -24,6 +24,8 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 ENGINES = ("onnxruntime", "openvino", "tensorrt", "tensorrt-rtx")
 INFERENCE_PRECISIONS = ("graph", "bf16", "int8", "bf16+int8")
+# To be raised where what an engine computes changes with its package's version the same: choices made before are made again.
+WAY_OF_COMPUTING = 2
 THREADS_PER_PROCESSOR = 64  # more is a slip, which engines would try until memory is gone
 
 

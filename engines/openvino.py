@@ -38,6 +38,7 @@ INT8_BLOCK = 128
 LEAST_BLOCK = 16
 # The attribute of a DequantizeLinear whose weights have a scale for each so many inputs, in an ONNX file: its name, then an integer.
 BLOCK_SIZE = re.compile(rb"\x0a\x0ablock_size\x18((?:[\x80-\xff])*[\x00-\x7f])")
+TWICE_BYTES = 256 << 20  # of weights, at most, that a process may hold twice: those of a large language model may not
 FEW_CHANNELS = 4  # of a picture; OpenVINO's own means are faster from 16 on
 DENSE = ("Convolution", "ConvolutionBackpropData")
 DEPTHWISE = ("GroupConvolution", "GroupConvolutionBackpropData")
@@ -45,63 +46,84 @@ CONVOLUTIONS = (*DENSE, *DEPTHWISE)
 
 
 class OpenVinoEngine:
-    """One compiled graph, or two in a row; every calling thread has inference requests of its own, since a request holds its tensors."""
+    """A graph compiled, and once more for the sizes that most calls have, where its stage tells them and its weights are few."""
 
     def __init__(self, graph: Path, spec: StageSpec, options: EngineOptions) -> None:
         self.spec = spec
         if options.device != "cpu":
             raise EngineUnavailable(f"engine openvino runs on device cpu here, not {options.device}")
-        core = openvino.Core()
         asked = f"inference precision {options.inference_precision} was asked for, but"
-        if options.in_bf16 and not natively_bf16(core):
+        if options.in_bf16 and not natively_bf16():
             raise EngineUnavailable(f"{asked} this CPU does not multiply in bfloat16; use precision graph")
         if options.rounds_inputs and bytes_saturate():
             raise EngineUnavailable(
                 f"{asked} this CPU has no VNNI, without which OpenVINO rounds nothing; use precision graph, or int8 with engine onnxruntime"
             )
-        settings: dict[str, object] = {
-            "DYNAMIC_QUANTIZATION_GROUP_SIZE": int8_block(graph) if options.rounds_inputs else 0,
-            "PERFORMANCE_HINT": "LATENCY",
-        }
-        if options.threads:
-            settings["INFERENCE_NUM_THREADS"] = options.threads
+        block = int8_block(graph) if options.rounds_inputs else 0
         try:
-            model = core.read_model(str(graph))
-            # A shape that is known when compiling needs no inference while running and no kernels for every size: up to a third off the
-            # time of small stages (benchmarks/results/levers.md).
-            model.reshape(known(model, spec))
-            if any(node.get_type_name() == "FakeQuantize" for node in model.get_ops()) and bytes_saturate():
-                settings["LP_TRANSFORMS_MODE"] = False  # inputs are rounded to 8 bits as the graph says, and multiplied in fp32
-            parts = {"f32": model}
-            if options.in_bf16:
-                before, behind = cut_before_rounding(model)
-                parts = {"bf16": behind} if before is None else {"f32": before, "bf16": behind}
-            for part in parts.values():
-                pools_as_convolutions(part)
-            self._compiled = [
-                core.compile_model(part, "CPU", settings | {"INFERENCE_PRECISION_HINT": precision}) for precision, part in parts.items()
-            ]
+            self._compiled = _Compiled(graph, spec, options, block)
+            twice = spec.usual and not options.low_memory and _weights_bytes(graph) <= TWICE_BYTES
+            self._usual = _Compiled(graph, spec.fixed(dict(spec.usual)), options, block) if twice else None
         except Exception as error:  # OpenVINO raises RuntimeError and its own subclasses of Exception
             raise EngineFailed(f"openvino cannot load {graph.name}: {str(error).strip()[-400:]}") from error
-        self._requests = threading.local()
 
     def run(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         self.spec.check_inputs(feeds)
-        requests = getattr(self._requests, "requests", None)
-        if requests is None:
-            requests = self._requests.requests = [compiled.create_infer_request() for compiled in self._compiled]
+        compiled = self._usual if self._usual is not None and self._usual.takes(feeds) else self._compiled
         try:
-            *first, last = requests
-            passed: Mapping[str | int, np.ndarray] = dict(feeds.items())
-            for request in first:
-                request.infer(passed, share_inputs=True)
-                # By position, and shared: the next part reads them before this thread's next call overwrites them.
-                passed = {index: request.get_output_tensor(index).data for index in range(len(request.model_outputs))}
-            last.infer(passed, share_inputs=True)
-            # Copied: the request's own tensors are overwritten by this thread's next call.
-            return {output.name: last.get_tensor(output.name).data.copy() for output in self.spec.outputs}
+            return compiled.run(feeds, [output.name for output in self.spec.outputs])
         except Exception as error:
             raise EngineFailed(f"openvino failed in stage {self.spec.name}: {str(error).strip()[-400:]}") from error
+
+
+class _Compiled:
+    """One compiled graph, or two in a row; every calling thread has inference requests of its own, since a request holds its tensors."""
+
+    def __init__(self, graph: Path, spec: StageSpec, options: EngineOptions, block: int) -> None:
+        core = openvino.Core()
+        settings: dict[str, object] = {"DYNAMIC_QUANTIZATION_GROUP_SIZE": block, "PERFORMANCE_HINT": "LATENCY"}
+        if options.threads:
+            settings["INFERENCE_NUM_THREADS"] = options.threads
+        model = core.read_model(str(graph))
+        # A shape that is known when compiling needs no inference while running and no kernels for every size: up to a third off the
+        # time of small stages (benchmarks/results/levers.md).
+        model.reshape(known(model, spec))
+        self._shapes = {source.get_any_name(): source.get_partial_shape() for source in model.inputs}
+        if any(node.get_type_name() == "FakeQuantize" for node in model.get_ops()) and bytes_saturate():
+            settings["LP_TRANSFORMS_MODE"] = False  # inputs are rounded to 8 bits as the graph says, and multiplied in fp32
+        parts = {"f32": model}
+        if options.in_bf16:
+            before, behind = cut_before_rounding(model)
+            parts = {"bf16": behind} if before is None else {"f32": before, "bf16": behind}
+        for part in parts.values():
+            pools_as_convolutions(part)
+        self._parts = [
+            core.compile_model(part, "CPU", settings | {"INFERENCE_PRECISION_HINT": precision}) for precision, part in parts.items()
+        ]
+        self._requests = threading.local()
+
+    def takes(self, feeds: Mapping[str, np.ndarray]) -> bool:
+        """Whether it was compiled for sizes such as these."""
+        return all(shape.compatible(openvino.PartialShape(list(feeds[name].shape))) for name, shape in self._shapes.items())
+
+    def run(self, feeds: Mapping[str, np.ndarray], outputs: Sequence[str]) -> dict[str, np.ndarray]:
+        requests = getattr(self._requests, "requests", None)
+        if requests is None:
+            requests = self._requests.requests = [part.create_infer_request() for part in self._parts]
+        *first, last = requests
+        passed: Mapping[str | int, np.ndarray] = dict(feeds.items())
+        for request in first:
+            request.infer(passed, share_inputs=True)
+            # By position, and shared: the next part reads them before this thread's next call overwrites them.
+            passed = {index: request.get_output_tensor(index).data for index in range(len(request.model_outputs))}
+        last.infer(passed, share_inputs=True)
+        # Copied: the request's own tensors are overwritten by this thread's next call.
+        return {name: last.get_tensor(name).data.copy() for name in outputs}
+
+
+def _weights_bytes(graph: Path) -> int:
+    """On disk, of the graph's own file and of the one beside it that holds its weights."""
+    return sum(file.stat().st_size for file in (graph, graph.with_suffix(".data")) if file.exists())
 
 
 def int8_block(graph: Path) -> int:
@@ -118,7 +140,7 @@ def int8_block(graph: Path) -> int:
     block = math.gcd(INT8_BLOCK, *found)
     if block < LEAST_BLOCK:
         raise EngineUnavailable(
-            f"inference precision int8 was asked for, but the weights of {graph.name} have a scale for each {min(found)} inputs, where "
+            f"rounding to 8 bits was asked for, but the weights of {graph.name} have a scale for each {min(found)} inputs, where "
             "OpenVINO rounds nothing; use precision graph, or engine onnxruntime"
         )
     return block

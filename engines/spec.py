@@ -77,12 +77,14 @@ class StageSpec:
     """One graph: its name and its tensors in order.
 
     `sizes`: what the graph's own names of free axes are fixed at, where they are.
+    `usual`: sizes that most calls have on axes which stay free, for an engine that gains by preparing for them.
     """
 
     name: str
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     sizes: tuple[tuple[str, int], ...] = ()
+    usual: tuple[tuple[str, int], ...] = ()
 
     @property
     def feeds_itself(self) -> bool:
@@ -100,7 +102,11 @@ class StageSpec:
             return replace(spec, shape=tuple(sizes.get(axis, axis) if isinstance(axis, str) else axis for axis in spec.shape))
 
         named = tuple((names[axis], size) for axis, size in sizes.items() if names and axis in names)
-        return StageSpec(self.name, tuple(map(fix, self.inputs)), tuple(map(fix, self.outputs)), named)
+        return StageSpec(self.name, tuple(map(fix, self.inputs)), tuple(map(fix, self.outputs)), named, self.usual)
+
+    def expecting(self, sizes: Mapping[str, int]) -> StageSpec:
+        """The same stage, most of whose calls have these sizes; it takes others all the same."""
+        return replace(self, usual=tuple(sizes.items()))
 
     def check_inputs(self, feeds: Mapping[str, np.ndarray]) -> None:
         """Refuse feeds that are missing, unknown, of another dtype, rank or axis size.

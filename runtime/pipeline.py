@@ -190,6 +190,13 @@ class Embeddings(Protocol):
     def __getitem__(self, rows: list[int], /) -> np.ndarray: ...
 
 
+def first_pass(prompt: Prompt, sizes: Mapping[str, int]) -> dict[str, int]:
+    """Sizes of the language stage's free axes in the first pass over a picture: N tokens, K of them past, R rows to be answered."""
+    draft = (prompt.draft or ())[: prompt.max_new_tokens]
+    seen = len(prompt.prefix) + 2 * sizes["T"]  # the picture's tokens, and the aligned ones
+    return {"N": seen + len(prompt.suffix) + len(draft[:-1]), "K": 0, "R": max(1, len(draft))}
+
+
 class Pipeline:
     """Runs pictures through the five stages; holds no state of a request, so threads may share it."""
 

@@ -19,7 +19,7 @@ from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as package_version
 from pathlib import Path
 
-from engines import INFERENCE_PRECISIONS, EngineError, EngineOptions, EngineUnavailable
+from engines import INFERENCE_PRECISIONS, WAY_OF_COMPUTING, EngineError, EngineOptions, EngineUnavailable
 from engines.cache import cache_folder, write_whole
 from engines.tensorrt_cache import engines_folder, record_of
 from runtime.bundle import Bundle
@@ -155,7 +155,7 @@ def _remembered(bundle: Bundle, options: EngineOptions, precision: str | None) -
 
 def _key(bundle: Bundle, options: EngineOptions, precision: str | None) -> str:
     facts = [bundle.id, options.device, str(options.threads), str(precision), platform.machine(), _cpu_model()]
-    facts += [repr(candidates_for(bundle, options.device)), str(_usable_cpus()), repr(GATES)]
+    facts += [str(WAY_OF_COMPUTING), repr(candidates_for(bundle, options.device)), str(_usable_cpus()), repr(GATES)]
     facts += [f"{name} {_installed(name)}" for name in PACKAGES]
     if options.device != "cpu":  # engines built since may be faster, or wrong
         facts += sorted(map(_engine_file, engines_folder().glob("*.engine")))

@@ -24,7 +24,8 @@ from runtime.images import read_image
 from runtime.masking import MaskRule
 from runtime.one_at_a_time import Turn, TurnStage, give_back
 from runtime.parity import GATES, Gates, Outcome, Parity, compare, finite, relative_error, together, worst
-from runtime.pipeline import NotFinite, Pipeline, Stage, Trace
+from runtime.pipeline import NotFinite, Pipeline, Stage, Trace, first_pass
+from runtime.prompts import DIRECT
 
 # Keys and values repeat the states' error and would triple the file.
 NOT_TRACED = ("present_keys", "present_values")
@@ -68,6 +69,9 @@ def open_pipeline(bundle: Bundle, engine: str, options: EngineOptions) -> Pipeli
         )
     # The chain sees one picture at a time, and an engine that knows plans for it.
     specs = {name: spec.fixed({"B": 1}, AXIS_NAMES) for name, spec in STAGES.items()}
+    prompts = bundle.prompt_encoder()
+    if DIRECT in manifest.prompts.instructions:
+        specs["language"] = specs["language"].expecting(first_pass(prompts.encode(), manifest.sizes))
     turn = Turn()
 
     def opened(name: str) -> Stage:
@@ -86,7 +90,7 @@ def open_pipeline(bundle: Bundle, engine: str, options: EngineOptions) -> Pipeli
     return Pipeline(
         stages,
         manifest.preprocessing,
-        bundle.prompt_encoder(),
+        prompts,
         bundle.embeddings(),
         manifest.sizes,
     )

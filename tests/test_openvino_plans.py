@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import openvino
@@ -63,8 +64,70 @@ def test_a_pictures_encoder_is_compiled_for_one_size(tiny_bundle: Path) -> None:
     stage = open_pipeline(bundle, "openvino", EngineOptions()).stages["pixel_encoder"]
     assert isinstance(stage, OpenVinoEngine)
     size = bundle.manifest.preprocessing.pixel_size
-    (image,) = stage._compiled[0].inputs
+    (image,) = stage._compiled._parts[0].inputs
     assert image.get_partial_shape() == openvino.PartialShape([1, 3, size, size])
+
+
+def language_stage(bundle: Bundle) -> OpenVinoEngine:
+    stage = open_pipeline(bundle, "openvino", EngineOptions()).stages["language"]
+    assert isinstance(stage, OpenVinoEngine)
+    return stage
+
+
+def sizes_of(stage: OpenVinoEngine) -> list[str]:
+    """Which of its two forms computes: of the first pass over a picture, and of one token after it."""
+    told = []
+
+    class Told:
+        def __init__(self, name: str, compiled: Any) -> None:
+            self.name, self.compiled = name, compiled
+
+        def takes(self, feeds: dict[str, np.ndarray]) -> bool:
+            return bool(self.compiled.takes(feeds))
+
+        def run(self, *arguments: Any) -> dict[str, np.ndarray]:
+            told.append(self.name)
+            return self.compiled.run(*arguments)  # type: ignore[no-any-return]
+
+    stage._compiled = Told("any", stage._compiled)  # type: ignore[assignment]
+    stage._usual = Told("usual", stage._usual) if stage._usual else None  # type: ignore[assignment]
+    return told
+
+
+def test_the_usual_question_has_a_form_of_its_own_with_the_same_results(tiny_bundle: Path) -> None:
+    bundle = Bundle(tiny_bundle, check_hashes=False)
+    pipeline = open_pipeline(bundle, "openvino", EngineOptions())
+    stage = pipeline.stages["language"]
+    assert isinstance(stage, OpenVinoEngine)
+    told = sizes_of(stage)
+    image, prompt = bundle.golden()["0.image"], pipeline.prompts.encode()
+    usual = pipeline.run(image, prompt)
+    assert told == ["usual"]
+    stage._usual = None
+    assert np.allclose(usual.anomaly_map, pipeline.run(image, prompt).anomaly_map, atol=1e-5)
+    assert told == ["usual", "any"]
+
+
+def test_other_words_go_through_the_form_that_takes_any_number_of_tokens(tiny_bundle: Path) -> None:
+    bundle = Bundle(tiny_bundle, check_hashes=False)
+    pipeline = open_pipeline(bundle, "openvino", EngineOptions())
+    told = sizes_of(pipeline.stages["language"])  # type: ignore[arg-type]
+    pipeline.run(bundle.golden()["0.image"], pipeline.prompts.encode("Are there any scratches on the lower half of it?"))
+    assert set(told) == {"any"}
+
+
+def test_weights_are_held_twice_only_where_they_are_few(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = Bundle(tiny_bundle, check_hashes=False)
+    assert language_stage(bundle)._usual is not None
+    monkeypatch.setattr("engines.openvino.TWICE_BYTES", 1000)
+    assert language_stage(bundle)._usual is None
+
+
+def test_a_stage_that_expects_sizes_takes_others_all_the_same() -> None:
+    expecting = SPEC.expecting({"S": 8})
+    assert expecting.usual == (("S", 8),) and expecting.inputs == SPEC.inputs
+    expecting.check_inputs({"image": np.zeros((1, 3, 5, 5), np.float32)})
+    assert expecting.fixed({"B": 1}).usual == (("S", 8),)
 
 
 def test_means_over_blocks_of_a_picture_are_the_same_as_convolutions() -> None:
