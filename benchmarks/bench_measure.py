@@ -258,7 +258,7 @@ def _candidates(request: Request, work: Path, show: Show) -> list[Candidate]:
     """Ours first; engines chosen, plain graphs exported."""
     common: dict[str, Any] = {"device": request.device, "threads": request.threads}
     found = [_bundle_candidate(OURS, request.bundle, request, common)]
-    for asked in request.against:
+    for asked in dict.fromkeys(request.against):
         checkpoint = _absolute(request.checkpoint or "nano")
         if asked in TORCH:
             found.append(Candidate(asked, asked, checkpoint, **common))
@@ -268,7 +268,7 @@ def _candidates(request: Request, work: Path, show: Show) -> list[Candidate]:
             show("plain torch.onnx export", 2, 2)
             found.append(Candidate(PLAIN, PLAIN, str(work / "plain"), **common))
         else:
-            path, taken = Path(asked).absolute(), {candidate.name for candidate in found}
+            path, taken = Path(asked).absolute(), {REFERENCE, PLAIN, *TORCH, *(candidate.name for candidate in found)}
             name = path.stem if asked.endswith(SUFFIX) else path.resolve().name
             name = name if name not in taken else f"{name} {len(found)}"
             if asked.endswith(SUFFIX):
@@ -462,7 +462,8 @@ def _run(
     """One candidate's entry of "runs"; "unsteady" counts pictures whose mask was not the same every time."""
     times = [sample["ms"] for sample in taken]
     stages, device_stages = (
-        {name: [round(sample[kind].get(name, 0.0), 4) for sample in taken] for name in taken[0][kind]}
+        # A picture whose answer lacks its anchors goes through fewer stages than others.
+        {name: [round(sample[kind].get(name, 0.0), 4) for sample in taken] for name in dict.fromkeys(n for s in taken for n in s[kind])}
         for kind in ("stages", "device_stages")
     )
     gaps = [sample["ms"] - sum(sample["stages"].values()) for sample in taken]

@@ -6,6 +6,8 @@ it, never a guess.
 
 from __future__ import annotations
 
+import functools
+import os
 import re
 import shutil
 import statistics
@@ -82,11 +84,15 @@ class PowerSampler:
             self.reason = self.memory_reason = f"NVML does not start: {error}"
             return None
         self._nvml = pynvml
-        return self._read_nvml
+        try:
+            handle = _handle(pynvml, int(self._device.split(":")[1]))
+        except (pynvml.NVMLError, ValueError) as error:
+            self.reason = self.memory_reason = f"NVML does not tell which GPU {self._device} is: {error}"
+            return None
+        return functools.partial(self._read_nvml, handle)
 
-    def _read_nvml(self) -> None:
+    def _read_nvml(self, handle: Any) -> None:
         nvml = self._nvml
-        handle = nvml.nvmlDeviceGetHandleByIndex(int(self._device.split(":")[1]))
         readers = {
             "power_watts": lambda: nvml.nvmlDeviceGetPowerUsage(handle) / 1e3,
             "clock_mhz": lambda: nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM),
@@ -113,6 +119,22 @@ class PowerSampler:
                 self._samples.setdefault(name, []).append(value)
             if not self._going.is_set():
                 return
+
+
+def _handle(nvml: Any, number: int) -> Any:
+    """NVML's handle of CUDA's device of this number, which CUDA_VISIBLE_DEVICES may have moved.
+
+    Raises:
+        ValueError: the variable hides it or names it in another way; NVMLError: no such GPU.
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = [str(each) for each in range(number + 1)] if visible is None else [name.strip() for name in visible.split(",")]
+    name = names[number] if number < len(names) else ""
+    if name.startswith("GPU-"):
+        return nvml.nvmlDeviceGetHandleByUUID(name)
+    if not name.isdecimal():
+        raise ValueError(f"CUDA_VISIBLE_DEVICES: expected a number or GPU-… in place {number}, got {visible!r}")
+    return nvml.nvmlDeviceGetHandleByIndex(int(name))
 
 
 def read_tegrastats_line(line: str) -> dict[str, float]:

@@ -26,7 +26,7 @@ from export.parity import NORMAL_STATE
 from runtime.bundle import Bundle
 from runtime.parity import Outcome, compare
 from runtime.prompts import DIRECT, PLUS
-from runtime.selection import CPU_CANDIDATES
+from runtime.selection import candidates_for
 from runtime.verify import gates_for, open_pipeline, outcome_of
 
 FREE = "Is anything wrong near the middle? Answer in words, then segment it."
@@ -55,7 +55,7 @@ def measure(checkpoint: str, folder: Path, count: int, engines: list[str], norma
             reference[name].append(model.segment(picture, instruction, mode, normal_state=normal))
     rows: list[dict[str, Any]] = []
     before = counted(())
-    for engine, precision in CPU_CANDIDATES:
+    for engine, precision in candidates_for(bundle, "cpu"):
         if engine not in engines:
             continue
         options = EngineOptions(threads=threads, inference_precision=precision)

@@ -28,7 +28,7 @@ from runtime.footprint import WHOLE, footprints
 from runtime.parity import Outcome, compare
 from runtime.pipeline import Pipeline
 from runtime.selection import candidates_for
-from runtime.verify import gates_for, limits, open_pipeline, outcome_of
+from runtime.verify import gates_for, limits, open_pipeline, run_outcome
 
 COLUMNS = (
     *("bundle", "lmm", "MB", "engine", "computes in", "gates", "passed", "IoU mean", "IoU min", "flips", "anchor cosine"),
@@ -99,23 +99,20 @@ def _row(
         pipeline = open_pipeline(bundle, engine, options)
     except EngineError as error:
         return row | {"error": str(error)}
-    prompt = pipeline.prompts.encode()
     label = f"{row['bundle_precision']} {row['lmm']} {engine}/{options.inference_precision}"
-    ours = [outcome_of(pipeline.run(picture, prompt), bundle.manifest.mask_rule) for picture in tqdm(pictures, desc=label, unit="image")]
+    rule = bundle.manifest.mask_rule
+    ours = [run_outcome(pipeline, picture, rule)[0] for picture in tqdm(pictures, desc=label, unit="image")]
     parity = compare(ours, reference)
     failures = limits(bundle, options).failures(parity)
+    row |= {"gates": gates_for(bundle, options), "passed": not failures, "failures": failures, "parity": parity.to_json()}
     before = counted(())
-    ratios = [_seconds(pipeline, pictures[i % len(pictures)]) / _seconds(baseline, pictures[i % len(pictures)]) for i in range(pairs)]
-    busy = other_work(before, counted(()))
-    return row | {
-        "gates": gates_for(bundle, options),
-        "passed": not failures,
-        "failures": failures,
-        "parity": parity.to_json(),
-        "time_ratio": round(statistics.median(ratios), 3),
-        "other_work": busy,
-        "stages": footprints(bundle, engine, options.inference_precision),
-    }
+    try:
+        ratios = [_seconds(pipeline, pictures[i % len(pictures)]) / _seconds(baseline, pictures[i % len(pictures)]) for i in range(pairs)]
+        busy = other_work(before, counted(()))
+        stages = footprints(bundle, engine, options.inference_precision)
+    except EngineError as error:  # the rows of a long run are not lost for one that cannot compute
+        return row | {"error": str(error)}
+    return row | {"time_ratio": round(statistics.median(ratios), 3), "other_work": busy, "stages": stages}
 
 
 def _seconds(pipeline: Pipeline, picture: Any) -> float:

@@ -55,8 +55,8 @@ class OnnxRuntimeEngine:
         self.spec = spec
         if options.inference_precision not in MATMULNBITS_LEVEL:
             raise EngineUnavailable(
-                f"onnxruntime has no inference precision {options.inference_precision}: it computes what the graph states; "
-                "use engine openvino, or export the bundle in that precision"
+                f"onnxruntime has no inference precision {options.inference_precision}: it computes what the graph states, or rounds what "
+                "integer weights are multiplied with; use precision graph or int8, or engine openvino"
             )
         settings = onnxruntime.SessionOptions()
         settings.intra_op_num_threads = options.threads

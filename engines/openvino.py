@@ -54,10 +54,13 @@ class OpenVinoEngine:
             raise EngineUnavailable(f"engine openvino runs on device cpu here, not {options.device}")
         asked = f"inference precision {options.inference_precision} was asked for, but"
         if options.in_bf16 and not natively_bf16():
-            raise EngineUnavailable(f"{asked} this CPU does not multiply in bfloat16; use precision graph")
+            raise EngineUnavailable(
+                f"{asked} this CPU does not multiply in bfloat16; use precision {'int8' if options.rounds_inputs else 'graph'}"
+            )
         if options.rounds_inputs and bytes_saturate():
             raise EngineUnavailable(
-                f"{asked} this CPU has no VNNI, without which OpenVINO rounds nothing; use precision graph, or int8 with engine onnxruntime"
+                f"{asked} this CPU has no VNNI, without which OpenVINO rounds nothing; use precision "
+                f"{'bf16' if options.in_bf16 else 'graph'}, or int8 with engine onnxruntime"
             )
         block = int8_block(graph) if options.rounds_inputs else 0
         try:
@@ -183,10 +186,11 @@ def cut_before_rounding(model: openvino.Model) -> tuple[openvino.Model | None, o
     """Two models in a row where there are convolutions before bfloat16 begins; else (None, model).
 
     bfloat16 begins at matrix products and at convolutions that read what another one made, with all that reads them. Before it stays what
-    a depthwise convolution reads: dozens of those in a row, each rounding, moved nano's masks beyond the gates
-    (benchmarks/results/levers.md), and it is the products around them that gain.
+    a depthwise convolution reads, unless a product came before: dozens of those in a row, each rounding, moved nano's masks beyond the
+    gates (benchmarks/results/levers.md).
 
-    The given model is taken apart. The first one's outputs are the second one's inputs, in their order.
+    The given model is taken apart. The first one's outputs are the second one's inputs, in their order; the second has all of the model's
+    outputs, those that the first one computes, too.
     """
     ordered = model.get_ordered_ops()
     before_depthwise = _leading_to(ordered, DEPTHWISE)
@@ -197,7 +201,7 @@ def cut_before_rounding(model: openvino.Model) -> tuple[openvino.Model | None, o
     for node in ordered:
         sources = {node.input_value(index).get_node().get_name() for index in range(node.get_input_size())}
         name, kind = node.get_name(), node.get_type_name()
-        begins = kind == "MatMul" or (kind in DENSE and bool(sources & convolved) and name not in before_depthwise)
+        begins = kind in ("MatMul", "Result") or (kind in DENSE and bool(sources & convolved) and name not in before_depthwise)
         if kind == "Constant" or (sources and sources <= constant):
             constant.add(name)
         elif begins or sources & behind:
@@ -206,8 +210,7 @@ def cut_before_rounding(model: openvino.Model) -> tuple[openvino.Model | None, o
             before.append(node)
             if kind in CONVOLUTIONS or sources & convolved:
                 convolved.add(name)
-    kinds = {node.get_type_name() for node in before}
-    if not kinds.intersection(CONVOLUTIONS) or "Result" in kinds:  # an output in the first part would be in neither
+    if not any(node.get_type_name() in CONVOLUTIONS for node in before):
         return None, model
     results: list[openvino.Node] = []
     parameters: list[openvino.Node] = []
@@ -215,6 +218,7 @@ def cut_before_rounding(model: openvino.Model) -> tuple[openvino.Model | None, o
         readers = [reader for reader in output.get_target_inputs() if reader.get_node().get_name() in behind]
         if readers:
             parameter = opset13.parameter(output.get_partial_shape(), output.get_element_type())
+            parameter.output(0).set_names(output.get_names())  # an output of the model is found by its name
             for reader in readers:
                 reader.replace_source_output(parameter.output(0))
             results.append(opset13.result(output))

@@ -34,9 +34,9 @@ class TensorRtEngine:
     def __init__(self, graph: Path, spec: StageSpec, engine: str, options: EngineOptions) -> None:
         self.spec = spec
         if options.inference_precision != "graph":
+            export = ", or export with --precision bf16" if options.in_bf16 else ""
             raise EngineUnavailable(
-                f"engine {engine} computes what the graph states, not {options.inference_precision}; use precision graph, "
-                "or export the bundle in that precision"
+                f"engine {engine} computes what the graph states, not {options.inference_precision}; use precision graph{export}"
             )
         self._index = device_index(options.device)
         self._low_memory = options.low_memory

@@ -38,7 +38,7 @@ from runtime.errors import AgvasError
 from runtime.one_at_a_time import Turn, TurnStage, give_back
 from runtime.parity import Outcome, compare, relative_error
 from runtime.pipeline import Pipeline, Stage
-from runtime.verify import golden_outcome, run_outcome, trace_count
+from runtime.verify import check_precision, golden_outcome, run_outcome, stage_options, trace_count
 
 try:
     import onnx
@@ -112,6 +112,7 @@ def bisect(
     Raises:
         EngineError: the engine or onnxruntime cannot be had, or cannot run the graphs.
     """
+    check_precision(bundle, options)
     allowed = tolerance if tolerance is not None else tolerance_for(bundle, options)
     errors: dict[str, float] = {}
     shapes = profiles(bundle)
@@ -245,7 +246,7 @@ def _open(graph: Path, spec: StageSpec, engine: str, options: EngineOptions, pro
     if engine in TENSORRT_ENGINES:
         key = EngineKey(spec.name, hash_of(graph), engine, version(engine), capability_here(options.device))
         build_into_cache(key, graph, profile, device=device_index(options.device))
-    return open_engine(graph, spec, engine, replace(options, to_judge=True))
+    return open_engine(graph, spec, engine, replace(stage_options(spec.name, options), to_judge=True))
 
 
 class _Probe:

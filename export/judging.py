@@ -120,7 +120,7 @@ def _chain(pipeline: Pipeline, pictures: Pictures, reference: Sequence[Outcome],
 
 def _told_of(options: EngineOptions, failures: list[str]) -> list[str]:
     """Failures with the way of computing that they are of, where it is not the graphs' own."""
-    return failures if options.inference_precision == "graph" else [f"with inputs in 8 bits, {failure}" for failure in failures]
+    return [f"with inputs in 8 bits, {failure}" for failure in failures] if options.rounds_inputs else failures
 
 
 def judge(

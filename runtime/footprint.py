@@ -16,8 +16,8 @@ import numpy as np
 
 from engines import EngineFailed, EngineOptions, open_engine
 from runtime.bundle import Bundle
-from runtime.contract import STAGES
-from runtime.verify import open_pipeline, peak_rss_bytes
+from runtime.contract import AXIS_NAMES, STAGES
+from runtime.verify import open_pipeline, peak_rss_bytes, stage_options
 
 WHOLE = "whole"
 ROWS = 8  # of the language stage: the answer's
@@ -60,7 +60,8 @@ def _run(folder: str, stage: str, engine: str, precision: str) -> None:
         pipeline = open_pipeline(bundle, engine, options)
         pipeline.run(bundle.golden()["0.image"], pipeline.prompts.encode())
     else:
-        open_engine(bundle.graph(stage), STAGES[stage], engine, options).run(_zeros(stage, bundle.manifest.sizes))
+        spec = STAGES[stage].fixed({"B": 1}, AXIS_NAMES)
+        open_engine(bundle.graph(stage), spec, engine, stage_options(stage, options)).run(_zeros(stage, bundle.manifest.sizes))
     print(json.dumps({"peak_rss_bytes": peak_rss_bytes(), "idle_rss_bytes": idle}))
 
 

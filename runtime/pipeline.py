@@ -13,6 +13,7 @@ are queued on their device, and one stage's outputs are fed to the next where th
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -149,6 +150,7 @@ class Vision:
         self._timings = trace.timings, trace.device_timings
         self._past: tuple[Past, Past] | None = None
         self._prefix = 0  # tokens
+        self._lock = threading.Lock()
 
     def take_timings(self) -> tuple[dict[str, float], dict[str, float]]:
         """What seeing took, and on the device, once: it is told with the first answer."""
@@ -157,18 +159,24 @@ class Vision:
 
     def keep(self, keys: Past, values: Past, tokens: int) -> None:
         """Remember a pass that began with the picture's own `tokens`; nothing is copied until a second answer asks for them."""
-        self._prefix, self._past = tokens, (keys, values)
+        with self._lock:
+            self._prefix, self._past = tokens, (keys, values)
 
     def forget(self) -> None:
         """Let go of what was kept: the next answer computes it again."""
-        self._past = None
+        with self._lock:
+            self._past = None
 
     def past(self) -> tuple[Past, Past] | None:
         """Keys and values [L, 1, H, K, C] of the tokens before the instruction; None before the first pass."""
-        past = self._past  # read once: another thread may forget it meanwhile
+        with self._lock:
+            past, prefix = self._past, self._prefix
         if past is None:
             return None
-        self._past = cut = _cut(past, self._prefix)
+        cut = _cut(past, prefix)
+        with self._lock:
+            if self._past is past:  # another thread may have forgotten it meanwhile
+                self._past = cut
         return cut
 
 

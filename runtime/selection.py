@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import platform
 import statistics
@@ -73,7 +74,7 @@ def choose_engine(
         try:
             # To judge: these very engines were verified when they were chosen, whether or not agvas-verify has noted its verdict.
             chosen = replace(options, inference_precision=known.inference_precision, to_judge=True)
-            pipeline = open_pipeline(bundle, known.engine, chosen)
+            remembered = open_pipeline(bundle, known.engine, chosen)
         except EngineError as error:
             warnings.warn(
                 f"engine auto: {known.engine} ({known.inference_precision}), which it had chosen, cannot be opened ({error}); the engines "
@@ -81,28 +82,30 @@ def choose_engine(
                 stacklevel=3,
             )
         else:
-            return pipeline, replace(known, remembered=True)
+            return remembered, replace(known, remembered=True)
     best: tuple[Pipeline, Choice] | None = None
+    pipeline: Pipeline | None
     rejected: dict[str, str] = {}
     for engine, computes_in in candidates:
         name = f"{engine}/{computes_in}"
         tried = replace(options, inference_precision=computes_in, to_judge=True)
+        pipeline = None  # the one before goes first, where it was not the best: a large model does not fit three times
         try:
             pipeline = open_pipeline(bundle, engine, tried)
             verification = verify(bundle, pipeline, tried)
+            milliseconds = _median_milliseconds(bundle, pipeline) if verification.passed else math.inf
         except EngineError as error:
             rejected[name] = str(error)
             continue
         if not verification.passed:
             rejected[name] = "; ".join(verification.failures)
             continue
-        milliseconds = _median_milliseconds(bundle, pipeline)
         if best is not None and best[1].milliseconds <= milliseconds:
             rejected[name] = f"slower: {milliseconds:.1f} ms"
             continue
         if best is not None:
             rejected[f"{best[1].engine}/{best[1].inference_precision}"] = f"slower: {best[1].milliseconds:.1f} ms"
-        best = pipeline, Choice(engine, computes_in, milliseconds, rejected)  # the slower pipeline is freed here
+        best = pipeline, Choice(engine, computes_in, milliseconds, rejected)
     if best is None:
         reasons = " | ".join(f"{name}: {reason}" for name, reason in rejected.items())
         raise EngineUnavailable(f"no engine on device {options.device} can run this bundle: {reasons}")
@@ -135,7 +138,7 @@ def _considered(bundle: Bundle, device: str, precision: str | None) -> tuple[tup
         return found
     offered = ", ".join(dict.fromkeys(computes_in for _, computes_in in candidates))
     why = remedy = ""
-    if precision in ("int8", "bf16+int8") and device == "cpu":
+    if precision in {computes_in for _, computes_in in INTEGER_CANDIDATES} and device == "cpu":
         why = f", which rounds what is multiplied with integer weights; those of {bundle.folder}'s language model are no integers"
         remedy = ", or export with --lmm int8 or gptq4"
     raise EngineUnavailable(

@@ -62,11 +62,7 @@ def open_pipeline(bundle: Bundle, engine: str, options: EngineOptions) -> Pipeli
         EngineUnavailable, EngineFailed: see engines.open_engine.
     """
     manifest = bundle.manifest
-    if options.rounds_inputs and not manifest.integer_weights:
-        raise EngineUnavailable(
-            f"inference precision {options.inference_precision} rounds what is multiplied with integer weights, and {bundle.folder} has "
-            f"none (lmm float); use precision {'bf16' if options.in_bf16 else 'graph'}, or export with --lmm int8 or gptq4"
-        )
+    check_precision(bundle, options)
     # The chain sees one picture at a time, and an engine that knows plans for it.
     specs = {name: spec.fixed({"B": 1}, AXIS_NAMES) for name, spec in STAGES.items()}
     prompts = bundle.prompt_encoder()
@@ -75,13 +71,13 @@ def open_pipeline(bundle: Bundle, engine: str, options: EngineOptions) -> Pipeli
     turn = Turn()
 
     def opened(name: str) -> Stage:
-        graph, chosen = bundle.graph(name, engine, options.device), _options_of(name, options)
+        graph, chosen = bundle.graph(name, engine, options.device), stage_options(name, options)
         if options.low_memory:
             return TurnStage(turn, graph, specs[name], engine, chosen)
         return open_engine(graph, specs[name], engine, chosen)
 
     if options.low_memory:  # what this engine or device lacks is told now, by a stage of little weight, and not by every picture
-        as_asked = [name for name in specs if _options_of(name, options) == options]
+        as_asked = [name for name in specs if stage_options(name, options) == options]
         graphs = {name: bundle.graph(name, engine, options.device) for name in as_asked}
         smallest = min(as_asked, key=lambda name: sum(file.stat().st_size for file in graphs[name].parent.iterdir()))
         open_engine(graphs[smallest], specs[smallest], engine, options)
@@ -96,7 +92,21 @@ def open_pipeline(bundle: Bundle, engine: str, options: EngineOptions) -> Pipeli
     )
 
 
-def _options_of(stage: str, options: EngineOptions) -> EngineOptions:
+def check_precision(bundle: Bundle, options: EngineOptions) -> None:
+    """Refuse an inference precision that would do nothing for a bundle.
+
+    Raises:
+        EngineUnavailable: inputs of integer weights are to be rounded, and there are no such weights.
+    """
+    if options.rounds_inputs and not bundle.manifest.integer_weights:
+        others = "graph or bf16" if options.in_bf16 else "graph"
+        raise EngineUnavailable(
+            f"inference precision {options.inference_precision} rounds what is multiplied with integer weights, and {bundle.folder} has "
+            f"none (lmm float); use precision {others}, or export with --lmm int8 or gptq4"
+        )
+
+
+def stage_options(stage: str, options: EngineOptions) -> EngineOptions:
     """How a stage is run: what draws the map computes in its graph's precision, whatever the engine is asked for.
 
     The mask decoder alone in bfloat16 changed nano's maps by 6e-3, a pixel in sixteen of a small mask, and its share of the time is

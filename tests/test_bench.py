@@ -7,10 +7,13 @@ import copy
 import io
 import json
 import re
+import shutil
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,6 +27,7 @@ from agvas import AGVAS, load, save
 from agvas.config import nano
 from benchmarks import bench, bench_measure
 from benchmarks.bench_candidates import Candidate, ModuleClock, encoders_compute_in, open_candidate
+from benchmarks.bench_child import _stream
 from benchmarks.bench_measure import FULL, QUICK, Request, is_full, reference_in_words, torch_device
 from benchmarks.bench_power import PowerSampler, read_tegrastats_line
 from benchmarks.bench_statistics import deadline, paired_ratio, percentiles
@@ -33,6 +37,7 @@ from engines import EngineFailed, EngineOptions
 from runtime.bundle import GOLDEN, SEAL, Bundle, seal_of, sha256_of
 from runtime.contract import STAGES
 from runtime.errors import RequestError
+from runtime.stream import Streamed
 
 
 def last_line(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
@@ -111,6 +116,8 @@ def test_a_run_on_the_cpu_has_its_machines_ceilings_and_what_others_took_of_it(m
     [
         ("fp32", "graph", "fp32"),
         ("fp32", "int8", "fp32"),
+        ("fp16", "graph", "fp16"),
+        ("bf16", "int8", "bf16"),
         ("fp16", "bf16", "bf16"),
         ("fp32", "bf16+int8", "bf16"),
         ("int8", "bf16+int8", "int8"),
@@ -128,6 +135,34 @@ def test_ceilings_that_cannot_be_measured_lose_no_result(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(bench_measure, "ceilings", fails)
     assert bench_measure._ceilings(Request(tiny_bundle, "auto", "cpu", None, 1, (), None, None, None, QUICK)) == {"reason": "no memory"}
+
+
+@pytest.mark.parametrize("name", ["torch", "reference", "plain-onnx", "ours"])
+def test_a_bundle_with_a_candidates_name_is_not_taken_for_that(name: str, tiny_bundle: Path, tmp_path: Path) -> None:
+    copied = tmp_path / "line" / name
+    shutil.copytree(tiny_bundle, copied)
+    request = Request(tiny_bundle, "openvino", "cpu", None, 1, ("torch", str(copied), "torch", f"{copied}/."), None, None, None, QUICK)
+    names = [candidate.name for candidate in bench_measure._candidates(request, tmp_path, lambda *_: None)]
+    assert names[:2] == ["ours", "torch"] and len(names) == len(set(names)) == 4
+    assert not {"reference", "plain-onnx"} & set(names)
+
+
+def test_a_stage_that_the_first_picture_did_not_need_is_told_all_the_same() -> None:
+    zeros = dict.fromkeys(("checksum", "peak_rss_bytes", "disk_ms", "decode_ms"), 0)
+    sample = {"ms": 5.0, "stages": {"spam": 1.0}, "device_stages": {}, **zeros}
+    told = dict.fromkeys(("bytes", "load_ms", "precision", "lmm"), 1)
+    child: Any = SimpleNamespace(candidate=Candidate("ours", "bundle", ""), pid=1, first_result_ms=1.0, told=told)
+    taken = [sample, sample | {"stages": {"spam": 1.0, "mask_decoder": 2.0}}]
+    entry = bench_measure._run(child, taken, 2, None, {}, PowerSampler("cpu"), None)
+    assert entry["samples"]["stages_ms"] == {"spam": [1.0, 1.0], "mask_decoder": [0.0, 2.0]}
+
+
+def test_a_frame_that_fails_is_no_throughput(tmp_path: Path) -> None:
+    Image.fromarray(picture()).save(tmp_path / "a.png")
+    failed = Streamed(0, None, EngineFailed("out of memory"))
+    opened: Any = SimpleNamespace(stream=lambda frames: (failed for _ in frames))
+    with pytest.raises(EngineFailed, match="out of memory"):
+        _stream(opened, {"stream": [str(tmp_path / "a.png")], "count": 3})
 
 
 def test_the_full_setting_may_be_exceeded_and_wants_pictures_that_differ() -> None:
@@ -336,6 +371,45 @@ def test_what_the_platform_does_not_tell_is_none_with_a_reason(monkeypatch: pyte
         pass
     told = sampler.summary()
     assert told["power_watts"] is None and told["clock_mhz"] is None and told["reason"]
+
+
+@pytest.mark.parametrize(
+    ("visible", "device", "asked"),
+    [
+        (None, "cuda:1", ("index", 1)),
+        ("3,1", "cuda:0", ("index", 3)),
+        ("3,GPU-12ab", "cuda:1", ("uuid", "GPU-12ab")),
+        ("3", "cuda:1", None),
+        ("MIG-4", "cuda:0", None),
+    ],
+)
+def test_the_gpu_that_is_sampled_is_the_one_that_cuda_shows(
+    visible: str | None, device: str, asked: tuple[str, Any] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[str, Any]] = []
+
+    class NVMLError(Exception):
+        pass
+
+    def refused(handle: Any) -> None:
+        raise NVMLError("not here")
+
+    names = ("nvmlInit", "nvmlShutdown", "nvmlDeviceGetPowerUsage", "nvmlDeviceGetClockInfo", "nvmlDeviceGetComputeRunningProcesses")
+    double = SimpleNamespace(NVMLError=NVMLError, NVML_CLOCK_SM=1, **dict.fromkeys(names, lambda *_: 5000))
+    double.nvmlDeviceGetComputeRunningProcesses = refused
+    double.nvmlDeviceGetHandleByIndex = lambda index: seen.append(("index", index))
+    double.nvmlDeviceGetHandleByUUID = lambda uuid: seen.append(("uuid", uuid))
+    monkeypatch.setitem(sys.modules, "pynvml", double)
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    with PowerSampler(device) as sampler:
+        time.sleep(0.01)
+    assert seen == ([asked] if asked else [])
+    told = sampler.summary()
+    assert told["power_watts"] == (5.0 if asked else None)
+    assert asked or "which GPU" in told["reason"]
 
 
 # The random checkpoint

@@ -14,7 +14,9 @@ import onnx
 import onnx_ir
 import pytest
 
-from engines import EngineOptions, open_engine
+from engines import Engine, EngineOptions, EngineUnavailable, open_engine
+from engines.openvino import natively_bf16
+from engines.spec import StageSpec
 from export import bisect as bisecting
 from export.bisect import Finding, bisect, search
 from export.bundle import write_cuda_form
@@ -22,6 +24,7 @@ from export.onnx_writer import write
 from export.passes import lower_precision
 from runtime.bundle import Bundle, FileRecord, Manifest, sha256_of
 from runtime.cli import verify as command
+from runtime.contract import STAGES
 
 HERE = ("onnxruntime", "openvino")
 
@@ -211,6 +214,7 @@ def test_the_command_tells_stage_layer_and_errors(
         (("--engine", "auto"), "--bisect: expected one engine by name"),
         (("--engine", "openvino", "--device", "cuda:0"), "openvino runs on device cpu"),
         (("--engine", "onnxruntime", "--against", "nowhere"), "nowhere is not a folder"),
+        (("--engine", "onnxruntime", "--low-memory"), "--low-memory: not with --bisect"),
     ],
 )
 def test_what_cannot_be_bisected_is_exit_code_2(
@@ -218,6 +222,26 @@ def test_what_cannot_be_bisected_is_exit_code_2(
 ) -> None:
     assert command.main(["--bundle", str(tiny_bundle), "--bisect", "--quiet", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_precision_that_would_round_nothing_is_refused_as_elsewhere(tiny_bundle: Path) -> None:
+    with pytest.raises(EngineUnavailable, match="inference precision int8 rounds what is multiplied with integer weights"):
+        bisect(Bundle(tiny_bundle), "onnxruntime", EngineOptions(inference_precision="int8"))
+
+
+@pytest.mark.skipif(not natively_bf16(), reason="this CPU does not multiply in bfloat16")
+def test_stages_are_opened_as_the_chain_opens_them(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: dict[str, set[str]] = {}
+    original = bisecting.open_engine
+
+    def noted(graph: Path, spec: StageSpec, engine: str, options: EngineOptions) -> Engine:
+        if engine == "openvino":
+            opened.setdefault(spec.name, set()).add(options.inference_precision)
+        return original(graph, spec, engine, options)
+
+    monkeypatch.setattr(bisecting, "open_engine", noted)
+    assert bisect(Bundle(tiny_bundle), "openvino", EngineOptions(inference_precision="bf16"))[0] is None
+    assert opened == {stage: {"graph" if stage == "mask_decoder" else "bf16"} for stage in STAGES}
 
 
 def test_without_onnx_the_extra_is_named(tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from conftest import new_tiny, picture, teach
 
 from agvas import AGVAS
 from export.parity import pipeline_over, torch_stages
+from runtime import pipeline
 from runtime.pipeline import Pipeline, Trace, Vision
 
 # Both sides compute in fp32 with torch; one pass over 40 tokens sums in another order than 10 passes over a cache do.
@@ -122,27 +124,23 @@ def test_every_size_comes_back_at_its_own_size(tiny_model: AGVAS, height: int, w
     assert_same(tiny_model, picture(0, height, width), verified=True)
 
 
-class Forgotten(Vision):
-    """One that another thread forgets as soon as it has been looked at."""
-
-    @property  # type: ignore[override]
-    def _past(self) -> object:
-        kept, self.kept = self.kept, None
-        return kept
-
-    @_past.setter
-    def _past(self, value: object) -> None:
-        self.kept = value
-
-
-def test_what_is_forgotten_meanwhile_is_still_given_whole(tiny_model: AGVAS) -> None:
+def test_what_is_forgotten_meanwhile_is_still_given_whole_and_stays_forgotten(
+    tiny_model: AGVAS, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another thread forgets what this one is cutting."""
     see = chain(tiny_model).see(picture())
-    vision = Forgotten(see.frame, Trace(see.tensors))
+    vision = Vision(see.frame, Trace(see.tensors))
     keys = np.arange(2 * 5, dtype=np.float32).reshape(1, 1, 1, 5, 2)
     vision.keep(keys, -keys, tokens=3)
+    original = pipeline._cut
+
+    def forgotten_meanwhile(*arguments: Any) -> Any:
+        vision.forget()
+        return original(*arguments)
+
+    monkeypatch.setattr(pipeline, "_cut", forgotten_meanwhile)
     past = vision.past()
     assert past is not None
     np.testing.assert_array_equal(past[0], keys[:, :, :, :3])
     np.testing.assert_array_equal(past[1], -keys[:, :, :, :3])
-    vision.forget()
     assert vision.past() is None

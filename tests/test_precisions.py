@@ -10,7 +10,12 @@ import pytest
 from benchmarks import precisions
 from benchmarks.other_work import Counted
 from benchmarks.precisions import measure, table
+from engines import EngineFailed
 from runtime.footprint import WHOLE
+
+
+def fails(*_: Any) -> Any:
+    raise EngineFailed("a stage ran out of memory")
 
 
 def test_each_ratio_is_told_with_what_others_took_over_its_turns(
@@ -24,6 +29,9 @@ def test_each_ratio_is_told_with_what_others_took_over_its_turns(
     measured, refused = told["rows"]
     assert measured["time_ratio"] > 0 and measured["other_work"] == {"others": 0.1, "steal": 0.0, "seconds": 1.0}
     assert "error" in refused and told["environment"]["threads"] == 1
+    monkeypatch.setattr(precisions, "footprints", fails)
+    failed, _ = measure(str(tiny_checkpoint), [tiny_bundle], count=2, threads=1, pairs=2)["rows"]
+    assert failed["error"] == "a stage ran out of memory" and failed["parity"]["images"] == 2
     head, rule, *rows = (line for line in table(told).splitlines() if line.startswith("|"))
     assert {line.count("|") for line in (head, rule, *rows)} == {15}
     assert head.endswith("| time | others |") and rows[0].endswith(" | 10.0% |")

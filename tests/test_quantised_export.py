@@ -31,7 +31,7 @@ from calibration.plan import read_plan, write_plan
 from calibration.truth import linear_of
 from calibration.weights import QuantizedWeight
 from engines import EngineOptions, EngineUnavailable
-from engines.openvino import bytes_saturate
+from engines.openvino import bytes_saturate, natively_bf16
 from export.bundle import export_bundle
 from export.cli import main
 from export.gate import GateBudget
@@ -162,6 +162,15 @@ def test_int8_weights_have_one_scale_an_output_and_engines_may_round_activations
         )
         assert np.abs(exact - rounded).max() > 0, "int8 was asked for and nothing was rounded"
         np.testing.assert_allclose(rounded, wanted, atol=0.05)
+    if natively_bf16() and not bytes_saturate():
+        both = Segmenter(bundle.folder, engine="openvino", inference_precision="bf16+int8")(picture()).anomaly_map
+        alone = Segmenter(bundle.folder, engine="openvino", inference_precision="bf16")(picture()).anomaly_map
+        assert np.abs(both - alone).max() > 0, "only bf16 was computed in"
+        np.testing.assert_allclose(both, wanted, atol=0.1)
+    chosen = Segmenter(bundle.folder).choice
+    assert chosen is not None
+    tried = {f"{chosen.engine}/{chosen.inference_precision}", *chosen.rejected}
+    assert tried == {f"{engine}/{precision}" for engine, precision in candidates_for(bundle, "cpu")}
 
 
 def test_encoders_in_8_bit_round_their_linears_inputs_and_leave_attention_and_the_rest_in_float(

@@ -335,6 +335,37 @@ def test_auto_takes_the_faster_of_those_that_pass_and_says_why(
     assert_same(opened(picture()), Segmenter(tiny_bundle, engine=slower)(picture()))
 
 
+@pytest.mark.usefixtures("graph_candidates")
+def test_auto_rejects_an_engine_that_fails_while_it_is_timed(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = selection._median_milliseconds
+
+    def timed(bundle: Bundle, pipeline: Pipeline) -> float:
+        if type(pipeline.stages["spam"]).__name__ == "OpenVinoEngine":
+            raise EngineFailed("no memory was left for a second call")
+        return original(bundle, pipeline)
+
+    monkeypatch.setattr(selection, "_median_milliseconds", timed)
+    choice = Segmenter(tiny_bundle).choice
+    assert choice is not None and choice.engine == "onnxruntime"
+    assert choice.rejected == {"openvino/graph": "no memory was left for a second call"}
+
+
+def test_auto_holds_the_best_and_the_one_on_trial_and_no_third(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A chain's reference cycles are none: what nothing refers to is gone at once."""
+    monkeypatch.setattr(selection, "CPU_CANDIDATES", (("openvino", "graph"), ("onnxruntime", "graph"), ("onnxruntime", "graph")))
+    original, known, held = selection.open_pipeline, list[weakref.ref[Pipeline]](), list[int]()
+
+    def opening(*arguments: Any) -> Pipeline:
+        held.append(sum(each() is not None for each in known))
+        pipeline = original(*arguments)
+        known.append(weakref.ref(pipeline))
+        return pipeline
+
+    monkeypatch.setattr(selection, "open_pipeline", opening)
+    Segmenter(tiny_bundle)
+    assert held == [0, 1, 1]
+
+
 def test_auto_remembers_its_choice_and_measures_again_only_when_something_changed(
     tiny_bundle: Path, verified: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -349,8 +380,11 @@ def test_auto_remembers_its_choice_and_measures_again_only_when_something_change
     assert_same(second(picture()), first(picture()))
     Segmenter(tiny_bundle, threads=1)
     assert len(verified) == 2 * measured, "other threads, another choice"
+    monkeypatch.setattr(selection, "WAY_OF_COMPUTING", selection.WAY_OF_COMPUTING + 1)
+    Segmenter(tiny_bundle)
+    assert len(verified) == 3 * measured, "engines that compute otherwise were not verified yet"
     again = Segmenter(tiny_bundle, remeasure=True)
-    assert len(verified) == 3 * measured and again.choice is not None and not again.choice.remembered
+    assert len(verified) == 4 * measured and again.choice is not None and not again.choice.remembered
     assert Segmenter(tiny_bundle).choice == replace(again.choice, remembered=True)
     assert again(picture()).relative_threshold == again.rule.relative_threshold
     with pytest.raises(RequestError, match="remeasure: expected engine auto, got onnxruntime"):

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engines import EngineUnavailable
+from engines import EngineFailed, EngineUnavailable
 from engines.onnxruntime import OnnxRuntimeEngine
 from runtime import Segmenter
 from runtime.bundle import Bundle
@@ -180,6 +180,22 @@ def test_a_remembered_choice_that_fails_now_is_forgotten(
             Segmenter(tiny_bundle)
     chosen = Segmenter(tiny_bundle).choice
     assert chosen is not None and not chosen.remembered
+
+
+def test_a_remembered_choice_that_cannot_compute_now_is_forgotten(
+    run_verify: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("runtime.selection.CPU_CANDIDATES", (("onnxruntime", "graph"),))
+    assert run_verify("--json", engine="auto")[0] == 0
+    (remembered,) = (tmp_path / "cache").rglob("*.json")
+
+    def failing(self: OnnxRuntimeEngine, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        raise EngineFailed("no memory")
+
+    monkeypatch.setattr(OnnxRuntimeEngine, "run", failing)
+    code, _, errors = run_verify("--json", engine="auto")
+    assert code == 2 and "no memory" in errors
+    assert not remembered.exists()
 
 
 def test_what_cannot_be_verified_is_exit_code_2(run_verify: Any, tmp_path: Path, photos: Path) -> None:

@@ -65,6 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             if arguments.bisect:
                 if arguments.images is not None:
                     raise RequestError("--images: not with --bisect, which works on the golden pictures; leave one of them out")
+                if options.low_memory:
+                    raise RequestError("--low-memory: not with --bisect, which opens all stages of a chain; leave one of them out")
                 if arguments.tolerance is not None and not 0 < arguments.tolerance < math.inf:
                     raise RequestError(f"--tolerance: expected a number above 0, got {arguments.tolerance}")
                 report = bisect_bundle(
@@ -143,13 +145,12 @@ def verify_bundle(
     except EngineFailed as error:
         if why:  # it has this engine's reason beside the others'
             raise EngineUnavailable(why) from error
+        if asked == AUTO and (kept := _forgotten(bundle, asked_options, precision)):
+            raise EngineFailed(f"{error}; {kept}") from error
         raise
     report = summary(bundle, verification)
     if asked == AUTO and not verification.passed:
-        try:
-            forget_choice(bundle, asked_options, precision)
-        except OSError as error:
-            report["failures"].append(f"the Segmenter goes on choosing this engine: {error}; remove that file")
+        report["failures"] += filter(None, [_forgotten(bundle, asked_options, precision)])
     report["model"] = bundle.manifest.model
     report["engine"] = engine
     report["device"] = options.device
@@ -216,7 +217,9 @@ def bisect_bundle(
         try:
             assert process.stdout
             for line in process.stdout:
-                told = json.loads(line) if line.startswith("{") else {}
+                told: dict[str, Any] = {}
+                with suppress(ValueError):  # a library's own words
+                    told = json.loads(line) if line.startswith("{") else {}
                 if "phase" in told and progress:
                     progress(told["phase"], told["step"], told["steps"])
                 last = last if "phase" in told else told or last
@@ -270,6 +273,15 @@ def _open(
                     return open_pipeline(bundle, name, to_judge), name, options, str(error)
         raise
     return pipeline, choice.engine, replace(options, inference_precision=choice.inference_precision), ""
+
+
+def _forgotten(bundle: Bundle, options: EngineOptions, precision: str | None) -> str:
+    """Forget what `auto` has chosen; why it goes on choosing that, where it cannot be forgotten."""
+    try:
+        forget_choice(bundle, options, precision)
+    except OSError as error:
+        return f"the Segmenter goes on choosing this engine: {error}; remove that file"
+    return ""
 
 
 def _open_reference(bundle: Bundle, engine: str, options: EngineOptions) -> tuple[Pipeline, str, EngineOptions]:
