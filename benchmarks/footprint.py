@@ -1,7 +1,7 @@
 """What the runtime costs a target: megabytes and seconds to import before it runs, and each bundle's stages in bytes and memory.
 
     python -m benchmarks.footprint --output benchmarks/results/footprint.json
-    python -m benchmarks.footprint --output benchmarks/results/footprint_stages.json BUNDLE...
+    python -m benchmarks.footprint --output footprint_stages.json BUNDLE...
 
 Without bundles it makes a fresh virtual environment per engine from this checkout and measures in it; needs a package index. With bundles
 it measures each stage of theirs in a process of its own, on every engine that is installed and can run it.

@@ -1,6 +1,6 @@
 """How far GPTQ and plain rounding move the anchor states, on pictures that calibration never saw.
 
-    python -m benchmarks.quantisation_error --checkpoint nano --output benchmarks/results/quantisation_error.json
+    python -m benchmarks.quantisation_error --checkpoint nano --output benchmarks/results/quantisation_error_nano.json
 
 Both quantise the same linears to the same bits and groups, and both are computed by the fake-quantised reference in fp32, so nothing but
 the choice of integers tells them apart. The answer is given (direct mode's draft): states at the same tokens are compared.
