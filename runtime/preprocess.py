@@ -95,7 +95,8 @@ def one_tone(image: np.ndarray, region: np.ndarray | None = None) -> tuple[str, 
     if min(image.shape[:2]) < SLIVER:
         return ()
     step = max(1, min(image.shape[:2]) // 128)
-    seen = image[::step, ::step].reshape(-1, 3).T.copy()  # [3, N]: of rows of three, maxima take ten times as long
+    # [3, N]: of rows of three, maxima take ten times as long.
+    seen = np.ascontiguousarray(np.moveaxis(image[::step, ::step], 2, 0)).reshape(3, -1)
     lowest, highest = seen.min(axis=1), seen.max(axis=1)
     advice = "it shows no part and is likely judged OK; look at lamp, lens and camera"
     if (highest - lowest).max() < ONE_TONE:

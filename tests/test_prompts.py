@@ -13,7 +13,7 @@ from agvas.config import ANSWER, INSTRUCTION, tiny
 from agvas.tokenizer import train_tokenizer
 from agvas.training.instructions import all_instructions
 from runtime.errors import RequestError
-from runtime.prompts import PromptEncoder
+from runtime.prompts import KNOWN_TEXTS, PromptEncoder
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +36,28 @@ def test_prefix_suffix_and_draft_say_the_conversation(encoder: PromptEncoder, to
     assert tokenizer.decode(prompt.suffix, skip_special_tokens=False) == f"\n{INSTRUCTION}<|im_end|>\n<|im_start|>assistant\n"
     assert prompt.draft is not None
     assert tokenizer.decode(prompt.draft, skip_special_tokens=False) == "Sure, it is [NOR][ANO][SEG].<|im_end|>"
+
+
+def test_the_same_words_are_tokenised_once_and_kept_only_so_many(encoder: PromptEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    inner = encoder._tokenizer
+
+    class Counting:
+        def encode(self, text: str, **options: Any) -> Any:
+            asked.append(text)
+            return inner.encode(text, **options)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(inner, name)
+
+    monkeypatch.setattr(encoder, "_tokenizer", Counting())
+    first = encoder.encode("Find the scratch.")
+    tokenised = len(asked)
+    assert encoder.encode("Find the scratch.") == first and len(asked) == tokenised > 0
+    for number in range(2 * KNOWN_TEXTS):
+        encoder.encode(f"Find scratch {number}.")
+        assert len(encoder._known) <= KNOWN_TEXTS
+    assert encoder.encode("Find the scratch.") == first
 
 
 def test_control_tokens_are_one_id_each(encoder: PromptEncoder) -> None:
