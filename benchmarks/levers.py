@@ -497,7 +497,7 @@ def _masks_by_rounding(told: dict[str, Any]) -> list[str]:
 
 
 NOT_TRIED = """\
-`Segmenter.stream` is in the runtime though it costs 3 % here: it is a way of calling that the caller chooses, and runtime/README.md says
+`Segmenter.stream` is in the runtime though it gains nothing here: it is a way of calling that the caller chooses, and runtime/README.md says
 that nothing is gained where the cores are busy. Whether it pays beside a GPU was not measured.
 
 Not in the table, and why:
