@@ -497,8 +497,8 @@ def _masks_by_rounding(told: dict[str, Any]) -> list[str]:
 
 
 NOT_TRIED = """\
-`Segmenter.stream` is in the runtime though it gains nothing here: it is a way of calling that the caller chooses, and runtime/README.md says
-that nothing is gained where the cores are busy. Whether it pays beside a GPU was not measured.
+`Segmenter.stream` is in the runtime though it gains nothing here: it is a way of calling that the caller chooses, and runtime/README.md
+says that nothing is gained where the cores are busy. Whether it pays beside a GPU was not measured.
 
 Not in the table, and why:
 
