@@ -379,8 +379,8 @@ def test_onnxruntime_has_no_bf16_of_its_own_and_says_who_has(tiny_bundle: Path) 
 def test_openvino_refuses_bf16_on_a_cpu_that_would_emulate_it(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("engines.openvino.natively_bf16", lambda core=None: False)
     monkeypatch.setattr("engines.openvino.bytes_saturate", lambda: False)
-    for precision in ("bf16", "bf16+int8"):
-        with pytest.raises(EngineUnavailable, match="does not multiply in bfloat16; use precision graph"):
+    for precision, instead in (("bf16", "graph"), ("bf16+int8", "int8")):
+        with pytest.raises(EngineUnavailable, match=f"does not multiply in bfloat16; use precision {instead}$"):
             opened(tiny_bundle, SPAM, "openvino", inference_precision=precision)
 
 

@@ -328,7 +328,7 @@ def test_an_engine_that_fails_on_one_picture_goes_on_with_the_next(
         (("--device", "cuda"), "cuda:0 is the first GPU"),
         (("--device", "gpu"), "cuda:0 is the first GPU"),
         (("--inference-precision", "BF16"), "did you mean 'bf16'?"),
-        (("--engine", "onnxruntime", "--inference-precision", "bf16"), "use engine openvino"),
+        (("--engine", "onnxruntime", "--inference-precision", "bf16"), "or engine openvino"),
         (("--engine", "tensorrt"), "ask for device cuda:0, or use engine onnxruntime"),
         (("--engine", "openvino", "--device", "cuda:0"), "openvino runs on device cpu"),
         (("--mode", "segment-then-explain"), "it has direct"),
