@@ -241,14 +241,14 @@ def _as(kind: type[Pipeline]) -> Callable[[Bundle, int], tuple[Run, Run]]:
     return make
 
 
+AS_IT_RUNS = "behind the first convolution, depthwise chains in fp32"
 # Where OpenVINO's bf16 may begin, and what makes it so. A depthwise convolution never begins it by itself.
 ROUNDING: dict[str, Callable[[], contextlib.AbstractContextManager[object]]] = {
     "from the first matrix product": lambda: mock.patch("engines.openvino.DENSE", ()),
-    "behind the first convolution, depthwise chains in fp32": contextlib.nullcontext,
+    AS_IT_RUNS: contextlib.nullcontext,
     "behind the first convolution": lambda: mock.patch("engines.openvino.DEPTHWISE", ()),
     "throughout": lambda: mock.patch("engines.openvino.cut_before_rounding", lambda model: (None, model)),
 }
-AS_IT_RUNS = "behind the first convolution, depthwise chains in fp32"
 
 
 def _rounding(without: str, having: str) -> Callable[[Bundle, int], tuple[Run, Run]]:
