@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import platform
 import statistics
+import time
 import warnings
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as package_version
@@ -36,6 +37,7 @@ CUDA_CANDIDATES = (("tensorrt", "graph"), ("tensorrt-rtx", "graph"), ("onnxrunti
 INTEGER_CANDIDATES = (("openvino", "bf16+int8"), ("openvino", "int8"), ("onnxruntime", "int8"))
 PACKAGES = ("agvas", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "tensorrt-rtx")
 TIMED_RUNS = 5
+REST = 0.02  # seconds before each turn: thread pools go on spinning for a while and would take the cores from whoever is next
 NVIDIA = Path("/proc/driver/nvidia")  # read, since asking CUDA would load it
 
 
@@ -44,7 +46,7 @@ class Choice:
     """The engine chosen and why the others were not.
 
     Attributes:
-        milliseconds: median time of the first golden picture when it was measured.
+        milliseconds: median time of the first golden picture when it was measured, in turns with the last that was compared with it.
         rejected: reason by candidate.
         remembered: from an earlier measurement on this machine, not made now.
     """
@@ -54,6 +56,11 @@ class Choice:
     milliseconds: float
     rejected: dict[str, str]
     remembered: bool = False
+
+    @property
+    def name(self) -> str:
+        """As in `rejected`."""
+        return f"{self.engine}/{self.inference_precision}"
 
 
 def choose_engine(
@@ -93,19 +100,20 @@ def choose_engine(
         try:
             pipeline = open_pipeline(bundle, engine, tried)
             verification = verify(bundle, pipeline, tried)
-            milliseconds = _median_milliseconds(bundle, pipeline) if verification.passed else math.inf
+            if not verification.passed:
+                rejected[name] = "; ".join(verification.failures)
+                continue
+            times = _median_milliseconds(bundle, [pipeline] if best is None else [pipeline, best[0]])
         except EngineError as error:
             rejected[name] = str(error)
             continue
-        if not verification.passed:
-            rejected[name] = "; ".join(verification.failures)
+        choice = Choice(engine, computes_in, times[0], rejected)
+        if best is None:
+            best = pipeline, choice
             continue
-        if best is not None and best[1].milliseconds <= milliseconds:
-            rejected[name] = f"slower: {milliseconds:.1f} ms"
-            continue
-        if best is not None:
-            rejected[f"{best[1].engine}/{best[1].inference_precision}"] = f"slower: {best[1].milliseconds:.1f} ms"
-        best = pipeline, Choice(engine, computes_in, milliseconds, rejected)
+        before = replace(best[1], milliseconds=times[1])
+        best, slower = ((pipeline, choice), before) if times[0] < times[1] else ((best[0], before), choice)
+        rejected[slower.name] = f"slower: {slower.milliseconds:.1f} ms, {best[1].name} in turns with it {best[1].milliseconds:.1f} ms"
     if best is None:
         reasons = " | ".join(f"{name}: {reason}" for name, reason in rejected.items())
         raise EngineUnavailable(f"no engine on device {options.device} can run this bundle: {reasons}")
@@ -147,9 +155,16 @@ def _considered(bundle: Bundle, device: str, precision: str | None) -> tuple[tup
     )
 
 
-def _median_milliseconds(bundle: Bundle, pipeline: Pipeline) -> float:
-    image, prompt = bundle.golden()["0.image"], pipeline.prompts.encode()
-    return statistics.median(pipeline.run(image, prompt).timings["total"] for _ in range(TIMED_RUNS))
+def _median_milliseconds(bundle: Bundle, pipelines: Sequence[Pipeline]) -> list[float]:
+    """Of each on the first golden picture, in turns: what else the machine does just then falls on all of them alike."""
+    image = bundle.golden()["0.image"]
+
+    def timed(pipeline: Pipeline) -> float:
+        time.sleep(REST)
+        return pipeline.run(image, pipeline.prompts.encode()).timings["total"]
+
+    turns = [[timed(pipeline) for pipeline in pipelines] for _ in range(TIMED_RUNS)]
+    return [statistics.median(times) for times in zip(*turns, strict=True)]
 
 
 def _remembered(bundle: Bundle, options: EngineOptions, precision: str | None) -> Path:

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -339,10 +339,10 @@ def test_auto_takes_the_faster_of_those_that_pass_and_says_why(
 def test_auto_rejects_an_engine_that_fails_while_it_is_timed(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original = selection._median_milliseconds
 
-    def timed(bundle: Bundle, pipeline: Pipeline) -> float:
-        if type(pipeline.stages["spam"]).__name__ == "OpenVinoEngine":
+    def timed(bundle: Bundle, pipelines: Sequence[Pipeline]) -> list[float]:
+        if type(pipelines[0].stages["spam"]).__name__ == "OpenVinoEngine":
             raise EngineFailed("no memory was left for a second call")
-        return original(bundle, pipeline)
+        return original(bundle, pipelines)
 
     monkeypatch.setattr(selection, "_median_milliseconds", timed)
     choice = Segmenter(tiny_bundle).choice
@@ -350,10 +350,37 @@ def test_auto_rejects_an_engine_that_fails_while_it_is_timed(tiny_bundle: Path, 
     assert choice.rejected == {"openvino/graph": "no memory was left for a second call"}
 
 
+@pytest.mark.usefixtures("graph_candidates")
+def test_auto_times_its_candidates_in_turns(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What slows the machine while onnxruntime is on trial slows OpenVINO, the faster one, with it."""
+    original, calls = selection.open_pipeline, list[str]()
+
+    def opening(bundle: Bundle, engine: str, options: EngineOptions) -> Pipeline:
+        pipeline = original(bundle, engine, options)
+        run = pipeline.run
+
+        def busy_at_first(image: np.ndarray, prompt: Any) -> Trace:
+            trace = run(image, prompt)
+            calls.append(engine)
+            trace.timings["total"] = {"openvino": 5.0, "onnxruntime": 9.0}[engine] + (100 if "onnxruntime" not in calls else 0)
+            return trace
+
+        monkeypatch.setattr(pipeline, "run", busy_at_first)
+        return pipeline
+
+    monkeypatch.setattr(selection, "open_pipeline", opening)
+    choice = Segmenter(tiny_bundle).choice
+    assert choice is not None and choice.name == "openvino/graph" and choice.milliseconds == 5.0
+    assert choice.rejected == {"onnxruntime/graph": "slower: 9.0 ms, openvino/graph in turns with it 5.0 ms"}
+    turns = calls[-2 * selection.TIMED_RUNS :]
+    assert turns == ["onnxruntime", "openvino"] * selection.TIMED_RUNS
+
+
 def test_auto_holds_the_best_and_the_one_on_trial_and_no_third(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A chain's reference cycles are none: what nothing refers to is gone at once."""
     monkeypatch.setattr(selection, "CPU_CANDIDATES", (("onnxruntime", "graph"), ("openvino", "graph"), ("openvino", "graph")))
-    monkeypatch.setattr(selection, "_median_milliseconds", lambda _, chain: float("OpenVino" in type(chain.stages["spam"]).__name__))
+    times = {"OnnxRuntimeEngine": 0.0, "OpenVinoEngine": 1.0}
+    monkeypatch.setattr(selection, "_median_milliseconds", lambda _, chains: [times[type(each.stages["spam"]).__name__] for each in chains])
     original, known, held = selection.open_pipeline, list[weakref.ref[Pipeline]](), list[int]()
 
     def opening(*arguments: Any) -> Pipeline:
