@@ -22,6 +22,7 @@ from agvas.bundle_contents import MANIFEST
 from agvas.config import AGVASConfig
 from agvas.layouts import beyond
 from agvas.lora import CONFIG as ADAPTER_CONFIG
+from agvas.misplaced import misplaced
 from agvas.model import AGVAS
 from agvas.parts import EMBEDDINGS, HEAD, NEW_STAGES, TRAINED_FILE, Gathered, Parts, gather, model_type
 from agvas.parts import FILE as PARTS_FILE
@@ -51,6 +52,8 @@ def checkpoint_folder(checkpoint: str | Path) -> Path:
     folder = NANO if str(checkpoint) == "nano" else Path(checkpoint)
     if not folder.is_dir():
         raise CheckpointError(f"checkpoint {checkpoint} is not a folder; give nano or a folder with {', '.join(FILES)}")
+    if (known := misplaced(folder)) is not None:
+        raise CheckpointError(f"checkpoint {folder} is {known.layout}, no checkpoint: {known.use}")
     if (kind := model_type(folder)) is not None:
         raise CheckpointError(
             f"checkpoint {folder} is a {kind} of Hugging Face; put the parts together first: "
@@ -63,7 +66,7 @@ def checkpoint_folder(checkpoint: str | Path) -> Path:
         )
     stored = next((name for name in (WEIGHTS, INDEX, PARTS_FILE) if (folder / name).is_file()), WEIGHTS)
     if missing := [name for name in ("config.json", stored, "tokenizer.json") if not (folder / name).is_file()]:
-        remedy = f"it needs {', '.join(FILES)}"
+        remedy = f"it needs {', '.join(FILES)}" if len(missing) < len(FILES) else "give nano, or a folder that has them"
         if stored in missing and any((folder / name).is_file() for name in (TRAINED_FILE, ADAPTER_CONFIG, "latest")):
             remedy += f"; it is what a training left: agvas-import --base FOLDER --trained {folder} --output CHECKPOINT"
         raise CheckpointError(f"checkpoint {folder} lacks {', '.join(missing)}; {remedy}")

@@ -12,6 +12,7 @@ from typing import Any
 from agvas import lora, parts
 from agvas.bundle_contents import MANIFEST, Contents, bundle_contents, is_bundle
 from agvas.checkpoint import NANO, CheckpointError, Examined, OpenedCheckpoint, examine
+from agvas.misplaced import misplaced
 from agvas.weights import LazyTensor
 
 STAGES = ("pixel_encoder", "semantic_encoder", "spam", "language", "mask_decoder")
@@ -32,6 +33,8 @@ def contents(path: str | Path) -> Contents:
     try:
         if is_bundle(place):
             return bundle_contents(place)
+        if (known := misplaced(place)) is not None:
+            return Contents(str(place), known.layout, facts=[f"to use it: {known.use}"])
         if place.is_dir() and (place / "config.json").is_file() and parts.model_type(place) is None and not _is_trained(place):
             return _examined(examine(place))
         return _part(place)

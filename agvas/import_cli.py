@@ -7,6 +7,8 @@ import json
 import sys
 from pathlib import Path
 
+from runtime.command_line import Parser
+
 _EXAMPLES = """\
 examples:
   agvas-import --base llava-onevision-qwen2-7b-ov-hf --pixel-encoder sam_vit_h_4b8939.pth --trained run/trained --output checkpoint
@@ -19,7 +21,7 @@ No weights are copied: keep the parts where they are, or move them together with
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit code 0 when the checkpoint was written, 2 when the parts do not make one."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="agvas-import", description=__doc__, epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(

@@ -29,6 +29,7 @@ from benchmarks.evaluation import CONVENTIONS, METRICS, Observation, Predict, Pr
 from benchmarks.operating_points import OperatingPoints, in_words
 from benchmarks.per_image import PerImageTable
 from benchmarks.predictors import BASELINES, Question, Source, open_predictor, read_normal_text
+from runtime.command_line import Parser, warnings_as_lines
 from runtime.prompts import DIRECT, MODES
 from runtime.recipe import OF_REQUEST, OF_SEGMENTER, Recipe, beside_recipe
 from runtime.writing import write_result
@@ -141,7 +142,7 @@ def _row(dataset: str, category: str, metrics: dict[str, Any], paper: bool) -> t
 
 def _parser() -> argparse.ArgumentParser:
     conventions = "\n".join(f"  {name.replace('_', ' ')}: {text}" for name, text in CONVENTIONS.items())
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="agvas-eval",
         description="Pixel AP, F1-max, AUPRO, IoU on anomalous images, empty masks on normal images, and image AUROC.",
         epilog=f"{READERS_HELP}\n{_NEEDS}\nconventions, also in the JSON:\n{conventions}",
@@ -218,8 +219,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     tables: list[PerImageTable] = []
     try:
         with ExitStack() as stack:
-            stack.enter_context(warnings.catch_warnings())
-            warnings.showwarning = lambda message, *_: _say(f"warning: {message}")
+            stack.enter_context(warnings_as_lines(_say))
             summary, results = _run(arguments, stack, tables)
         say(table(results, arguments.paper))
         for result in results:
@@ -329,7 +329,7 @@ def _run(arguments: argparse.Namespace, stack: ExitStack, tables: list[PerImageT
     source, question = _asked(arguments)
     datasets = read_datasets(named, arguments.limit, arguments.split)
     question.check(item.category for dataset in datasets for item in dataset.items)
-    predict = open_predictor(source, question)
+    predict = open_predictor(source, question, _say)
     if arguments.overlays is not None:
         arguments.overlays.mkdir(parents=True, exist_ok=True)
     if arguments.csv is not None:

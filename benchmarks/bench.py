@@ -21,6 +21,7 @@ from typing import Any
 from benchmarks.bench_result import check_run, read_result
 from engines import ENGINES, EngineError
 from runtime.cli.common import AUTO, Progress, engine_options, json_line
+from runtime.command_line import Parser, on_stderr, warnings_as_lines
 from runtime.errors import AgvasError, OutputError, RequestError
 from runtime.writing import write_result
 
@@ -65,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="agvas-bench", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--bundle", type=Path, metavar="DIR", help="folder that agvas-export wrote")
@@ -130,7 +131,7 @@ def _measure(options: argparse.Namespace) -> int:
         fps=options.fps,
         effort=dataclasses.replace(QUICK if options.quick else FULL, **changes),
     )
-    with Progress() as progress:
+    with warnings_as_lines(on_stderr("agvas-bench")), Progress(tell=on_stderr("agvas-bench")) as progress:
         result = measure(request, progress)
     from benchmarks.report import markdown, write_report
 

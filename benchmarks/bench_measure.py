@@ -240,6 +240,7 @@ def _check_reference(checkpoint: str, bundle: Bundle, device: str, threads: int,
     if not bundle.compared:  # exported with --parity none: it has no golden pictures to tell by
         return
     golden = _golden_masks(bundle)[:CHECKED]
+    show("checking the reference", 0, len(golden))
     with tempfile.TemporaryDirectory(prefix="agvas-bench-") as name:
         work = Path(name)
         with _opened(Candidate(REFERENCE, "torch", checkpoint, device=device, threads=threads), work) as child:
@@ -257,7 +258,7 @@ def _check_reference(checkpoint: str, bundle: Bundle, device: str, threads: int,
 def _candidates(request: Request, work: Path, show: Show) -> list[Candidate]:
     """Ours first; engines chosen, plain graphs exported."""
     common: dict[str, Any] = {"device": request.device, "threads": request.threads}
-    found = [_bundle_candidate(OURS, request.bundle, request, common)]
+    found = [_bundle_candidate(OURS, request.bundle, request, common, show)]
     for asked in dict.fromkeys(request.against):
         checkpoint = _absolute(request.checkpoint or "nano")
         if asked in TORCH:
@@ -278,7 +279,7 @@ def _candidates(request: Request, work: Path, show: Show) -> list[Candidate]:
                 continue
             if not path.is_dir():
                 choose("--against", asked, (*TORCH, PLAIN), "or give the folder of a bundle, or a detector's model.xml")
-            found.append(_bundle_candidate(name, Path(asked), request, common))
+            found.append(_bundle_candidate(name, Path(asked), request, common, show))
     return found
 
 
@@ -287,11 +288,12 @@ def _absolute(checkpoint: str) -> str:
     return checkpoint if checkpoint == "nano" else str(Path(checkpoint).absolute())
 
 
-def _bundle_candidate(name: str, folder: Path, request: Request, common: Mapping[str, Any]) -> Candidate:
+def _bundle_candidate(name: str, folder: Path, request: Request, common: Mapping[str, Any], show: Show) -> Candidate:
     engine, precision, chosen = request.engine, request.inference_precision or "graph", ""
     if engine == "auto":
         # Chosen here, so that the process that is measured opens one engine and nothing else.
         options = EngineOptions(request.device, request.threads)
+        show(f"choosing the engine of {name}", 0, 1)
         _, choice = choose_engine(Bundle(folder), options, request.inference_precision)
         engine, precision, chosen = choice.engine, choice.inference_precision, "before" if choice.remembered else "now"
     return Candidate(name, BUNDLE, str(folder.absolute()), engine, precision, chosen=chosen, **common)

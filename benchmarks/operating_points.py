@@ -48,6 +48,8 @@ def in_words(name: str, told: Mapping[str, Any]) -> list[str]:
         + ("" if point["found"] is None else f" and finds {point['found']:.1%} of {told['anomalous_pictures']} anomalous ones")
         for point in told["points"]
     ]
+    if lines and all(point["found"] == 0 for point in told["points"]):
+        lines.append(f"{name}: none of these finds any: the anomalous pictures' scores do not stand out from the good ones'")
     if lines and (lacking := [rate for rate in RATES if 0 < rate * told["good_pictures"] < 1]):
         rates = ", ".join(f"{rate:.0%} ({math.ceil(1 / rate)})" for rate in lacking)
         lines.append(f"{name}: too few good pictures for thresholds that call {rates} of them NG (in brackets: how many it takes)")

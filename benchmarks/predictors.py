@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -181,11 +181,11 @@ class Predictor:
         return self.predict(item)
 
 
-def open_predictor(source: Source, question: Question | None = None) -> Predictor:
-    """What predicts; by default it is asked directly."""
+def open_predictor(source: Source, question: Question | None = None, tell: Callable[[str], None] | None = None) -> Predictor:
+    """What predicts; by default it is asked directly. `tell` is given a line before `auto` opens a bundle, which may take a minute."""
     asked = question or Question()
     if source.bundle is not None:
-        return _bundle_predictor(source, asked)
+        return _bundle_predictor(source, asked, tell)
     if source.checkpoint is not None:
         return _checkpoint_predictor(source, asked)
     if asked != Question():
@@ -197,8 +197,14 @@ def open_predictor(source: Source, question: Question | None = None) -> Predicto
     return _baseline_predictor(source.baseline)
 
 
-def _bundle_predictor(source: Source, question: Question) -> Predictor:
+def _bundle_predictor(source: Source, question: Question, tell: Callable[[str], None] | None) -> Predictor:
     from runtime import Segmenter
+
+    engine = source.engine or "auto" if source.recipe is None else source.recipe.engine
+    if tell is not None and engine == "auto":
+        from runtime.cli.common import opening
+
+        tell(opening(str(source.bundle)))
 
     settings: dict[str, Any] = {
         "inference_precision": source.inference_precision,
@@ -212,7 +218,7 @@ def _bundle_predictor(source: Source, question: Question) -> Predictor:
     if source.recipe is not None:
         segmenter = source.recipe.open()
     else:
-        segmenter = Segmenter(source.bundle or "", engine=source.engine or "auto", device=source.device or "cpu", **settings)
+        segmenter = Segmenter(source.bundle or "", engine=engine, device=source.device or "cpu", **settings)
     defaults = segmenter.bundle.manifest.prompts.instructions
 
     def predict(item: Judged) -> Prediction:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from agvas.interruption import terminated_as_interrupted
+from runtime.command_line import Parser, on_stderr, warnings_as_lines
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -21,7 +22,7 @@ SAMPLES = 128
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit code 0 when the plan was written, 2 when it could not be, 130 when interrupted."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="agvas-calibrate",
         description=__doc__,
         epilog="Interrupted? The same command goes on where it was: finished pictures and layers wait in OUTPUT.partial.",
@@ -49,7 +50,8 @@ def _main(options: argparse.Namespace) -> int:
     from runtime.errors import AgvasError
 
     try:
-        return _calibrate(options, time.monotonic())
+        with warnings_as_lines(on_stderr("agvas-calibrate")):
+            return _calibrate(options, time.monotonic())
     except ModuleNotFoundError as error:
         print(f'agvas-calibrate: {error.name} is not installed; pip install "agvas[export]"', file=sys.stderr)
         return 2
@@ -97,8 +99,8 @@ def _calibrate(options: argparse.Namespace, started: float) -> int:
         raise RequestError(f"--output: expected a new folder or an older plan, got {options.output} with other files; choose another")
     asked = GPTQSettings(bits=options.bits, group=options.group or 0, damping=options.damping)  # wrong values are told before the work
     device = _device(options.device)
-    pictures = calibration_pictures(options.images, options.samples)
     opened = open_checkpoint(options.checkpoint)
+    pictures = calibration_pictures(options.images, options.samples)
     dtype = DTYPES[options.dtype]
     needed, free = memory_needed(opened.tensors, dtype, device), available_memory()
     if free is not None and free < needed:

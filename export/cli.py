@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from agvas.interruption import terminated_as_interrupted
+from runtime.command_line import Parser, on_stderr, warnings_as_lines
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 WEIGHTS = ("float", "int8", "gptq4")
@@ -19,7 +20,7 @@ GATE_NAMES = ("mask_iou_mean", "mask_iou_min", "flips", "map_max_abs", "answers_
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit code 0 when the bundle passed, 1 when parity failed, 2 when it could not be made, 130 when it was interrupted or terminated."""
-    parser = argparse.ArgumentParser(prog="agvas-export", description=__doc__)
+    parser = Parser(prog="agvas-export", description=__doc__)
     parser.add_argument("--checkpoint", default="nano", help="nano (shipped) or a checkpoint folder (default nano)")
     parser.add_argument(
         "--precision",
@@ -86,7 +87,8 @@ def _main(options: argparse.Namespace) -> int:
         if options.pictures is not None and options.pictures < 1:
             raise RequestError(f"--pictures: expected at least 1, got {options.pictures}")
         MaskRule(0.5).changed(options.threshold, options.relative_threshold)  # wrong ones are told at once
-        return _export(options, started)
+        with warnings_as_lines(on_stderr("agvas-export")):
+            return _export(options, started)
     except ParityFailed as error:
         print(f"agvas-export: {error}", file=sys.stderr)
         return 1
@@ -138,7 +140,7 @@ def _export(options: argparse.Namespace, started: float) -> int:
     bundle, report = export_bundle(settings, progress)
     progress.end()
     seconds = time.monotonic() - started
-    told = f"{bundle.folder}: {bundle.bytes / 1e6:.1f} MB in {seconds:.0f} s; "
+    told = f"{bundle.folder}: {bundle.manifest.model}, {bundle.bytes / 1e6:.1f} MB in {seconds:.0f} s; "
     if report is None:
         passed, failures = None, list[str]()  # nothing was judged
         print(told + "not compared with the reference")

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
+from runtime.command_line import Parser
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit code 0 when all that is there fits, 1 when something is missing or unexpected, 2 when nothing could be told."""
-    parser = argparse.ArgumentParser(prog="agvas-inspect", description=__doc__)
+    parser = Parser(prog="agvas-inspect", description=__doc__)
     parser.add_argument("path", metavar="PATH", help="nano, a checkpoint, a bundle, or a part: a base, SAM's file, a training's folder")
     parser.add_argument("--json", action="store_true", help="last line of stdout as JSON")
     options = parser.parse_args(arguments)

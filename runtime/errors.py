@@ -100,6 +100,8 @@ def choose(name: str, value: str, allowed: Iterable[str], remedy: str = "") -> s
     lower = str(value).lower()
     meant = lower not in _PRECISIONS or lower in by_lower
     nearest = difflib.get_close_matches(lower, by_lower, n=1) if meant else []
+    if not nearest and meant and len(lower) > 2:  # the beginning of a long name is far from the whole
+        nearest = sorted((option for option in by_lower if option.startswith(lower)), key=len)[:1]
     parts = [f"{name}: expected one of {', '.join(options)}; got {value!r}"]
     if nearest:
         parts.append(f"did you mean {by_lower[nearest[0]]!r}?")

@@ -99,7 +99,8 @@ class Recipe:
                 raise ValueError(f"more than {LARGEST:,} bytes")
             fields = json.loads(content, object_pairs_hook=_each_once)
         except (OSError, ValueError, RecursionError) as error:
-            raise RequestError(f"{path}: expected a recipe (agvas-segment --save-recipe writes one), got {error}") from error
+            got = f"what is no JSON: {error}" if isinstance(error, json.JSONDecodeError) else getattr(error, "strerror", None) or error
+            raise RequestError(f"{path}: expected a recipe (agvas-segment --save-recipe writes one), got {got}") from error
         schema = fields.pop("recipe", None) if isinstance(fields, dict) else None
         if schema != SCHEMA or schema is True:
             got = "none" if schema is None else f'"recipe": {schema!r}'

@@ -34,7 +34,8 @@ def as_region(region: object) -> np.ndarray:
         got = f"the level {odd[0]}{more}" if odd else "both"
         raise RequestError(
             f"region: expected 0 where not to look and either 1 or 255 where to look, got {got}; "
-            "draw it without grey or smoothed edges, and keep it as PNG (JPEG blurs), or say which levels count, as with (region > 127)"
+            "draw it without grey or smoothed edges, and keep it as PNG (JPEG blurs), or, in Python, say which levels count, as with "
+            "(region > 127)"
         )
     looked_at = array != 0
     if not looked_at.any():

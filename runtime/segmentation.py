@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from runtime.errors import OutputError, RequestError
+from runtime.errors import RequestError
 from runtime.images import DIM
 from runtime.masking import MaskRule
 from runtime.preprocess import one_tone
 from runtime.region import as_region
-from runtime.writing import write_whole
+from runtime.writing import make_folder, write_whole
 
 # How far outside [0, 1] a map may lie: resampling a float32 map adds a few units in its last place.
 MAP_SLACK = 1e-4
@@ -273,12 +273,7 @@ class Segmentation:
             pictures["overlay"] = self.overlay()
         if anomaly_map:
             pictures["map"] = Image.fromarray(np.rint(np.clip(self.anomaly_map, 0, 1) * 65535).astype(np.uint16))
-        try:
-            os.makedirs(folder, exist_ok=True)
-        except OSError as error:
-            raise OutputError(
-                f"{os.fspath(folder)}: expected a folder to write to, got {error}; choose another one or change its permissions"
-            ) from error
+        make_folder(folder, os.fspath(folder))
         paths = {}
         for name, picture in pictures.items():
             paths[name] = Path(folder) / f"{stem}_{name}.png"

@@ -11,6 +11,25 @@ from pathlib import Path
 from runtime.errors import OutputError, RequestError
 
 
+def make_folder(folder: str | os.PathLike[str], name: str) -> None:
+    """With the folders that it lies in.
+
+    Args:
+        name: the folder in words, for the error.
+
+    Raises:
+        OutputError: it cannot be made, or a file of that name is there.
+    """
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as error:
+        if isinstance(error, (FileExistsError, NotADirectoryError)):
+            got, remedy = "a file, or a path that leads through one", "choose another"
+        else:
+            got, remedy = error.strerror or str(error), "choose another or change its permissions"
+        raise OutputError(f"{name}: expected a folder to write to, got {got}; {remedy}") from error
+
+
 def write_whole(path: Path, data: bytes | memoryview) -> None:
     """Write under a temporary name in the same folder, then rename: within one file system that is atomic.
 

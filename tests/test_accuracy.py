@@ -370,6 +370,16 @@ def test_a_real_bundle_is_judged_like_its_checkpoint(
         assert means[0][name] == pytest.approx(means[1][name], abs=0.01)
 
 
+def test_what_auto_does_first_is_told(
+    parts: Path, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("runtime.selection.CPU_CANDIDATES", (("onnxruntime", "graph"),))
+    told = f"agvas-eval: opening {tiny_bundle}; on a new machine, engine auto first measures the engines that are installed"
+    for engine, tells in (([], True), (["--engine", "onnxruntime"], False)):
+        assert main([str(parts), "--bundle", str(tiny_bundle), "--limit", "1", *engine]) == 0
+        assert (told in capsys.readouterr().err.splitlines()) is tells
+
+
 def test_a_bundles_threads_are_the_segmenters(parts: Path, tiny_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(parts), "--bundle", str(tiny_bundle), "--engine", "onnxruntime", "--threads", "-1"]) == 2
     assert capsys.readouterr().err == "agvas-eval: threads: expected 0 (the engine's choice) or more, got -1\n"

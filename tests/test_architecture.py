@@ -22,7 +22,8 @@ ROOT = Path(__file__).parents[1]
 ALLOWED = {
     "engines": set(),
     "runtime": {"engines"},
-    "agvas": {"runtime.masking", "runtime.preprocess", "runtime.progress", "runtime.prompts"},  # what has to be one and the same
+    # What has to be one and the same.
+    "agvas": {"runtime.command_line", "runtime.masking", "runtime.preprocess", "runtime.progress", "runtime.prompts"},
     "calibration": {"agvas", "engines.memory", "runtime"},
     "export": {"agvas", "calibration", "engines", "runtime"},
     "benchmarks": {"agvas", "calibration", "engines", "export", "runtime"},

@@ -79,7 +79,9 @@ def test_a_candidate_says_when_auto_chose_its_engine(
     choice = Choice("onnxruntime", "graph", 1.0, {}, remembered)
     monkeypatch.setattr(bench_measure, "choose_engine", lambda *_: (None, choice))
     request = bench_measure.Request(tiny_bundle, engine, "cpu", None, 1, (), None, None, None, bench_measure.QUICK)
-    assert bench_measure._bundle_candidate("ours", tiny_bundle, request, {}).chosen == told
+    steps: list[tuple[str, int, int]] = []
+    assert bench_measure._bundle_candidate("ours", tiny_bundle, request, {}, lambda *step: steps.append(step)).chosen == told
+    assert steps == ([("choosing the engine of ours", 0, 1)] if engine == "auto" else []), "measuring engines takes a while"
 
 
 def test_short_of_the_full_setting_says_what_it_had() -> None:

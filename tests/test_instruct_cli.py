@@ -515,6 +515,15 @@ def reviewed(dataset: Path, server: Server) -> Path:
     return dataset
 
 
+def test_a_review_of_nothing_is_told_and_leaves_nothing(dataset: Path, server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    output = dataset / "instruct"
+    assert run(dataset, server, "--dry-run", "1") == 0
+    before = sorted(output.iterdir())
+    assert main(["review", "--output", str(output)]) == 2
+    assert "in which nothing has been described yet" in capsys.readouterr().err
+    assert sorted(output.iterdir()) == before
+
+
 def test_a_reviewer_accepts_rejects_and_corrects_and_the_journals_stay_as_they_are(
     reviewed: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

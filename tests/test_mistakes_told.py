@@ -20,7 +20,7 @@ from runtime import writing
 from runtime.bundle import MANIFEST, Bundle
 from runtime.errors import BundleCorrupt, BundleMissing, OutputError, RequestError
 from runtime.recipe import Recipe
-from runtime.writing import write_result
+from runtime.writing import make_folder, write_result
 
 
 def test_a_base_is_looked_for_in_the_folder_that_holds_it(tmp_path: Path) -> None:
@@ -47,6 +47,68 @@ def test_what_an_import_would_not_use_is_refused(tiny_checkpoint: Path, tmp_path
 def test_a_bundle_in_place_of_a_checkpoint_is_called_one(tiny_bundle: Path) -> None:
     with pytest.raises(CheckpointError, match="is a bundle, which agvas-export has made of one: give the checkpoint"):
         checkpoint_folder(tiny_bundle)
+
+
+@pytest.mark.parametrize(
+    ("files", "layout", "use"),
+    [
+        (("plan.json", "weights.safetensors"), "a plan of agvas-calibrate", "agvas-export --checkpoint CHECKPOINT --calibration {folder}"),
+        (
+            ("config.json", "model.safetensors", "quantize_config.json"),
+            "a language model in the GPTQ checkpoint layout",
+            "agvas-export --checkpoint CHECKPOINT --calibration {folder}",
+        ),
+        (("settings.json", "checkpoint/config.json"), "the folder of a training that has ended", "give its model, {folder}/checkpoint"),
+        (
+            ("recipe.json", "pretraining/state.safetensors"),
+            "the folder of a training that has not ended",
+            "the same agvas-train goes on, and leaves its model in checkpoint/",
+        ),
+    ],
+)
+def test_what_other_commands_wrote_is_told_with_where_it_belongs(
+    files: tuple[str, ...], layout: str, use: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in files:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    told = use.format(folder=tmp_path)
+    with pytest.raises(CheckpointError) as raised:
+        checkpoint_folder(tmp_path)
+    assert str(raised.value) == f"checkpoint {tmp_path} is {layout}, no checkpoint: {told}"
+    assert inspect_cli.main([str(tmp_path)]) == 0
+    assert capsys.readouterr().out == f"{tmp_path}: {layout}\n  to use it: {told}\n"
+
+
+def test_gptqs_method_in_the_config_alone_is_seen(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2", "quantization_config": {"quant_method": "gptq"}}')
+    with pytest.raises(CheckpointError, match="a language model in the GPTQ checkpoint layout"):
+        checkpoint_folder(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2", "quantization_config": null}')
+    with pytest.raises(CheckpointError, match="is a qwen2 of Hugging Face"):
+        checkpoint_folder(tmp_path)
+
+
+def test_a_folder_with_nothing_of_a_checkpoint_is_told_once_what_is_wanted(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError) as raised:
+        checkpoint_folder(tmp_path)
+    wanted = "config.json, model.safetensors, tokenizer.json"
+    assert str(raised.value) == f"checkpoint {tmp_path} lacks {wanted}; give nano, or a folder that has them"
+
+
+def test_a_file_in_a_folders_place_is_called_one(tmp_path: Path) -> None:
+    (tmp_path / "taken").touch()
+    for path in (tmp_path / "taken", tmp_path / "taken" / "below"):
+        with pytest.raises(OutputError, match="expected a folder to write to, got a file, or a path that leads through one; choose"):
+            make_folder(path, str(path))
+
+
+@pytest.mark.parametrize(("text", "got"), [("{bundle: 3}", "got what is no JSON: Expecting"), (None, "got No such file or directory")])
+def test_a_recipe_that_cannot_be_read_is_told_without_pythons_numbers(text: str | None, got: str, tmp_path: Path) -> None:
+    if text is not None:
+        (tmp_path / "station.json").write_text(text)
+    with pytest.raises(RequestError, match=got):
+        Recipe.read(tmp_path / "station.json")
 
 
 def test_a_file_without_weights_is_not_to_be_rewritten_by_torch(tmp_path: Path) -> None:

@@ -48,5 +48,11 @@ def test_without_good_pictures_there_are_no_points_and_without_anomalous_ones_no
     assert len(in_words("line", collected([index / 100 for index in range(100)]).to_json())) == 4
 
 
+def test_thresholds_that_find_nothing_are_said_to_be_of_no_use() -> None:
+    told = collected([0.9, 0.95], [0.1, 0.2]).to_json()
+    assert in_words("line", told)[1] == "line: none of these finds any: the anomalous pictures' scores do not stand out from the good ones'"
+    assert not any("none of these" in line for line in in_words("line", collected([0.1], [0.2]).to_json()))
+
+
 def test_a_score_of_one_leaves_a_threshold_of_one() -> None:
     assert collected([1.0, 1.0000001], [0.9]).to_json()["points"][0] == {"threshold": 1.0, "false_alarms": 0.5, "found": 0.0}

@@ -6,6 +6,7 @@ import hashlib
 import importlib
 import json
 import os
+import re
 from collections.abc import Callable
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -193,7 +194,9 @@ def test_in_words_the_instruction_stands_below_its_verdict_when_there_are_severa
     _, lines, errors = run_segment(photos / "one.png", "--instruction", "Find dents.", "--instruction", "Find\n\trust.")
     told = [line for line in lines if line.startswith("    Find")]
     assert told == ["    Find dents.", "    Find rust."]
-    assert run_segment(photos / "one.png", "--instruction", "Find dents.")[1][0].endswith("one.png")
+    assert re.search(r"^agvas-segment: answers: \d (NG|OK)$", errors, re.MULTILINE), "two answers of one picture are no two pictures"
+    _, lines, errors = run_segment(photos / "one.png", "--instruction", "Find dents.")
+    assert lines[0].endswith("one.png") and "answers" not in errors
 
 
 def test_a_picture_that_cannot_be_read_is_told_once_and_an_instruction_that_fails_by_its_words(

@@ -182,6 +182,7 @@ def test_the_docstring_names_every_engine_and_precision(name: str) -> None:
     [
         ({"mode": "describe-then-segment"}, "not one this model was trained for; it has direct"),
         ({"mode": "Direct"}, "did you mean 'direct'"),
+        ({"mode": "describe"}, "did you mean 'describe-then-segment'"),
         ({"instruction": ""}, "the instruction is empty"),
         ({"instruction": " \n\t"}, "the instruction is empty"),
         ({"instruction": "Find the scratch. " * 100}, r"has \d+ tokens, this model takes 256; shorten it"),

@@ -97,6 +97,21 @@ def test_auto_verifies_the_engine_that_the_segmenter_would_choose(run_verify: An
     assert (report["engine"], report["inference_precision"]) == (chosen.engine, chosen.inference_precision)
 
 
+def test_auto_says_beforehand_that_it_may_take_a_while(run_verify: Any, tiny_bundle: Path) -> None:
+    told = f"agvas-verify: opening {tiny_bundle}; on a new machine, engine auto first measures the engines that are installed"
+    assert told in run_verify(engine="auto")[2].splitlines()
+    assert told not in run_verify("--quiet", engine="auto")[2] and told not in run_verify(engine="onnxruntime")[2]
+
+
+def test_masks_and_subfolders_are_none_of_ones_own_pictures(run_verify: Any, photos: Path, tmp_path: Path) -> None:
+    for name in ("parts/one.png", "parts/one_mask.png", "parts/masks/one.png", "parts/two.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / name).write_bytes((photos / "one.png").read_bytes())
+    code, lines, errors = run_verify("--json", "--images", tmp_path / "parts")
+    assert code == 0 and json.loads(lines[-1])["images_parity"]["images"] == 2
+    assert errors.startswith(f"agvas-verify: warning: {tmp_path / 'parts'}: left out 1 that lie beside the pictures they are of")
+
+
 def test_ones_own_pictures_are_compared_with_another_engine(run_verify: Any, photos: Path) -> None:
     code, lines, _ = run_verify("--json", "--images", photos)
     report = json.loads(lines[-1])

@@ -19,6 +19,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from runtime.command_line import Parser
+
 if TYPE_CHECKING:
     from agvas.instruct.construction import Construction, Tally
     from agvas.instruct.journal import Usage
@@ -56,7 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=PROG,
         description="Describe each anomalous picture of a data set in five fields (Anomaly-Instruct) by any OpenAI-compatible chat "
         "endpoint. Pictures are sent to that endpoint. Run the same command again to go on after an interruption.",
@@ -98,7 +100,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _review_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=f"{PROG} review",
         description="Bring review.csv up to date. Then write yes or no into its column accept, correct texts where you like, save as CSV, "
         "and run again with --apply. Pictures are named relative to the file's folder. A line of status refused holds what could be saved "
@@ -235,13 +237,15 @@ def _rehearse(
 
 
 def _review(options: argparse.Namespace) -> int:
-    from agvas.instruct.journal import ACCEPTED
+    from agvas.instruct.journal import ACCEPTED, DESCRIBED, REFUSED
     from agvas.instruct.review import REVIEW, apply_review, update_review
 
     if options.accept_unmarked and not options.apply:
         raise ValueError("--accept-unmarked: expected --apply with it")
     if not options.output.is_dir():
         raise ValueError(f"--output: expected the folder of an earlier run, found no folder {options.output}")
+    if not any((options.output / name).is_file() for name in (DESCRIBED, REFUSED, REVIEW)):
+        raise ValueError(f"--output: expected the folder of an earlier run, got {options.output}, in which nothing has been described yet")
     record: dict[str, Any] = {"review": str(options.output / REVIEW)}
     if options.apply:
         decisions = apply_review(options.output, options.accept_unmarked)

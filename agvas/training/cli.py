@@ -13,6 +13,7 @@ from agvas.config import ABLATIONS
 from agvas.interruption import terminated_as_interrupted
 from agvas.training.settings import read_settings
 from agvas.training.sources.layouts import LAYOUTS_HELP
+from runtime.command_line import Parser
 
 if TYPE_CHECKING:
     from agvas.training.loop import LoopSettings
@@ -100,7 +101,7 @@ def _check_output(folder: Path) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="agvas-train",
         description=__doc__,
         epilog=f"{LAYOUTS_HELP}\n{_EXIT_CODES}",

@@ -18,6 +18,7 @@ from engines import EngineError
 from engines.tensorrt_library import TENSORRT_ENGINES
 from runtime.bundle import Bundle
 from runtime.cli.common import Progress, add_version, close_stdout, json_line, open_streams, say
+from runtime.command_line import Parser, on_stderr, warnings_as_lines
 from runtime.engine_builds import BuildSettings, build_engines
 from runtime.errors import AgvasError, RequestError
 
@@ -26,7 +27,7 @@ CAPABILITY = re.compile(r"[0-9]{1,2}\.[0-9]")
 
 def main(argv: Sequence[str] | None = None) -> int:
     open_streams()
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="agvas-build",
         description="Build a bundle's engines with TensorRT or TensorRT for RTX, and verify them where they can run.",
         epilog="Exit codes: 0 built; 1 built, but the masks are not the reference's; 2 not built; 130 interrupted. "
@@ -58,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         settings = _settings(arguments)
-        with Progress(quiet=arguments.quiet) as progress:
+        with warnings_as_lines(on_stderr("agvas-build")), Progress(quiet=arguments.quiet) as progress:
             report = build_engines(Bundle(arguments.bundle), settings, progress)
         say(json_line(report) if arguments.json else "\n".join(_table(report)))
         return 1 if report["verified"] is False else 0

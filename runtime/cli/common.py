@@ -6,11 +6,13 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
 from engines import ENGINES, INFERENCE_PRECISIONS, EngineOptions
 from runtime import __version__
+from runtime.bundle import Bundle
 from runtime.errors import OutputError, RequestError, choose
 from runtime.parity import finite
 from runtime.progress import pace
@@ -116,10 +118,15 @@ def close_stdout() -> None:
 
 
 class Progress:
-    """A bar on stderr. On a terminal it is shown from two steps on; in a log from nine, at most every ten seconds."""
+    """A bar on stderr. On a terminal it is shown from two steps on; in a log from nine, at most every ten seconds.
 
-    def __init__(self, *, quiet: bool = False) -> None:
+    Args:
+        tell: is given the label of work that is too short for a bar, as it begins.
+    """
+
+    def __init__(self, *, quiet: bool = False, tell: Callable[[str], None] | None = None) -> None:
         self._quiet = quiet
+        self._tell = tell
         self._terminal = sys.stderr.isatty()
         self._label = ""
         self._bar: Any = None
@@ -146,7 +153,10 @@ class Progress:
     def _open(self, label: str, done: int, total: int) -> Any:
         from tqdm import tqdm
 
-        hidden = self._quiet or total < (2 if self._terminal else _LOGGED_FROM)
+        short = total < (2 if self._terminal else _LOGGED_FROM)
+        hidden = self._quiet or short
+        if short and not self._quiet and self._tell is not None:
+            self._tell(label)
         return tqdm(
             desc=label,
             total=total,
@@ -155,6 +165,16 @@ class Progress:
             leave=not self._terminal,
             **pace(),
         )
+
+
+def opening(bundle: str) -> str:
+    """What to tell before `auto` opens a bundle, which may take a minute.
+
+    Raises:
+        BundleError: there is none to open.
+    """
+    Bundle(bundle, check_hashes=False)
+    return f"opening {bundle}; on a new machine, engine auto first measures the engines that are installed"
 
 
 def describe(engine: str, options: EngineOptions) -> str:

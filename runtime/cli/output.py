@@ -13,6 +13,7 @@ from pathlib import Path
 from engines.cache import locked
 from runtime.errors import OutputError, RequestError
 from runtime.picture_files import KINDS
+from runtime.writing import make_folder
 
 
 def prepare(output: str) -> None:
@@ -21,14 +22,8 @@ def prepare(output: str) -> None:
     Raises:
         OutputError: it cannot be made or written to.
     """
-    try:
-        os.makedirs(output, exist_ok=True)
-        writable = os.access(output, os.W_OK | os.X_OK)
-    except OSError as error:
-        raise OutputError(
-            f"--output {output}: expected a folder to write to, got {error}; choose another or change its permissions"
-        ) from error
-    if not writable:
+    make_folder(output, f"--output {output}")
+    if not os.access(output, os.W_OK | os.X_OK):
         raise OutputError(f"--output {output}: expected a writable folder, got one that is not; choose another or change permissions")
 
 

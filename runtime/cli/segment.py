@@ -28,11 +28,22 @@ from typing import Any
 import numpy as np
 
 from engines import EngineError, EngineOptions
-from runtime.bundle import Bundle
-from runtime.cli.common import AUTO, Progress, add_engine_arguments, close_stdout, describe, engine_options, json_line, open_streams, say
+from runtime.cli.common import (
+    AUTO,
+    Progress,
+    add_engine_arguments,
+    close_stdout,
+    describe,
+    engine_options,
+    json_line,
+    open_streams,
+    opening,
+    say,
+)
 from runtime.cli.output import alone_in, prepare, refuse_own_folder, refuse_own_results, spare_inputs
 from runtime.cli.records import endings_of, made, output_stems, records_of, segment_pictures
 from runtime.cli.watch import SETTLED, Watch
+from runtime.command_line import Parser, on_stderr, warnings_as_lines
 from runtime.errors import AgvasError, ImageError, RequestError, choose
 from runtime.images import PIXEL_LIMIT, PictureWarning
 from runtime.picture_files import Found, search
@@ -55,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not heard and arguments.output is None:
             raise RequestError("stdout: expected somewhere for the verdicts to go, got a closed one; redirect it, or give --output DIR")
         recipe = None if arguments.recipe is None else _follow(arguments, argv)
-        with warnings.catch_warnings(), contextlib.ExitStack() as held:  # _run shows them as notes
+        with warnings_as_lines(on_stderr("agvas-segment")), contextlib.ExitStack() as held:
             return _run(arguments, recipe, held)
     except KeyboardInterrupt:
         how = "stopped" if arguments.watch else "interrupted"
@@ -80,7 +91,7 @@ def _end_as_ctrl_c() -> Any:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="agvas-segment",
         description="Segment anomalies in pictures with an exported AG-VAS. One line on stdout for each picture and instruction.",
         epilog="Exit codes: 0 every picture has a verdict, OK or NG; 1 some have none (not read, or no map); 2 nothing could be done, "
@@ -201,9 +212,8 @@ def _run(arguments: argparse.Namespace, recipe: Recipe | None, held: contextlib.
     options = engine_options(arguments)
     _check(arguments)
     to_save = _to_save(arguments)
-    note = (lambda line: None) if arguments.quiet else (lambda line: print(f"agvas-segment: {line}", file=sys.stderr))
+    note = (lambda line: None) if arguments.quiet else on_stderr("agvas-segment")
     warnings.simplefilter("once", UserWarning)
-    warnings.showwarning = lambda message, *_: print(f"agvas-segment: warning: {message}", file=sys.stderr)
     if arguments.output is not None:
         for place in _places(arguments):
             refuse_own_results(arguments.inputs, place, arguments.recursive)
@@ -270,7 +280,8 @@ def _run(arguments: argparse.Namespace, recipe: Recipe | None, held: contextlib.
             done += 1 if "instruction" in record else len(instructions)  # a picture that cannot be read leaves none to ask
             progress("answers" if several else "pictures", done, len(pictures) * len(instructions))
     where = "" if arguments.output is None else f"; masks in {arguments.output}"
-    note(", ".join(f"{count} {verdict}" for verdict, count in sorted(verdicts.items()) if count) + where)
+    told = ", ".join(f"{count} {verdict}" for verdict, count in sorted(verdicts.items()) if count)
+    note(("answers: " if several else "") + told + where)
     if verdicts["failed"] or verdicts["??"] or (arguments.strict and warned):
         return 1
     return 3 if arguments.fail_on_ng and verdicts["NG"] else 0
@@ -279,8 +290,7 @@ def _run(arguments: argparse.Namespace, recipe: Recipe | None, held: contextlib.
 def _open(arguments: argparse.Namespace, options: EngineOptions, region: np.ndarray | None, note: Callable[[str], None]) -> Segmenter:
     """The segmenter that was asked for; notes say what `auto` chose, and why."""
     if arguments.engine == AUTO:
-        Bundle(Path(arguments.bundle), check_hashes=False)  # one that is not there should not be said to be opened
-        note(f"opening {arguments.bundle}; on a new machine, engine auto first measures the engines that are installed")
+        note(opening(arguments.bundle))
     segmenter = Segmenter(
         arguments.bundle,
         arguments.engine,

@@ -9,7 +9,6 @@ Exit codes: 0 every gate held, 1 one was broken, 2 it could not be verified, 130
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import subprocess
@@ -25,7 +24,19 @@ from engines import ENGINES, EngineError, EngineFailed, EngineOptions, EngineUna
 from engines.tensorrt_cache import hashes
 from engines.tensorrt_library import TENSORRT_ENGINES
 from runtime.bundle import Bundle
-from runtime.cli.common import AUTO, Progress, add_engine_arguments, close_stdout, describe, engine_options, json_line, open_streams, say
+from runtime.cli.common import (
+    AUTO,
+    Progress,
+    add_engine_arguments,
+    close_stdout,
+    describe,
+    engine_options,
+    json_line,
+    open_streams,
+    opening,
+    say,
+)
+from runtime.command_line import Parser, on_stderr, warnings_as_lines
 from runtime.engine_builds import judge
 from runtime.errors import AgvasError, RequestError
 from runtime.images import read_image
@@ -41,14 +52,14 @@ BISECT = "export/bisect.py"  # what --bisect starts
 
 def main(argv: Sequence[str] | None = None) -> int:
     open_streams()
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="agvas-verify",
         description="Replay a bundle's golden traces on this machine's engine; compare the masks with the reference's.",
         epilog="Exit codes: 0 every gate held; 1 one was broken; 2 it could not be verified; 130 interrupted.",
         allow_abbrev=False,
     )
     add_engine_arguments(parser)
-    parser.add_argument("--images", metavar="DIR", help="also compare with another engine on the pictures in there")
+    parser.add_argument("--images", metavar="DIR", help="also compare with another engine on the pictures that lie in there")
     parser.add_argument(
         "--bisect",
         action="store_true",
@@ -61,7 +72,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         options = engine_options(arguments)
-        with Progress(quiet=arguments.quiet) as progress:
+        tell = on_stderr("agvas-verify")
+        with warnings_as_lines(tell), Progress(quiet=arguments.quiet) as progress:
             if arguments.bisect:
                 if arguments.images is not None:
                     raise RequestError("--images: not with --bisect, which works on the golden pictures; leave one of them out")
@@ -76,6 +88,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return 0 if report["passed"] else 1
             if arguments.against is not None or arguments.tolerance is not None:
                 raise RequestError("--against, --tolerance: expected with --bisect; add it, or leave them out")
+            if arguments.engine == AUTO and not arguments.quiet:
+                tell(opening(arguments.bundle))
             report = verify_bundle(
                 arguments.bundle,
                 arguments.engine,
@@ -131,7 +145,7 @@ def verify_bundle(
         EngineError: the engine cannot be had or cannot compute a golden picture, or there is no other to compare with.
     """
     # Listed first: a wrong folder should not be told after minutes of verifying.
-    pictures = find_images(images, recursive=True) if images is not None else []
+    pictures = find_images(images) if images is not None else []
     for path in pictures:
         read_image(path)  # now: what cannot be read should not end a verification that is half done
     bundle = Bundle(folder)
