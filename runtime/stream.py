@@ -7,6 +7,7 @@ the steps do; a picture that fails takes none of the others with it.
 
 from __future__ import annotations
 
+import gc
 import queue
 import threading
 from collections.abc import Callable, Generator, Iterable, Sequence
@@ -118,7 +119,19 @@ def in_steps(
         going.clear()
         room.release()  # the source's thread may be waiting for room
         for worker in workers:
-            worker.shutdown(wait=True, cancel_futures=True)
+            worker.shutdown(wait=not getattr(_collecting, "now", False), cancel_futures=True)
+
+
+_collecting = threading.local()
+
+
+def _mark(phase: str, _: object) -> None:
+    """Called by the garbage collector. A stream that was abandoned in a cycle is closed by it, in whatever thread it runs: be it one that a
+    step is just starting and waits for, which must not wait for that step."""
+    _collecting.now = phase == "start"
+
+
+gc.callbacks.append(_mark)
 
 
 def _after(before: Future[Any], step: Callable[[Any], Any]) -> Any:

@@ -9,6 +9,7 @@ import re
 import resource
 import signal
 import struct
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -103,6 +104,20 @@ def test_a_state_that_cannot_be_written_is_told_in_words_and_the_run_goes_on_onc
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert not list((tmp_path / "run").glob("state*"))
     assert_same(trained(tmp_path / "run"), trained(tmp_path / "whole"))
+
+
+def test_no_thread_outlives_a_run_that_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While its error is held, and the run's frames with it: a thread that is left would be waited for by the garbage collector."""
+
+    def full(*_: object) -> None:
+        raise OSError("no room")
+
+    monkeypatch.setattr("agvas.training.loop.State.save", full)
+    before = set(threading.enumerate())
+    with pytest.raises(OSError, match="no room") as held:
+        trained(tmp_path, workers=2)
+    left = [thread.name for thread in threading.enumerate() if thread not in before and thread.name.startswith("ThreadPoolExecutor")]
+    assert held.tb is not None and not left
 
 
 def test_a_log_is_not_filled_with_bars(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import itertools
 import os
@@ -270,6 +271,30 @@ def test_closing_early_stops_reading_and_frees_the_threads() -> None:
     after = read
     assert vanished()
     assert read == after <= 4
+
+
+def test_a_stream_abandoned_in_a_cycle_does_not_hold_up_the_garbage_collector() -> None:
+    """It may run in a thread that a step has just started and waits for: each would wait for the other."""
+    running, release = threading.Event(), threading.Event()
+
+    def step(item: int) -> int:
+        if item:
+            running.set()
+            release.wait(60)
+        return item
+
+    stream = in_steps(range(3), (step,), (), depth=2)
+    assert next(stream) == (0, None) and running.wait(60)
+    cycle: list[Any] = [stream]
+    cycle.append(cycle)
+    del stream, cycle
+    collector = threading.Thread(target=gc.collect)
+    collector.start()
+    collector.join(30)
+    waits = collector.is_alive()
+    release.set()
+    collector.join(30)
+    assert not waits
 
 
 def test_closing_early_closes_a_generator_and_no_camera_of_the_callers() -> None:

@@ -10,9 +10,9 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -210,11 +210,15 @@ def run(
         disable=not accelerator.is_main_process,
         **pace(),
     )
-    batches = _batches(source, collate, settings, accelerator, first, workers)
     # Ctrl-C waits for the step and saves it; of several processes none knows at which step the others would end.
     alone = accelerator.num_processes == 1
     try:
-        with held_back("this step, and saving its state") if alone else nullcontext(Held()) as held:
+        with (
+            # Closed here, whatever ends the run: left to the garbage collector, its threads would be waited for wherever that runs, be it
+            # in a thread that they wait for.
+            closing(_batches(source, collate, settings, accelerator, first, workers)) as batches,
+            held_back("this step, and saving its state") if alone else nullcontext(Held()) as held,
+        ):
             for step in bar:
                 values = learner.step(step, batches)
                 state.average(step)
@@ -332,7 +336,7 @@ def _batches(
     accelerator: Accelerator,
     first: int,
     workers: int,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """This process's micro-batches from step `first` on, drawn ahead in threads where there are any."""
 
     def draw(step: int, part: int) -> Batch:
