@@ -125,10 +125,10 @@ def in_steps(
 _collecting = threading.local()
 
 
-def _mark(phase: str, _: object) -> None:
+def _mark(phase: str, _: object, collecting: threading.local = _collecting) -> None:
     """Called by the garbage collector. A stream that was abandoned in a cycle is closed by it, in whatever thread it runs: be it one that a
     step is just starting and waits for, which must not wait for that step."""
-    _collecting.now = phase == "start"
+    collecting.now = phase == "start"  # an argument, since it is called while the interpreter ends and modules are emptied, too
 
 
 gc.callbacks.append(_mark)

@@ -297,6 +297,23 @@ def test_a_stream_abandoned_in_a_cycle_does_not_hold_up_the_garbage_collector() 
     assert not waits
 
 
+def test_collecting_while_the_interpreter_ends_says_nothing() -> None:
+    """The collector calls this package then, too, when its modules have been emptied."""
+    code = (
+        "import gc, runtime.stream as stream\n"
+        "gc.set_threshold(1)\n"
+        "class Late:\n"
+        "    def __del__(self):\n"
+        "        lists = [[] for _ in range(5000)]\n"
+        "        more = [[each] for each in lists]\n"
+        "late = Late()\n"
+        "late.itself = late\n"
+        "stream.kept = Late()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr[:500]) == (0, "")
+
+
 def test_closing_early_closes_a_generator_and_no_camera_of_the_callers() -> None:
     class Camera:
         closed = False
