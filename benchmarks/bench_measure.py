@@ -35,7 +35,7 @@ from runtime.bundle import Bundle
 from runtime.errors import RequestError, choose
 from runtime.parity import Outcome, compare
 from runtime.picture_files import find_images
-from runtime.selection import choose_engine
+from runtime.selection import REST, choose_engine
 from runtime.verify import golden_outcome, trace_count
 
 ROOT = Path(__file__).parents[1]
@@ -45,7 +45,6 @@ SIZE = (480, 640)
 CHECKED, SAME = 4, 0.98  # golden pictures that tell whether a checkpoint is the bundle's, and the mean mask IoU from which it is
 PICTURE_SEED = 500  # after the first of export's pictures, which calibrated or judged other things
 _NOT_JUDGED = {"mask_iou_mean": None, "mask_iou_min": None, "flips": None, "judged": 0}  # another model has masks of its own
-REST = 0.02  # seconds before each turn: thread pools go on spinning for a while and would take the cores from whoever is next
 
 
 @dataclass(frozen=True)

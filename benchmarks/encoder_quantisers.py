@@ -34,11 +34,11 @@ from runtime import preprocess
 from runtime.bundle import Bundle
 from runtime.contract import STAGES
 from runtime.parity import compare
+from runtime.selection import REST
 from runtime.verify import open_pipeline, run_outcome
 
 ENCODERS = {"pixel_encoder": "pixel_image", "semantic_encoder": "semantic_image"}
 CALIBRATION, PAIRS = 64, 30
-REST = 0.02  # seconds before each turn: thread pools go on spinning for a while and would take the cores from whoever is next
 
 Feeds = dict[str, list[dict[str, np.ndarray]]]  # by encoder
 

@@ -40,11 +40,11 @@ from runtime.bundle import Bundle
 from runtime.contract import AXIS_NAMES, STAGES
 from runtime.pipeline import Pipeline, Prepared, Trace, Vision
 from runtime.preprocess import Frame
+from runtime.selection import REST
 from runtime.stream import in_steps
 from runtime.verify import open_pipeline, verify
 
 SIZE, LARGE_SIZE = (480, 640), (2000, 3000)
-REST = 0.02  # seconds before each turn: thread pools go on spinning for a while
 # Largest difference of two maps, which span 1, that sums in another order make: 2.9e-5 was seen in bfloat16, 2e-7 in float32.
 EXACT = 3e-4
 

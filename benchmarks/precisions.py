@@ -27,14 +27,13 @@ from runtime.bundle import Bundle
 from runtime.footprint import WHOLE, footprints
 from runtime.parity import Outcome, compare
 from runtime.pipeline import Pipeline
-from runtime.selection import candidates_for
+from runtime.selection import REST, candidates_for
 from runtime.verify import gates_for, limits, open_pipeline, run_outcome
 
 COLUMNS = (
     *("bundle", "lmm", "MB", "engine", "computes in", "gates", "passed", "IoU mean", "IoU min", "flips", "anchor cosine"),
     *("peak RSS, MB", "time", "others"),
 )
-REST = 0.02  # seconds before each turn: thread pools go on spinning for a while and would take the cores from whoever is next
 
 
 def measure(checkpoint: str, bundles: list[Path], count: int, threads: int, pairs: int) -> dict[str, Any]:

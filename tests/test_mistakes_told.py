@@ -15,6 +15,8 @@ from agvas.lora import read_settings
 from agvas.parts import trained
 from agvas.torch_file import torch_file
 from benchmarks import accuracy
+from calibration.gptq_checkpoint import FILE, QUANTIZATION
+from calibration.plan import PLAN, WEIGHTS
 from export import inspect_cli
 from runtime import writing
 from runtime.bundle import MANIFEST, Bundle
@@ -52,9 +54,9 @@ def test_a_bundle_in_place_of_a_checkpoint_is_called_one(tiny_bundle: Path) -> N
 @pytest.mark.parametrize(
     ("files", "layout", "use"),
     [
-        (("plan.json", "weights.safetensors"), "a plan of agvas-calibrate", "agvas-export --checkpoint CHECKPOINT --calibration {folder}"),
+        ((PLAN, WEIGHTS), "a plan of agvas-calibrate", "agvas-export --checkpoint CHECKPOINT --calibration {folder}"),
         (
-            ("config.json", "model.safetensors", "quantize_config.json"),
+            ("config.json", FILE, QUANTIZATION),
             "a language model in the GPTQ checkpoint layout",
             "agvas-export --checkpoint CHECKPOINT --calibration {folder}",
         ),
